@@ -1,0 +1,24 @@
+.PHONY: demo test setup lab figures
+PYTHON ?= python3
+BIN := .venv/bin
+
+demo: setup  ## caption held-out scenes from disk with the embedded checkpoint
+	$(BIN)/qvision demo --output figures/demo.png
+
+test: setup  ## lint, tests, and every notebook
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+lab: setup  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks
+
+figures: demo  ## every picture of the README, drawn anew

@@ -1,0 +1,9 @@
+from . import plots as plots
+from .captioning import Caption as Caption
+from .captioning import Captioner as Captioner
+from .captioning import load as load
+from .data import scenes as scenes
+from .model.captioner import QVisionForConditionalGeneration as QVisionForConditionalGeneration
+from .model.checkpoint import convert as convert
+from .model.config import QVisionConfig as QVisionConfig
+from .model.processor import QVisionProcessor as QVisionProcessor

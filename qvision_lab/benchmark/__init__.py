@@ -1,0 +1,1 @@
+"""What the model costs: parameters, time and memory, measured here."""

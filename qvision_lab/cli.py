@@ -1,0 +1,287 @@
+"""The `qvision` command. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qvision_lab.benchmark.parameters import PartSize
+
+EXAMPLES = """examples:
+  qvision caption photo.jpg
+  qvision caption photos/ --output captions.jsonl     run it again to go on where it stopped
+  qvision caption photos/ --temperature 0.7 --num-captions 3 --json
+  qvision demo
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, 1 where some pictures failed, 2 where the request is wrong."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.run is None:
+        parser.print_help()
+        return 0
+    try:
+        return options.run(options)
+    except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:  # bad input; bugs keep their traceback
+        print(f"qvision: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qvision: interrupted", file=sys.stderr)
+        return 130
+
+
+def caption(options: argparse.Namespace) -> int:
+    """Caption pictures, to the screen or to a file that a later call goes on with."""
+    from qvision_lab.captioning import load
+    from qvision_lab.images import find_pictures
+
+    find_pictures(options.paths, options.recursive)  # nothing to do is said before the long load
+    captioner = load(options.model, options.revision, options.dtype, options.device)
+    chosen = {
+        "preset": options.preset,
+        "num_beams": options.num_beams,
+        "num_return_sequences": options.num_captions,
+        "temperature": options.temperature,
+        "max_new_tokens": options.max_new_tokens,
+    }
+    with TemporaryDirectory() as temporary:
+        report = captioner.caption_folder(
+            options.paths,
+            options.output or Path(temporary) / "captions.jsonl",
+            recursive=options.recursive,
+            batch_size=options.batch_size,
+            preprocessing=options.preprocessing,
+            seed=options.seed,
+            **{name: value for name, value in chosen.items() if value is not None},
+        )
+        records = map(json.loads, report.output.read_text(encoding="utf-8").splitlines())
+        failures = []
+        for record in records:
+            if "error" in record:
+                failures.append(record["error"])
+            elif not options.output:
+                _print_record(record, options.json)
+    for failure in failures:
+        print(f"qvision: {failure}", file=sys.stderr)
+    if options.output:
+        print(
+            f"{report.captioned} captioned, {report.skipped} already there, {report.failed} failed"
+            f" -> {report.output}"
+        )
+    return 1 if report.failed else 0
+
+
+def _print_record(record: dict, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(record, ensure_ascii=False))
+    else:
+        for text in record.get("captions", [record["caption"]]):
+            print(f"{record['source']}: {text}")
+
+
+def info(options: argparse.Namespace) -> int:
+    """Print a checkpoint's parameters, files and provenance."""
+    from qvision_lab.benchmark.parameters import parameter_table
+    from qvision_lab.model.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(options.checkpoint, options.revision, device="cpu")
+    origin = checkpoint.provenance
+    print(f"{origin.source}: {origin.layout} layout, revision {origin.revision or '-'}")
+    for name, size in origin.files.items():
+        print(f"  {name:<32}{size:>16,} bytes")
+    table = parameter_table(checkpoint.model.config)
+    print(f"\n{'parameters':<30}{'total':>14}   trained in the published run")
+    table = parameter_table(checkpoint.model.config)
+    for group in dict.fromkeys(row.group for row in table):
+        parts = [row for row in table if row.group == group]
+        _print_sizes(group, parts)
+        for row in parts if len(parts) > 1 else ():
+            _print_sizes(f"  {row.part}", [row], "" if row.used else "published, unused")
+    _print_sizes("all", table)
+    if not all(row.used for row in table):
+        _print_sizes("needed to caption", [row for row in table if row.used])
+    return 0
+
+
+def _print_sizes(name: str, parts: Sequence[PartSize], note: str = "") -> None:
+    total, trained = sum(part.total for part in parts), sum(part.trained for part in parts)
+    print(f"  {name:<28}{total:>14,}{trained:>14,}   {note}".rstrip())
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Write a checkpoint in the layout that transformers reads too."""
+    from qvision_lab.model.checkpoint import convert
+
+    dest = convert(
+        options.source, options.dest, options.dtype, options.push_to, revision=options.revision
+    )
+    print(f"wrote {dest}")
+    return 0
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Caption held-out scenes from disk and judge every caption against the truth."""
+    from qvision_lab.demo import run_demo
+
+    run_demo(options.n, options.output, options.folder, options.seed, options.model)
+    return 0
+
+
+def scenes_write(options: argparse.Namespace) -> int:
+    """Write scenes as pictures with COCO's annotation files."""
+    from qvision_lab.data.scenes import write_coco
+
+    folder = write_coco(
+        options.folder, options.n, split=options.split, seed=options.seed, workers=options.workers
+    )
+    print(f"{options.n} {options.split} scenes in {folder}")
+    return 0
+
+
+def scenes_stats(options: argparse.Namespace) -> int:
+    """Print what a split is like."""
+    from qvision_lab.data.scenes import describe
+
+    for name, value in describe(options.split, options.n, options.seed).items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for part, share in value.items():
+                print(f"  {part:<36}{share:>8.1%}")
+        else:
+            print(f"{name:<38}{value:>8.3g}")
+    return 0
+
+
+def train(options: argparse.Namespace) -> int:
+    """Carry out a training recipe; run again, it goes on where it stopped."""
+    if options.processes > 1:  # the same command in each process, joined by torch's own launcher
+        from torch.distributed.run import main as launch
+
+        request = ["train", options.recipe, "--output", options.output]
+        changes = ["--set", *options.set] if options.set else []
+        launch(
+            [f"--nproc-per-node={options.processes}", "-m", "qvision_lab.cli", *request, *changes]
+        )
+        return 0
+    from qvision_lab.training import run_recipe
+
+    print(f"wrote {run_recipe(options.recipe, options.output, options.set)}")
+    return 0
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Time what the design claims: the cache, and batches."""
+    from qvision_lab.benchmark.latency import run_benchmarks
+    from qvision_lab.captioning import load
+
+    captioner = load(options.model, None, options.dtype, options.device)
+    for comparison in run_benchmarks(captioner, options.quick):
+        print(comparison)
+        print(f"  -> {comparison.save(options.output)}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qvision",
+        description="Caption pictures with QVision, and train, measure and convert it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=version("qvision-lab"))
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    add = _command(commands, "caption", caption)
+    add("paths", nargs="+", metavar="PATH", help="pictures, folders of pictures, or URLs")
+    add("--output", metavar="FILE", help="JSON Lines file to write, or to go on with")
+    _add_model(add)
+    add("--preset", help="published, model_card, greedy or beam (default: the model's own)")
+    add("--preprocessing", default="training", help="training, model_card or clip (%(default)s)")
+    add("--batch-size", type=int, default=16, metavar="N", help="pictures at once (%(default)s)")
+    add("--num-beams", type=int, metavar="N", help="search with so many beams")
+    add("--num-captions", type=int, metavar="K", help="captions a picture (sampling or beams)")
+    add("--temperature", type=float, metavar="T", help="sample; above 1 wilder, below 1 tamer")
+    add("--max-new-tokens", type=int, metavar="N", help="longest caption")
+    add("--seed", type=int, default=0, help="of what is sampled (%(default)s)")
+    add("--recursive", action="store_true", help="look into subfolders too")
+    add("--json", action="store_true", help="print records as JSON lines")
+
+    add = _command(commands, "info", info)
+    add("checkpoint", nargs="?", help="folder or Hub id (default: the embedded checkpoint)")
+    add("--revision", help="branch, tag or commit on the Hub")
+
+    add = _command(commands, "convert", convert)
+    add("source", help="folder or Hub id")
+    add("dest", help="folder to write")
+    add("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
+    add("--revision", help="branch, tag or commit on the Hub")
+    add("--push-to", metavar="REPO", help="Hub id to upload the result to")
+
+    add = _command(commands, "demo", demo)
+    add("--n", type=int, default=24, help="number of scenes (%(default)s)")
+    add("--output", default="figures/demo.png", metavar="FILE", help="contact sheet (%(default)s)")
+    add("--folder", metavar="DIR", help="keep the picture files here (default: nowhere)")
+    add("--seed", type=int, default=0, help="of the scenes (%(default)s)")
+    add("--model", help="folder or Hub id (default: the embedded checkpoint)")
+
+    scenes = commands.add_parser("scenes", help="the drawn world: write it, or describe it")
+    kinds = scenes.add_subparsers(required=True, metavar="write|stats")
+    for name, run, n in (("write", scenes_write, 100), ("stats", scenes_stats, 2000)):
+        add = _command(kinds, name, run)
+        if name == "write":
+            add("folder", help="folder to write, or to extend")
+            add(
+                "--workers", type=int, default=0, help="processes that draw (%(default)s: this one)"
+            )
+        add("--split", default="test", help="train, val, test, compose or crowd (%(default)s)")
+        add("--n", type=int, default=n, help="number of scenes (%(default)s)")
+        add("--seed", type=int, default=0, help="of the scenes (%(default)s)")
+
+    add = _command(commands, "train", train)
+    add("recipe", help="name of a recipe, or a YAML file")
+    add("--output", required=True, metavar="DIR", help="folder of the run and its checkpoint")
+    add("--processes", type=int, default=1, metavar="N", help="share every batch among N processes")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change values of the recipe")
+
+    add = _command(commands, "bench", bench)
+    add("--quick", action="store_true", help="few rounds: shows that it runs, measures little")
+    add("--output", metavar="DIR", help="folder of the results (default: the package's own)")
+    _add_model(add)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+) -> Callable[..., argparse.Action]:
+    """Add a command that says what its function's docstring says; return its `add_argument`."""
+    says = run.__doc__.rstrip(".")
+    command = commands.add_parser(name, help=says[0].lower() + says[1:], description=run.__doc__)
+    command.set_defaults(run=run)
+    return command.add_argument
+
+
+def _add_model(add: Callable[..., argparse.Action]) -> None:
+    add("--model", help="folder or Hub id (default: the embedded checkpoint)")
+    add("--revision", help="branch, tag or commit on the Hub")
+    add("--dtype", help="float32, bfloat16 or float16")
+    add("--device", help="cpu, cuda, mps (default: cuda where there is one)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""What a caption claims about a scene, each claim judged against the truth.
+
+The language understood here is wider than the grammar that tells scenes: groups in any order,
+all four relations, synonyms, things without colour or number. Case, runs of spaces and the final
+stop do not matter. Whatever else a caption says is not in the language, and such a caption is
+never true: what cannot be checked is not given the benefit of the doubt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING
+
+from qvision_lab.data.scenes.telling import NUMERALS, PLACES, RELATIONS, SCENERY, SKIES
+from qvision_lab.data.scenes.world import CATEGORIES, COLORS, Group, Layout, Relation
+
+if TYPE_CHECKING:
+    from qvision_lab.data.scenes import Scene
+
+# What may be said beside the grammar's own wordings.
+MORE_PLACES: dict[str, tuple[str, ...]] = {
+    "beach": ("at the beach", "on the beach", "on the sand"),
+    "field": ("in the field", "on a field", "in the grass"),
+    "street": ("on the street", "in a city", "on a road", "on the road"),
+    "room": ("in the room", "inside a room"),
+    "snow": ("on the snow",),
+    "lake": ("by the lake", "at a lake", "on a lake", "on the lake"),
+    "night": ("in the night", "under a night sky"),
+}
+MORE_SKIES: dict[str, tuple[str, ...]] = {sky: (f"with the {sky} in the sky",) for sky in SKIES}
+MORE_RELATIONS: dict[str, tuple[str, ...]] = {
+    "left of": ("left of", "on the left of"),
+    "right of": ("to the right of", "right of", "on the right of"),
+    "above": ("over",),
+    "below": ("below", "under", "beneath"),
+}
+
+
+def _meanings(*wordings: dict[str, tuple[str, ...]]) -> dict[str, str]:
+    """Turned around: what each phrase means."""
+    return {phrase: name for table in wordings for name, said in table.items() for phrase in said}
+
+
+_SCENERY = {phrase: name for name, phrase in SCENERY.items()}
+_PLACE = _meanings(PLACES, MORE_PLACES)
+_SKY = _meanings(SKIES, MORE_SKIES)
+_RELATION = _meanings({name: (said,) for name, said in RELATIONS.items()}, MORE_RELATIONS)
+_SINGULAR = {category.noun: name for name, category in CATEGORIES.items()}
+_PLURAL = {category.plural: name for name, category in CATEGORIES.items()}
+_NUMBER = {"a": 1, "an": 1} | {word: i for i, word in enumerate(NUMERALS, start=1)}
+
+
+def _any(phrases: Iterable[str]) -> str:
+    """A pattern for any of the phrases, the longest first, whatever white space is in them."""
+    return "|".join(p.replace(" ", r"\s+") for p in sorted(phrases, key=len, reverse=True))
+
+
+_NUMERAL = rf"an(?=\s+[aeiou])|a(?=\s+[^aeiou\s])|{_any(NUMERALS)}"  # never "a orange cup"
+_CHUNK = re.compile(
+    rf"""(?:
+      (?P<place> {_any(_PLACE)} )
+    | (?P<backdrop> {_any(_SCENERY)} )
+    | (?P<sky> {_any(_SKY)} )
+    | (?P<relation> {_any(_RELATION)} )
+    | (?P<things> (?: (?P<number> {_NUMERAL} ) \s+ )?
+                  (?: (?P<color> {_any(COLORS)} ) \s+ )?
+                  (?P<noun> {_any(_SINGULAR | _PLURAL)} ) )
+    | (?P<lead> {_any(("there is", "there are", "a picture of", "a photo of"))} )
+    | (?P<verb> {_any(("can be seen",))} )
+    | (?P<and> (?: , \s* )? and )
+    | (?P<with> with )
+    ) (?! [\w'-] )
+    | (?P<comma> , )
+    | (?P<unknown> [^\s,]+ )""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+# A sentence, as the initials of its chunks.
+_LIST, _WHERE = "t(?:[rac]t)*", "(?:ps?|sp?)"
+_SENTENCE = re.compile(f"l?{_LIST}v?{_WHERE}?|{_WHERE}c?l?{_LIST}|l?bs?w{_LIST}|l?bw{_LIST}s")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One thing that a caption says, and whether it is so."""
+
+    kind: str  # 'object', 'color', 'count', 'relation', 'background' or 'sky'
+    text: str  # the words that say it
+    span: tuple[int, int]  # where they stand in the caption: caption[start:end] == text
+    right: bool
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A group as a caption names it; what is left unsaid is None."""
+
+    category: str
+    color: str | None
+    count: int | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """A caption, taken apart and judged."""
+
+    caption: str
+    claims: tuple[Claim, ...]  # as they come in the caption
+    mentions: tuple[Mention, ...]  # the groups it names
+    groups: tuple[Group, ...]  # the groups there are
+    outside: tuple[str, ...]  # what is not in the language
+
+    @property
+    def true(self) -> bool:
+        """It claims something, all of it right, and says nothing that cannot be checked."""
+        return bool(self.claims) and not self.outside and all(c.right for c in self.claims)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """`hits` of `total`; its value, 0 to 1, is nan where there was nothing to count."""
+
+    hits: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        return self.hits / self.total if self.total else float("nan")
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} ({self.hits}/{self.total})"
+
+
+def check(caption: str, scene: Scene | Layout) -> Check:
+    """Parse a caption into claims and judge each against the scene.
+
+    - object: there is such a thing. Naming a group a second time claims another one and is wrong,
+      and a plural without a number needs two or more.
+    - color: a thing of this category has this colour.
+    - count: there are exactly so many, "a" being one; of the colour that was named, or where
+      nothing of the category has it, of the category.
+    - relation: it holds for all pairs of the things named on its two sides, colours included.
+    - background, sky: it is the scene's.
+
+    Words that are not in the language come back in `outside`; so does the whole caption where
+    its words are known but make no sentence, as in "A red car and and on a beach."
+    """
+    body = caption.rstrip().removesuffix(".")
+    chunks = list(_CHUNK.finditer(body))
+    mentions = {i: _mention(c) for i, c in enumerate(chunks) if c.lastgroup == "things"}
+    claims: list[Claim] = []
+    outside: list[str] = []
+    named: set[Group] = set()
+
+    for i, chunk in enumerate(chunks):
+        words = " ".join(chunk[0].lower().split())
+        match chunk.lastgroup:
+            case "place" | "backdrop":
+                right = (_PLACE | _SCENERY)[words] == scene.background
+                claims.append(_claim("background", body, chunk.span(), right))
+            case "sky":
+                claims.append(_claim("sky", body, chunk.span(), _SKY[words] == scene.sky))
+            case "things":
+                claims += _things(chunk, mentions[i], scene.groups, named)
+                named.update(_meant(mentions[i], scene.groups))
+                if not _agrees(chunk, mentions[i]):
+                    outside.append(chunk[0])
+            case "relation" if i - 1 in mentions and i + 1 in mentions:
+                right = _holds(_RELATION[words], mentions[i - 1], mentions[i + 1], scene)
+                span = chunks[i - 1].start(), chunks[i + 1].end()
+                claims.append(_claim("relation", body, span, right))
+            case "unknown":
+                outside.append(chunk[0])
+
+    if not outside and not _SENTENCE.fullmatch("".join(c.lastgroup[0] for c in chunks)):
+        outside.append(caption)
+    return Check(caption, tuple(claims), tuple(mentions.values()), scene.groups, tuple(outside))
+
+
+# The rates of a set of captions, and what each is a share of.
+RATES: dict[str, str] = {
+    "pairs right": "captions; hit: names every group once with its colour, and no other",
+    "object recall": "categories in the scenes; hit: named",
+    "object precision": "categories named in a caption; hit: in the scene",
+    "hallucination": "captions; hit: names a category that is not in the scene",
+    "count stated": "groups of two or more; hit: a number or article stands before their noun",
+    "count right": "groups of two or more whose count is stated; hit: it is the right one",
+    "relation stated": "captions of scenes of exactly two single objects; hit: has a relation",
+    "relation right": "relations stated, in any scene; hit: right",
+    "background right": "backgrounds stated; hit: right",
+    "sky right": "suns and moons stated; hit: right",
+    "true": "captions; hit: all claims right and nothing outside the language",
+    "outside": "captions; hit: some part is outside the language",
+}
+
+
+def score(checks: Iterable[Check]) -> dict[str, Rate]:
+    """Rates over many captions, in the order of `RATES`, which states every denominator."""
+    hits, totals = Counter(), Counter()
+    for judged in checks:
+        for name, hit in _tally(judged):
+            hits[name] += hit
+            totals[name] += 1
+    return {name: Rate(hits[name], totals[name]) for name in RATES}
+
+
+def _mention(chunk: re.Match[str]) -> Mention:
+    number, color, noun = (part and part.lower() for part in chunk.group("number", "color", "noun"))
+    return Mention((_SINGULAR | _PLURAL)[noun], color, number and _NUMBER[number])
+
+
+def _agrees(chunk: re.Match[str], mention: Mention) -> bool:
+    """Whether number and noun fit: "two car" is no English."""
+    nouns = _SINGULAR if mention.count == 1 else _PLURAL
+    return mention.count is None or chunk["noun"].lower() in nouns
+
+
+def _meant(mention: Mention, groups: Iterable[Group]) -> list[Group]:
+    """The groups that fit a mention's category and, where it names one, its colour."""
+    return [
+        group
+        for group in groups
+        if group.category == mention.category and mention.color in (None, group.color)
+    ]
+
+
+def _claim(kind: str, caption: str, span: tuple[int, int], right: bool) -> Claim:
+    return Claim(kind, caption[slice(*span)], span, right)
+
+
+def _things(
+    chunk: re.Match[str], mention: Mention, groups: Iterable[Group], named: set[Group]
+) -> Iterator[Claim]:
+    """What "two red cars" claims: cars, red cars, and two of them."""
+    meant = _meant(mention, groups)
+    like = meant or [group for group in groups if group.category == mention.category]
+    count = sum(group.count for group in like)
+    bare_plural = mention.count is None and chunk["noun"].lower() not in _SINGULAR
+    repeated = bool(meant) and named.issuperset(meant)
+    there = count >= (2 if bare_plural else 1) and not repeated
+    yield _claim("object", chunk.string, chunk.span("noun"), there)
+    if mention.color is not None:
+        span = chunk.start("color"), chunk.end()
+        yield _claim("color", chunk.string, span, bool(meant))
+    if mention.count is not None:
+        yield _claim("count", chunk.string, chunk.span(), count == mention.count)
+
+
+def _holds(predicate: str, one: Mention, other: Mention, scene: Scene | Layout) -> bool:
+    subjects, objects = (
+        [i for group in _meant(mention, scene.groups) for i in group.members]
+        for mention in (one, other)
+    )
+    pairs = [Relation(a, predicate, b) for a, b in product(subjects, objects)]
+    return bool(pairs) and set(pairs) <= set(scene.relations)
+
+
+def _tally(judged: Check) -> Iterator[tuple[str, bool]]:
+    """Every single case that counts towards a rate, and whether it is a hit."""
+    named = Counter((mention.category, mention.color) for mention in judged.mentions)
+    there = Counter((group.category, group.color) for group in judged.groups)
+    categories_named, categories_there = {c for c, _ in named}, {c for c, _ in there}
+    yield "pairs right", named == there
+    yield "hallucination", not categories_named <= categories_there
+    for category in categories_there:
+        yield "object recall", category in categories_named
+    for category in categories_named:
+        yield "object precision", category in categories_there
+
+    # By category alone, of which a scene has one group: the colour is counted above.
+    told = {m.category: m.count for m in reversed(judged.mentions) if m.count is not None}
+    for group in judged.groups:
+        if group.count > 1:
+            yield "count stated", group.category in told
+            if group.category in told:
+                yield "count right", told[group.category] == group.count
+
+    if [group.count for group in judged.groups] == [1, 1]:
+        yield "relation stated", any(claim.kind == "relation" for claim in judged.claims)
+    for claim in judged.claims:
+        if claim.kind in ("relation", "background", "sky"):
+            yield f"{claim.kind} right", claim.right
+    yield "true", judged.true
+    yield "outside", bool(judged.outside)

@@ -1,0 +1,129 @@
+"""How a scene is told: true captions in COCO's tone, from one small grammar.
+
+A caption is a frame filled with things and, mostly, a place:
+
+    caption  ->  {things} {place}.  |  There is {things} {place}.  |  ...         FRAMES
+    things   ->  {group}, {group} and {group}  |  {group} {relation} {group}      RELATIONS
+    group    ->  a red car  |  three blue dogs                                    NUMERALS
+    place    ->  on a beach  |  by the sea under the sun  |  nothing              PLACES, SKIES
+
+Every caption names every group with its exact number and its colour, in the layout's reading
+order. That order is fixed because it is what makes a small model able to learn counts and
+relations: told in random order, the same picture asks for "left" and "right" in turn.
+"""
+
+from __future__ import annotations
+
+import random
+
+from qvision_lab.data.scenes.world import CATEGORIES, Group, Layout
+
+NUMERALS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+# How often each is used: the first is the commonest, so that there is a most likely caption.
+FRAMES: dict[str, int] = {
+    "{things} {place}": 6,
+    "there {be} {things} {place}": 4,
+    "a picture of {things} {place}": 3,
+    "{things} can be seen {place}": 3,
+    "{scenery} {sky} with {things}": 2,
+    "{place} there {be} {things}": 2,
+}
+
+# Two wordings of where it is, and how the place itself is called.
+PLACES: dict[str, tuple[str, str]] = {
+    "beach": ("on a beach", "by the sea"),
+    "field": ("in a field", "on the grass"),
+    "street": ("on a street", "in the city"),
+    "room": ("in a room", "indoors"),
+    "snow": ("in the snow", "on a snowy day"),
+    "lake": ("by a lake", "at the lake"),
+    "night": ("at night", "in the dark"),
+}
+SCENERY: dict[str, str] = {
+    "beach": "a beach",
+    "field": "a field",
+    "street": "a street",
+    "room": "a room",
+    "snow": "a snowy scene",
+    "lake": "a lake",
+    "night": "a night scene",
+}
+SKIES: dict[str, tuple[str, str]] = {
+    "sun": ("under the sun", "in the sun"),
+    "moon": ("under the moon", "in the moonlight"),
+}
+
+# One wording each. Nothing is ever told to be right of or below another thing: the left or the
+# upper one comes first in reading order.
+RELATIONS: dict[str, str] = {"left of": "to the left of", "above": "above"}
+
+STATES_PLACE, STATES_SKY, STATES_RELATION = 0.85, 0.33, 0.7  # shares, of captions that could
+MOST = 12  # distinct captions that the grammar has for any scene
+
+
+def tell(layout: Layout, n: int = 5) -> tuple[str, ...]:
+    """The first `n` (1 to 12) of a scene's captions: true, distinct, the same on every machine.
+
+    At most 26 words each. The first five are the scene's references; a sixth is how somebody
+    else would have told it, a fair "human" baseline.
+
+    Raises:
+        ValueError: `n` is not from 1 to 12.
+    """
+    if not 1 <= n <= MOST:
+        raise ValueError(f"cannot tell a scene in {n} ways: ask for 1 to {MOST} captions")
+    rng = random.Random(f"scenes/{layout.split}/{layout.seed}/{layout.index}/captions")
+    captions: dict[str, None] = {}  # an ordered set
+    while len(captions) < n:
+        captions[_caption(rng, layout)] = None
+    return tuple(captions)
+
+
+def relation(layout: Layout) -> str | None:
+    """The relation that a caption may state of the first group to the second, if there is one.
+
+    Only two single things, alone in the picture, clearly more beside than above each other or the
+    other way round: the longer of the two distances is 20 pixels and 1.3 times the other.
+    """
+    if [group.count for group in layout.groups] != [1, 1]:
+        return None
+    (ax, ay), (bx, by) = (layout.objects[group.members[0]].center for group in layout.groups)
+    across, down = abs(bx - ax), abs(by - ay)
+    if max(across, down) < max(20, 1.3 * min(across, down)):
+        return None
+    return "left of" if across > down else "above"
+
+
+def phrase(group: Group) -> str:
+    """A group in words: "an orange cup", "two red cars"."""
+    category = CATEGORIES[group.category]
+    if group.count > 1:
+        return f"{NUMERALS[group.count - 1]} {group.color} {category.plural}"
+    return f"{'an' if group.color[0] in 'aeiou' else 'a'} {group.color} {category.noun}"
+
+
+def _caption(rng: random.Random, layout: Layout) -> str:
+    frame = rng.choices(tuple(FRAMES), FRAMES.values())[0]
+    place = rng.choice(PLACES[layout.background]) if rng.random() < STATES_PLACE else ""
+    tells_sky = layout.sky and rng.random() < STATES_SKY
+    sky = rng.choice(SKIES[layout.sky]) if tells_sky else ""
+    text = frame.format(
+        things=_things(rng, layout),
+        # Agrees with the thing that follows: "there is a red car and two dogs", as people say it.
+        be="is" if layout.groups[0].count == 1 else "are",
+        place=f"{place} {sky}",
+        scenery=SCENERY[layout.background],
+        sky=sky,
+    )
+    text = " ".join(text.split())  # whatever was left empty leaves no gap
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _things(rng: random.Random, layout: Layout) -> str:
+    """All groups in reading order, joined by a relation where one may be stated."""
+    *others, last = map(phrase, layout.groups)
+    stated = relation(layout)
+    if stated and rng.random() < STATES_RELATION:
+        return f"{others[0]} {RELATIONS[stated]} {last}"
+    return f"{', '.join(others)} and {last}" if others else last

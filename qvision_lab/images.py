@@ -1,0 +1,214 @@
+"""Opening pictures of any kind: paths, URLs, bytes, PIL images, arrays and tensors -> RGB."""
+
+from __future__ import annotations
+
+import io
+import os
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, Union
+
+import numpy as np
+from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Picture: TypeAlias = Union[str, os.PathLike, bytes, Image.Image, np.ndarray, "Tensor"]
+
+URL_TIMEOUT = 20  # seconds without an answer
+URL_LIMIT = 64 * 2**20  # bytes
+REDUCED_SIDE = 1024  # a JPEG beyond Pillow's limit is decoded at the scale just above this
+SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+CHANNELS = (1, 3, 4)  # grey, RGB, RGB with alpha
+
+
+class ImageError(ValueError):
+    """A picture that cannot be opened; the message names it and the way out."""
+
+
+def open_image(picture: Picture, name: str | None = None) -> Image.Image:
+    """Open a picture as RGB, the way a viewer shows it.
+
+    EXIF orientation is respected, transparency laid on white, 16-bit grey scaled to 8; of an
+    animation the first frame is taken. Beyond twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million
+    pixels) a JPEG is decoded at a smaller scale and any other format refused.
+
+    Args:
+        picture: a path; an http(s) URL of at most 64 MiB; an encoded file as bytes; a PIL image; an
+            array [H,W], [H,W,C] or [C,H,W] with C of 1, 3 or 4, uint8, uint16, bool or floats from
+            0 to 1; a tensor likewise.
+        name: what error messages call it.
+
+    Raises:
+        ImageError: if it cannot be read.
+        TypeError: if it is none of these.
+    """
+    name = name or picture_name(picture) or type(picture).__name__
+    if isinstance(picture, Image.Image):
+        return _decode(picture, name)
+    if isinstance(picture, np.ndarray):
+        return _from_array(picture, name)
+    if hasattr(picture, "detach"):  # a tensor, told without importing torch
+        tensor = picture.detach().cpu()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor  # numpy has no bfloat16
+        return _from_array(tensor.numpy(), name, channels_first=True)
+    if isinstance(picture, bytes):
+        encoded = picture
+    elif is_url(picture):
+        encoded = _download(picture)
+    elif isinstance(picture, str | os.PathLike):
+        encoded = _read(Path(picture).expanduser())
+    else:
+        raise TypeError(
+            f"a {type(picture).__name__} is no picture; pass a path, URL, bytes, PIL image, array "
+            "or tensor."
+        )
+    if not encoded:
+        raise ImageError(f"{name} is empty (0 bytes); write or download it again.")
+    return _decode(_identify(encoded, name), name)
+
+
+def find_pictures(
+    paths: str | os.PathLike | Iterable[str | os.PathLike], recursive: bool = False
+) -> dict[str, str]:
+    """Pictures in folders, and files and URLs that are named themselves, in sorted order.
+
+    Returns:
+        For each path or URL its name: the path inside the folder, the file's own name, or the URL.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    found: dict[str, str] = {}
+    for path in paths:
+        if is_url(path):
+            found[path] = path
+            continue
+        path = Path(path).expanduser()
+        if not path.is_dir():
+            found[str(path)] = path.name
+            continue
+        for file in path.rglob("*") if recursive else path.iterdir():
+            if file.suffix.lower() in SUFFIXES and file.is_file():
+                found.setdefault(str(file), file.relative_to(path).as_posix())
+    if not found:
+        raise ValueError(
+            f"no picture in {', '.join(map(str, paths)) or 'an empty list of paths'}; a folder's "
+            f"files count if they end in {', '.join(SUFFIXES)}, those of its subfolders with "
+            "recursive=True."
+        )
+    return dict(sorted(found.items()))
+
+
+def is_url(picture: Picture) -> bool:
+    """Whether a picture has to be fetched."""
+    return isinstance(picture, str) and picture.startswith(("http://", "https://"))
+
+
+def picture_name(picture: Picture) -> str | None:
+    """Path or URL of a picture; None where it has none."""
+    if isinstance(picture, Image.Image):
+        return str(getattr(picture, "filename", "")) or None
+    return os.fspath(picture) if isinstance(picture, str | os.PathLike) else None
+
+
+def _read(path: Path) -> bytes:
+    if path.is_dir():
+        raise ImageError(f"{path} is a folder; caption_folder captions the pictures in it.")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot read {path}: {error.strerror}; check the path.") from error
+
+
+def _download(url: str) -> bytes:
+    request = urllib.request.Request(url, headers={"User-Agent": "qvision-lab"})
+    try:
+        with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response:
+            encoded = response.read(URL_LIMIT + 1)
+    except (OSError, ValueError) as error:  # HTTP errors and time-outs are OSErrors
+        raise ImageError(
+            f"cannot fetch {url}: {error}; check it, or download the picture and pass its path."
+        ) from error
+    if len(encoded) > URL_LIMIT:
+        raise ImageError(
+            f"{url} is larger than {URL_LIMIT / 2**20:.0f} MiB; download it and pass its path."
+        )
+    return encoded
+
+
+def _identify(encoded: bytes, name: str) -> Image.Image:
+    """Find out the format; the pixels stay encoded."""
+    try:
+        return Image.open(io.BytesIO(encoded))
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(
+            f"{name} is no picture in a format known here; convert it to JPEG or PNG."
+        ) from error
+    except Image.DecompressionBombError as error:
+        try:
+            image = JpegImageFile(io.BytesIO(encoded))
+        except SyntaxError:
+            raise ImageError(
+                f"{name} has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, and only JPEG can be "
+                "decoded at a smaller scale; shrink it first, or raise PIL.Image.MAX_IMAGE_PIXELS."
+            ) from error
+        image.draft("RGB", (REDUCED_SIDE, REDUCED_SIDE))
+        return image
+    except Exception as error:  # a decoder fails with whatever it stumbles upon
+        raise _broken(name, error) from error
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or image.mode.startswith("I"):  # convert("RGB") would clip these
+            values = np.asarray(image)
+            return _from_array(
+                values if image.mode == "F" else np.clip(values, 0, 65535).astype(np.uint16), name
+            )
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+    except ImageError:
+        raise
+    except Exception as error:
+        raise _broken(name, error) from error
+
+
+def _broken(name: str, error: Exception) -> ImageError:
+    return ImageError(f"{name} is truncated or damaged ({error}); copy or download it again.")
+
+
+def _from_array(values: np.ndarray, name: str, channels_first: bool = False) -> Image.Image:
+    shape = values.shape
+    last = values.ndim == 3 and shape[-1] in CHANNELS
+    if values.ndim == 3 and shape[0] in CHANNELS and (channels_first or not last):
+        values, last = np.moveaxis(values, 0, -1), True  # [C,H,W] -> [H,W,C]
+    if values.size == 0 or not (values.ndim == 2 or last):
+        raise ImageError(
+            f"{name} has shape {list(shape)}; a picture is [H,W], [H,W,C] or [C,H,W], "
+            "with C of 1, 3 or 4."
+        )
+    if values.dtype == np.uint16:
+        values = np.rint(values / 257)  # 65535 -> 255
+    elif values.dtype == bool or np.issubdtype(values.dtype, np.floating):
+        low, high = values.min(), values.max()  # nan fails the comparison too
+        if not (low >= 0 and high <= 1):
+            raise ImageError(
+                f"{name} holds numbers from {low:.4g} to {high:.4g}, not 0 to 1; pass pixels as "
+                "uint8, or what is preprocessed already to model.generate(pixel_values=...)."
+            )
+        values = np.rint(values * 255.0)
+    elif values.dtype != np.uint8:
+        raise ImageError(f"{name} holds {values.dtype}; convert it to uint8 (0 to 255).")
+    values = values.astype(np.uint8)
+    image = Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
+    return _decode(image, name)

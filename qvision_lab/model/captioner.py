@@ -1,0 +1,282 @@
+"""The whole walk: the one place that joins the stages, scores captions and generates them."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForImageTextToText,
+    Cache,
+    CLIPVisionModel,
+    GenerationConfig,
+    GenerationMixin,
+    GPTNeoModel,
+    PreTrainedModel,
+    initialization,
+)
+from transformers.modeling_outputs import ModelOutput
+
+from qvision_lab.model.attention import MultiHeadAttention
+from qvision_lab.model.config import QVisionConfig
+from qvision_lab.model.decoder import Bridge, Decoder
+from qvision_lab.model.qformer import QFormer, QFormerOutput
+from qvision_lab.model.vision import VisionEncoder
+
+IGNORED_LABEL = -100  # the label that transformers' collators put where no loss is wanted
+
+_SAMPLING = {"do_sample": True, "top_k": 40, "top_p": 0.9, "max_new_tokens": 30, "min_length": 5}
+GENERATION_PRESETS: dict[str, dict] = {
+    "published": {**_SAMPLING, "temperature": 0.6, "repetition_penalty": 1.8},
+    "model_card": {**_SAMPLING, "temperature": 0.7, "repetition_penalty": 1.5},
+    "greedy": {"do_sample": False, "max_new_tokens": 30},
+    "beam": {"do_sample": False, "num_beams": 3, "max_new_tokens": 30},
+}
+
+
+def generation_preset(name: str, config: QVisionConfig) -> GenerationConfig:
+    """Settings of one of `GENERATION_PRESETS`, with the special tokens of a model.
+
+    `published` are the defaults of the original code, `model_card` those of its card's example.
+    """
+    if name not in GENERATION_PRESETS:
+        raise ValueError(f"no preset {name!r}; choose one of {', '.join(GENERATION_PRESETS)}.")
+    return GenerationConfig(
+        **GENERATION_PRESETS[name],
+        bos_token_id=config.start_token_id,
+        eos_token_id=config.end_token_id,
+        pad_token_id=config.pad_token_id,
+    )
+
+
+@dataclass
+class QVisionOutput(ModelOutput):
+    """What one forward pass gives; the maps only with `output_attentions=True`.
+
+    Shapes: B images, R rows of text (a multiple of B), T tokens, N = 1 + Q visual tokens.
+    """
+
+    loss: Float[Tensor, ""] | None = None
+    logits: Float[Tensor, "R T V"] | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Float[Tensor, "R T D"], ...] | None = None
+    attentions: tuple[Float[Tensor, "R G T S"], ...] | None = None  # GPT-Neo's self-attention
+    image_tokens: Float[Tensor, "B P D"] | None = None
+    visual_tokens: Float[Tensor, "B N D"] | None = None
+    qformer_self_attentions: tuple[Float[Tensor, "B H N N"], ...] | None = None
+    qformer_cross_attentions: tuple[Float[Tensor, "B H N P"], ...] | None = None
+    decoder_cross_attentions: Float[Tensor, "R H T N"] | None = None
+
+
+class QVisionPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know: how new weights start, and what may be split or fused."""
+
+    config: QVisionConfig
+    config_class = QVisionConfig
+    main_input_name = "input_ids"  # what `generate` extends; images are its constant context
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CLIPEncoderLayer", "QFormerBlock", "GPTNeoBlock"]
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MultiHeadAttention):
+            initialization.xavier_uniform_(module.in_proj_weight)
+            initialization.zeros_(module.in_proj_bias)
+        elif isinstance(module, QFormer):
+            initialization.normal_(module.global_token, std=0.02)
+            initialization.normal_(module.query_tokens, std=0.02)
+        elif isinstance(module, Bridge):
+            initialization.ones_(module.scale)
+
+
+class QVisionForConditionalGeneration(QVisionPreTrainedModel, GenerationMixin):
+    """Frozen CLIP -> Q-Former -> GPT-Neo with a bridge: an image captioner.
+
+    Every method takes one of four inputs, each a later point of the same walk, so that nothing
+    already known is computed again: `pixel_values` [B,3,H,W], `vision_states` [B,P,C] (CLIP's
+    output), `image_tokens` [B,P,D] or `visual_tokens` [B,1+Q,D].
+    """
+
+    _tied_weights_keys = {"decoder.lm_head.weight": "decoder.language_model.wte.weight"}
+
+    def __init__(self, config: QVisionConfig):
+        super().__init__(config)
+        width, heads, dropout = config.hidden_size, config.num_attention_heads, config.dropout
+        # GPT-Neo knows no fused attention; the composite's choice is passed on where it is known.
+        config.text_config._attn_implementation = "eager"
+        self.vision = VisionEncoder(CLIPVisionModel._from_config(config.vision_config), width)
+        self.qformer = QFormer(
+            width, config.num_query_tokens, config.num_qformer_blocks, heads, dropout
+        )
+        self.decoder = Decoder(GPTNeoModel._from_config(config.text_config), heads, dropout)
+        self.generation_config = generation_preset("published", config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.language_model.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.language_model.wte = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.lm_head
+
+    def encode(
+        self,
+        pixel_values: Float[Tensor, "B 3 H W"] | None = None,
+        vision_states: Float[Tensor, "B P C"] | None = None,
+        image_tokens: Float[Tensor, "B P D"] | None = None,
+        visual_tokens: Float[Tensor, "B N D"] | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Float[Tensor, "B P D"] | None, QFormerOutput]:
+        """Walk from whichever input is given to the visual tokens.
+
+        Returns:
+            The image tokens (None where visual tokens came in) and the Q-Former's output.
+
+        Raises:
+            ValueError: unless exactly one input is given.
+        """
+        inputs = {
+            "pixel_values": pixel_values,
+            "vision_states": vision_states,
+            "image_tokens": image_tokens,
+            "visual_tokens": visual_tokens,
+        }
+        given = [name for name, value in inputs.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"pass exactly one of {', '.join(inputs)}; got {', '.join(given) or 'none'}."
+            )
+        if visual_tokens is not None:
+            return None, QFormerOutput(visual_tokens)
+        if pixel_values is not None:
+            vision_states = self.vision.see(pixel_values)  # [B,P,C]
+        if vision_states is not None:
+            image_tokens = self.vision.project(vision_states)  # [B,P,D]
+        return image_tokens, self.qformer(image_tokens, output_attentions)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "R T"] | None = None,
+        pixel_values: Float[Tensor, "B 3 H W"] | None = None,
+        vision_states: Float[Tensor, "B P C"] | None = None,
+        image_tokens: Float[Tensor, "B P D"] | None = None,
+        visual_tokens: Float[Tensor, "B N D"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "_ T"] | None = None,
+        past_key_values: Cache | None = None,
+        labels: Int[Tensor, "R T"] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        logits_to_keep: int = 0,
+        **kwargs,
+    ) -> QVisionOutput:
+        """Score every next word of captions under their images.
+
+        Args:
+            input_ids: R = k * B rows, the k captions of an image next to each other; each image is
+                looked at once.
+            labels: targets, not yet shifted; pads and `IGNORED_LABEL` count for nothing.
+            num_items_in_batch: divisor of the summed loss when the batch is one part of a larger
+                one (the Trainer passes it, so that accumulation changes nothing).
+            logits_to_keep: 0 for all positions, 1 for the last alone.
+
+        Raises:
+            ValueError: if not exactly one image input is given, or the rows do not divide evenly.
+        """
+        image_tokens, visual = self.encode(
+            pixel_values, vision_states, image_tokens, visual_tokens, output_attentions
+        )
+        if input_ids is None:
+            input_ids = self._start_tokens(visual.visual_tokens)
+        captions_per_image, remainder = divmod(len(input_ids), len(visual.visual_tokens))
+        if remainder:
+            raise ValueError(
+                f"{len(input_ids)} rows of input_ids for {len(visual.visual_tokens)} images: give "
+                "every image the same number of captions, next to each other."
+            )
+        text = self.decoder(
+            input_ids,
+            visual.visual_tokens.repeat_interleave(captions_per_image, dim=0),  # [R,1+Q,D]
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=bool(use_cache),
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            last_logit_only=logits_to_keep == 1,
+        )
+        loss = None if labels is None else self._loss(text.logits, labels, num_items_in_batch)
+        return QVisionOutput(
+            loss=loss,
+            logits=text.logits,
+            past_key_values=text.past_key_values,
+            hidden_states=text.hidden_states,
+            attentions=text.self_attentions,
+            image_tokens=image_tokens,
+            visual_tokens=visual.visual_tokens,
+            qformer_self_attentions=visual.self_attentions,
+            qformer_cross_attentions=visual.cross_attentions,
+            decoder_cross_attentions=text.cross_attentions,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Int[Tensor, "R T"] | None = None,
+        *,
+        pixel_values: Float[Tensor, "B 3 H W"] | None = None,
+        vision_states: Float[Tensor, "B P C"] | None = None,
+        image_tokens: Float[Tensor, "B P D"] | None = None,
+        visual_tokens: Float[Tensor, "B N D"] | None = None,
+        input_ids: Int[Tensor, "R T"] | None = None,
+        **settings,
+    ):
+        """Caption images with transformers' own `generate`; `settings` are all of its settings.
+
+        The image is looked at once, whatever the number of steps, beams or returned sequences.
+
+        Args:
+            input_ids: a prompt, which begins with the start token; by default that token alone.
+
+        Returns:
+            Ids [B * num_return_sequences, T], `<START>` first, or a `GenerateOutput` with
+            `return_dict_in_generate=True`.
+        """
+        _, visual = self.encode(pixel_values, vision_states, image_tokens, visual_tokens)
+        prompt = inputs if inputs is not None else input_ids
+        if prompt is None:
+            prompt = self._start_tokens(visual.visual_tokens)
+        return super().generate(prompt, visual_tokens=visual.visual_tokens, **settings)
+
+    def _start_tokens(self, visual_tokens: Float[Tensor, "B N D"]) -> Int[Tensor, "B 1"]:
+        shape = (len(visual_tokens), 1)
+        return torch.full(shape, self.config.start_token_id, device=visual_tokens.device)
+
+    def _loss(
+        self,
+        logits: Float[Tensor, "R T V"],
+        labels: Int[Tensor, "R T"],
+        num_items_in_batch: Tensor | int | None,
+    ) -> Float[Tensor, ""]:
+        targets = labels[:, 1:].masked_fill(
+            labels[:, 1:] == self.config.pad_token_id, IGNORED_LABEL
+        )
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(),
+            targets.flatten(),
+            ignore_index=IGNORED_LABEL,
+            reduction=reduction,
+        )
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+AutoModelForImageTextToText.register(QVisionConfig, QVisionForConditionalGeneration)

@@ -1,0 +1,332 @@
+"""Loading and saving: a folder or Hub id in either layout -> a model and its matching processor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig
+
+from qvision_lab.model import published
+from qvision_lab.model.captioner import QVisionForConditionalGeneration
+from qvision_lab.model.config import QVisionConfig
+from qvision_lab.model.processor import QVisionProcessor
+from qvision_lab.model.storage import (
+    STORED_DTYPES,
+    CheckpointError,
+    StoredTensor,
+    locate,
+    read_headers,
+    read_json,
+    read_tensors,
+)
+
+WEIGHTS, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
+NEEDED_FILES = (
+    *("config.json", "architecture.json", "generation_config.json", "preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+    *(WEIGHTS, SHARD_INDEX, "model-*.safetensors", *published.WEIGHT_FILES),
+)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES.values()}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a checkpoint came from."""
+
+    source: str
+    layout: str  # "published" or "native"
+    revision: str | None  # the commit on the Hub
+    files: dict[str, int]  # names and bytes
+    dtype: str  # of the loaded weights
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in evaluation mode, the processor that matches it, and where both came from."""
+
+    model: QVisionForConditionalGeneration
+    processor: QVisionProcessor
+    provenance: Provenance
+
+
+def load_checkpoint(
+    source: str | os.PathLike | None = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> Checkpoint:
+    """Load a captioner with its processor. Only safetensors are read, and no code is run.
+
+    Args:
+        source: a folder or Hub id in the published or the native layout; None is the checkpoint
+            that ships inside the package.
+        revision: branch, tag or commit on the Hub; the commit that was loaded is recorded.
+        dtype: "float32" (the default), "bfloat16", "float16", a torch dtype, or "auto" as stored.
+        device: "cpu", "cuda", "cuda:1", "mps"; by default CUDA where there is one, else the CPU.
+
+    Raises:
+        CheckpointError: naming the file, tensor or value that is wrong, and the way out.
+    """
+    device = _parse_device(device)
+    dtype = _parse_dtype(dtype)
+    folder, commit = locate(source, revision, NEEDED_FILES)
+    layout, weight_files = _layout(folder)
+    config = _read_config(folder, layout)
+    with torch.device("meta"):
+        model = QVisionForConditionalGeneration(config)
+    stored = _match(model, read_headers(weight_files), layout)
+    _place(model, stored, dtype or _stored_dtype(stored), device)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    files = {
+        path.name: path.stat().st_size for path in sorted(folder.iterdir()) if _is_needed(path.name)
+    }
+    name = "the embedded checkpoint" if source is None else str(source)
+    provenance = Provenance(name, layout, commit, files, str(model.dtype).removeprefix("torch."))
+    return Checkpoint(model.eval(), _read_processor(folder, layout, config), provenance)
+
+
+def save_checkpoint(
+    checkpoint: Checkpoint, dest: str | os.PathLike, card: str | None = None
+) -> Path:
+    """Write the native layout, which `ql.load` and transformers' `from_pretrained` read.
+
+    Everything is written beside `dest` and then renamed, so `dest` is never half a checkpoint. An
+    older checkpoint there is replaced; any other folder that is not empty is refused.
+
+    Args:
+        card: text of README.md; by default one that tells the provenance.
+    """
+    card = card or _model_card(checkpoint.provenance)
+    with _replacing(Path(dest)) as folder:
+        checkpoint.model.save_pretrained(folder)
+        checkpoint.processor.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return Path(dest)
+
+
+def convert(
+    source: str | os.PathLike,
+    dest: str | os.PathLike,
+    dtype: str | torch.dtype | None = None,
+    push_to: str | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Write a checkpoint of either layout in the native one; its outputs stay bitwise the same.
+
+    All copies that the published layout holds are read, and a difference between them is refused.
+
+    Args:
+        dtype: as in `load_checkpoint`, but as stored by default.
+        push_to: Hub id to upload the result to.
+    """
+    folder, commit = locate(source, revision, (*NEEDED_FILES, published.THIRD_COPY))
+    if _layout(folder)[0] == "published":
+        published.check_copies(folder)
+    checkpoint = load_checkpoint(folder, dtype=dtype or "auto", device="cpu")
+    origin = replace(checkpoint.provenance, source=str(source), revision=commit)
+    dest = save_checkpoint(replace(checkpoint, provenance=origin), dest)
+    if push_to is not None:
+        HfApi().create_repo(push_to, exist_ok=True)
+        HfApi().upload_folder(repo_id=push_to, folder_path=dest)
+    return dest
+
+
+def _layout(folder: Path) -> tuple[str, list[Path]]:
+    """Which layout a folder has, and the files that hold its weights."""
+    if any((folder / name).exists() for name in published.WEIGHT_FILES):
+        return "published", [folder / name for name in published.WEIGHT_FILES]
+    if (folder / WEIGHTS).exists():
+        return "native", [folder / WEIGHTS]
+    if (folder / SHARD_INDEX).exists():
+        shards = read_json(folder / SHARD_INDEX, ("weight_map",))["weight_map"].values()
+        return "native", [folder / name for name in sorted(set(shards))]
+    raise CheckpointError(
+        f"{folder} holds neither {' and '.join(published.WEIGHT_FILES)} nor {WEIGHTS}. Pickles "
+        "(.bin, .pt, .pth) are never loaded, since they can run code: where you trust one, write "
+        "its state dict with safetensors.torch.save_file."
+    )
+
+
+def _read_config(folder: Path, layout: str) -> QVisionConfig:
+    try:
+        if layout == "published":
+            return published.read_config(folder)
+        fields = read_json(folder / "config.json", ("model_type", "vision_config", "text_config"))
+        if fields["model_type"] != QVisionConfig.model_type:
+            raise ValueError(f"model_type={fields['model_type']!r} is not a QVision model.")
+        return QVisionConfig.from_dict(fields)
+    except CheckpointError:
+        raise
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _read_processor(folder: Path, layout: str, config: QVisionConfig) -> QVisionProcessor:
+    try:
+        if layout == "published":
+            tokenizer = published.read_tokenizer(folder, config)
+            return QVisionProcessor.from_config(config, tokenizer)
+        read_json(folder / "preprocessor_config.json")  # a plainer complaint than transformers'
+        processor = QVisionProcessor.from_pretrained(folder)
+        processor.check_fits(config)
+        return processor
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _match(
+    model: QVisionForConditionalGeneration, stored: dict[str, StoredTensor], layout: str
+) -> dict[str, StoredTensor]:
+    """The stored tensor of each parameter, under the model's name; nothing is left to chance."""
+    matched = {}
+    for name, parameter in model.named_parameters():  # the tied output layer is not repeated
+        key = published.stored_name(name) if layout == "published" else name
+        if key not in stored:
+            raise CheckpointError(
+                f"tensor {key} is missing from the {layout} weights; the files are incomplete, or "
+                "config.json describes another model."
+            )
+        tensor = stored.pop(key)
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(
+                f"tensor {key} in {tensor.file} has shape {list(tensor.shape)}, but config.json "
+                f"asks for {list(parameter.shape)}; one of the two belongs to another model."
+            )
+        if tensor.dtype is None:
+            raise CheckpointError(
+                f"tensor {key} in {tensor.file} is stored in a dtype other than "
+                f"{', '.join(DTYPES)}; store it in one of these."
+            )
+        matched[name] = tensor
+    unknown = [key for key in stored if not published.KNOWN_LEFTOVERS.fullmatch(key)]
+    if unknown:
+        raise CheckpointError(
+            f"{len(unknown)} tensors have no place in this model, {unknown[0]} first; config.json "
+            "describes another model, or the file holds more than weights."
+        )
+    return matched
+
+
+def _stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
+    dtypes = {tensor.dtype for tensor in stored.values()}
+    if len(dtypes) > 1:
+        raise CheckpointError(
+            f"dtype='auto', but the weights are stored in {len(dtypes)} dtypes; choose one of them."
+        )
+    return dtypes.pop()
+
+
+def _place(
+    model: QVisionForConditionalGeneration,
+    stored: dict[str, StoredTensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Give a model that was built on the meta device its weights and buffers, once."""
+    weights = read_tensors(stored, dtype, device)
+    weights["decoder.lm_head.weight"] = weights["decoder.language_model.wte.weight"]
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    model.config.dtype = dtype
+    embeddings = model.vision.tower.embeddings
+    embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
+    # GPT-Neo keeps a mask of 4 MB in every layer, though there are only two different ones.
+    text = model.config.text_config
+    positions = torch.arange(text.max_position_embeddings, device=device)
+    distance = positions[:, None] - positions
+    causal = (distance >= 0)[None, None]
+    masks = {"global": causal, "local": causal & (distance < text.window_size)}
+    for block in model.decoder.language_model.h:
+        block.attn.attention.bias = masks[block.attn.attention_type]
+
+
+def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """None where the files decide."""
+    if dtype is None:
+        return torch.float32
+    if dtype == "auto":
+        return None
+    parsed = DTYPES.get(dtype, dtype)
+    if parsed not in DTYPES.values():
+        raise CheckpointError(
+            f"dtype={dtype!r} does not exist here; use {', '.join(DTYPES)} or auto."
+        )
+    return parsed
+
+
+def _parse_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"device={device!r} does not exist; use cpu, cuda, cuda:N or mps."
+        ) from error
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.mps.device_count()}
+    count = counts.get(parsed.type, 0)
+    if (parsed.index or 0) >= count:
+        raise CheckpointError(
+            f"device={str(device)!r} is not available: this machine has {count} of kind "
+            f"{parsed.type!r}. Use cpu, or install a PyTorch that was built for your accelerator."
+        )
+    return parsed
+
+
+@contextmanager
+def _replacing(dest: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `dest` once everything is written."""
+    if dest.exists() and not dest.is_dir():
+        raise CheckpointError(f"{dest} is a file; give a folder to write to.")
+    present = {path.name for path in dest.iterdir()} if dest.exists() else set()
+    foreign = {name for name in present if name != "README.md" and not _is_needed(name)}
+    if foreign or (present and "config.json" not in present):
+        raise CheckpointError(
+            f"{dest} holds {min(foreign or present)}, so it is more than a checkpoint and is not "
+            "replaced; give another folder."
+        )
+    new, old = (dest.with_name(f".{dest.name}.{age}-{os.getpid()}") for age in ("new", "old"))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if present:
+            dest.rename(old)
+        new.replace(dest)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _is_needed(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in NEEDED_FILES)
+
+
+def _model_card(origin: Provenance) -> str:
+    source = Path(origin.source).name if Path(origin.source).exists() else origin.source
+    commit = f" at commit `{origin.revision}`" if origin.revision else ""
+    return f"""---
+library_name: qvision_lab
+pipeline_tag: image-to-text
+---
+# QVision captioner
+
+Written by `qvision_lab` from `{source}`{commit} ({origin.layout} layout, {origin.dtype}).
+Its terms of use, training data and limits are those of that checkpoint.
+
+```python
+import qvision_lab as ql
+
+captioner = ql.load("this folder")
+print(captioner.caption("photo.jpg").text)
+```
+"""

@@ -1,0 +1,100 @@
+"""Stage 3: visual tokens [B,1+Q,D] and the words so far [B,T] -> logits [B,T,V]."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import Cache, GPTNeoModel
+
+from qvision_lab.model.attention import FeedForward, MultiHeadAttention
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """Logits of the next token at each position, the KV cache, and what was asked for."""
+
+    logits: Float[Tensor, "B T V"]
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Float[Tensor, "B T D"], ...] | None = None
+    self_attentions: tuple[Float[Tensor, "B G T S"], ...] | None = None
+    cross_attentions: Float[Tensor, "B H T N"] | None = None
+
+
+class Bridge(nn.Module):
+    """The decoder's cross-attention: the only place where text meets image.
+
+    It sits behind GPT-Neo's last layer, so the language model itself never sees the picture.
+    """
+
+    def __init__(self, width: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = MultiHeadAttention(width, num_heads, dropout)
+        self.scale = nn.Parameter(torch.empty(1))
+        self.ffn_norm = nn.LayerNorm(width)
+        self.ffn = FeedForward(width, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        text_states: Float[Tensor, "B T D"],
+        visual_tokens: Float[Tensor, "B N D"],
+        output_attentions: bool = False,
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B H T N"] | None]:
+        seen, cross_map = self.attention(
+            self.attention_norm(text_states), visual_tokens, visual_tokens, output_attentions
+        )
+        states = text_states + self.scale * seen
+        states = states + self.ffn(self.ffn_norm(states))
+        return self.dropout(states), cross_map
+
+
+class Decoder(nn.Module):
+    """GPT-Neo (Black et al. 2021, doi:10.5281/zenodo.5297715), the bridge, the tied head."""
+
+    def __init__(self, language_model: GPTNeoModel, num_heads: int, dropout: float):
+        super().__init__()
+        width, vocabulary = language_model.config.hidden_size, language_model.config.vocab_size
+        self.language_model = language_model
+        self.bridge = Bridge(width, num_heads, dropout)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        visual_tokens: Float[Tensor, "B N D"],
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "_ T"] | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        last_logit_only: bool = False,
+    ) -> DecoderOutput:
+        """Read the words with GPT-Neo, look at the image through the bridge, score every next word.
+
+        Args:
+            attention_mask: 1 for words, 0 for padding. Padding on the right needs none: attention
+                is causal.
+            last_logit_only: score the last position alone, as a generation step does.
+        """
+        text = self.language_model(
+            inputs_embeds=self.dropout(self.language_model.wte(input_ids)),  # [B,T,D]
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        states = text.last_hidden_state[:, -1:] if last_logit_only else text.last_hidden_state
+        states, cross_map = self.bridge(states, visual_tokens, output_attentions)  # [B,T,D]
+        return DecoderOutput(
+            logits=self.lm_head(states),  # [B,T,V]
+            past_key_values=text.past_key_values,
+            hidden_states=text.hidden_states,
+            self_attentions=text.attentions,
+            cross_attentions=cross_map,
+        )

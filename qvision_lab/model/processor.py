@@ -1,0 +1,213 @@
+"""Both ends of the walk: pictures -> pixels, words <-> ids, and where each patch lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from PIL.Image import Resampling
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    CLIPImageProcessorPil,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from qvision_lab.model.config import QVisionConfig
+
+IMAGE_PRESETS = ("training", "model_card", "clip")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # either one makes a tokenizer
+
+
+def image_preset(name: str, side: int) -> dict:
+    """Arguments of CLIP's image processor that make pictures of `side` x `side` pixels.
+
+    `training` stretches (bilinear, antialiased) and normalises with CLIP's mean and deviation: what
+    the published model was trained with. `model_card` does the same without normalising, as its
+    card's example does by mistake. `clip` resizes the short side (bicubic) and crops the centre.
+    """
+    square = {"height": side, "width": side}
+    stretch = {"size": square, "resample": Resampling.BILINEAR, "do_center_crop": False}
+    crop = {"resample": Resampling.BICUBIC, "do_center_crop": True, "crop_size": square}
+    presets = {
+        "training": {**stretch, "do_normalize": True},
+        "model_card": {**stretch, "do_normalize": False},
+        "clip": {**crop, "size": {"shortest_edge": side}, "do_normalize": True},
+    }
+    if name not in presets:
+        raise ValueError(f"no image preset {name!r}; choose one of {', '.join(IMAGE_PRESETS)}.")
+    return presets[name]
+
+
+class QVisionProcessor(ProcessorMixin):
+    """Preprocessing that matches one model, as `from_config(model.config, tokenizer)` makes it.
+
+    The tokenizer's bos, eos and pad tokens are the model's start, end and pad tokens. It may be
+    None, as for models that were published without one: pictures still work, words raise.
+    """
+
+    def __init__(
+        self,
+        image_processor: CLIPImageProcessorPil,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.chat_template = None
+
+    @classmethod
+    def from_config(
+        cls, config: QVisionConfig, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> QVisionProcessor:
+        """Preprocess as a model of this configuration was trained; a tokenizer must fit it."""
+        vision = config.vision_config
+        settings = image_preset("training", vision.image_size)
+        processor = cls(CLIPImageProcessorPil(**settings, patch_size=vision.patch_size), tokenizer)
+        processor.check_fits(config)
+        return processor
+
+    @classmethod
+    def from_pretrained(cls, source: str | PathLike, **kwargs) -> QVisionProcessor:
+        """Read `preprocessor_config.json` and, where there is one, the tokenizer beside it.
+
+        A Hub id works too, with transformers' arguments; `ql.load` checks more and says more.
+        """
+        image_processor = CLIPImageProcessorPil.from_pretrained(source, **kwargs)
+        has_tokenizer = not Path(source).is_dir() or holds_tokenizer(Path(source))
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs) if has_tokenizer else None
+        return cls(image_processor, tokenizer)
+
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs):
+        """Write `preprocessor_config.json` and the tokenizer's files; transformers reads both."""
+        self.image_processor.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def check_fits(self, config: QVisionConfig) -> None:
+        """Raise ValueError unless picture size, vocabulary and special tokens are the model's."""
+        pairs = {
+            "image_size": (self.image_size, config.vision_config.image_size),
+            "patch_size": (self.image_processor.patch_size, config.vision_config.patch_size),
+        }
+        if (tokenizer := self.tokenizer) is not None:
+            pairs |= {
+                "vocab_size": (len(tokenizer), config.vocab_size),
+                "start_token_id": (tokenizer.bos_token_id, config.start_token_id),
+                "end_token_id": (tokenizer.eos_token_id, config.end_token_id),
+                "pad_token_id": (tokenizer.pad_token_id, config.pad_token_id),
+            }
+        for name, (ours, theirs) in pairs.items():
+            if ours != theirs:
+                raise ValueError(
+                    f"the processor has {name}={ours}, but the model {theirs}: take the tokenizer "
+                    "and preprocessor files that were saved with the model."
+                )
+
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Image.Image] | None = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        preset: str = "training",
+        max_length: int | None = None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Turn pictures and captions into what the model takes.
+
+        Args:
+            images: any size and mode.
+            text: captions as people write them; start and end tokens are added.
+            preset: one of `IMAGE_PRESETS`.
+            max_length: cut captions to this many tokens; the end token stays.
+
+        Returns:
+            `pixel_values` [B,3,H,W]; `input_ids` and `attention_mask` [R,T], padded on the right.
+        """
+        if images is None and text is None:
+            raise ValueError("pass images, text, or both; got neither.")
+        features = BatchFeature()
+        if images is not None:
+            images = [images] if isinstance(images, Image.Image) else list(images)
+            if foreign := {type(x).__name__ for x in images if not isinstance(x, Image.Image)}:
+                raise TypeError(f"pass PIL images, not {min(foreign)}; Captioner opens everything.")
+            settings = image_preset(preset, self.image_size)
+            features.update(self.image_processor(images, return_tensors="pt", **settings))
+        if text is not None:
+            captions = [text] if isinstance(text, str) else text
+            rows = [self.encode(caption, max_length) for caption in captions]
+            ones = [torch.ones_like(row) for row in rows]
+            pad = self.tokenizer.pad_token_id
+            features["input_ids"] = pad_sequence(rows, batch_first=True, padding_value=pad)
+            features["attention_mask"] = pad_sequence(ones, batch_first=True)
+        return features.convert_to_tensors(return_tensors)
+
+    def encode(self, caption: str, max_length: int | None = None) -> Tensor:
+        """Ids [T] of `"<START> " + caption + " <END>"`, the text that the model was trained on.
+
+        Special tokens that are spelled out inside a caption are read as plain characters.
+        """
+        tokenizer = self._speaking_tokenizer()
+        words = tokenizer(f" {caption} ", add_special_tokens=False, split_special_tokens=True)
+        kept = words["input_ids"][: None if max_length is None else max(max_length - 2, 0)]
+        return torch.tensor([tokenizer.bos_token_id, *kept, tokenizer.eos_token_id])
+
+    def decode(self, token_ids: Tensor | Sequence[int]) -> str:
+        """Text of one caption [T], without special tokens and surrounding space."""
+        return self._speaking_tokenizer().decode(token_ids, skip_special_tokens=True).strip()
+
+    def batch_decode(self, token_ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
+        """Texts of several captions [R,T]."""
+        return [self.decode(row) for row in token_ids]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square picture that the model sees, in pixels."""
+        return self.image_processor.size["height"]
+
+    def patch_boxes(
+        self, original_size: tuple[int, int] | None = None, preset: str = "training"
+    ) -> Float[np.ndarray, "P 4"]:
+        """Where each patch lies: x, y, width, height in pixels, in the order of the image tokens.
+
+        Without `original_size` (width, height) in the picture that the model sees; with it, in the
+        original, from which the preset made that picture by stretching or by resizing and cropping.
+        """
+        side, step = self.image_size, self.image_processor.patch_size
+        corners = np.arange(0, side - step + 1, step)
+        y, x = np.meshgrid(corners, corners, indexing="ij")
+        size = np.full(x.size, step)
+        boxes = np.stack([x.ravel(), y.ravel(), size, size], axis=1).astype(float)  # [P,4]
+        if original_size is None:
+            return boxes
+        original = np.array(original_size)
+        if image_preset(preset, side)["do_center_crop"]:
+            resized = side * original // original.min()  # the short side becomes `side`
+            boxes[:, :2] += (resized - side) // 2
+        else:
+            resized = np.array([side, side])
+        return boxes * np.tile(original / resized, 2)
+
+    def _speaking_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ValueError(
+                "there is no tokenizer, so the model works on token ids only; set "
+                "processor.tokenizer to the one that it was trained with."
+            )
+        return self.tokenizer
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint folder brings its own tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+AutoProcessor.register(QVisionConfig, QVisionProcessor)

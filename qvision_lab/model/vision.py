@@ -1,0 +1,29 @@
+"""Stage 1: pixels [B,3,H,W] -> image tokens [B,P,D]."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import CLIPVisionModel
+
+
+class VisionEncoder(nn.Module):
+    """CLIP's vision tower (Radford et al. 2021, arXiv:2103.00020) and a projection to the width D.
+
+    The tower stays frozen in QVision, so its output for an image never changes and can be kept:
+    `see` and `project` are the two halves on either side of such a cache.
+    """
+
+    def __init__(self, tower: CLIPVisionModel, width: int):
+        super().__init__()
+        self.tower = tower
+        self.projection = nn.Linear(tower.config.hidden_size, width)
+
+    def see(self, pixel_values: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P C"]:
+        """CLIP's last hidden state of each patch: before the final norm, without the CLS token."""
+        return self.tower(pixel_values.to(self.tower.dtype)).last_hidden_state[:, 1:]  # [B,P,C]
+
+    def project(self, vision_states: Float[Tensor, "B P C"]) -> Float[Tensor, "B P D"]:
+        """Bring CLIP's width C to the width D of everything that follows."""
+        return self.projection(vision_states.to(self.projection.weight.dtype))  # [B,P,D]
+
+    def forward(self, pixel_values: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
+        return self.project(self.see(pixel_values))

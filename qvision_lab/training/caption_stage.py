@@ -1,0 +1,191 @@
+"""Stage two: with eyes that can see, learn to say what is there.
+
+The tower stays frozen, as CLIP does in the published model, so its states for a picture never
+change: they are computed once, and the Q-Former, the bridge and GPT-Neo are trained on them from
+random weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from jaxtyping import Float
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import CLIPVisionModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from qvision_lab.data import scenes
+from qvision_lab.data.scenes.telling import tell
+from qvision_lab.data.scenes.world import layout
+from qvision_lab.model.captioner import (
+    IGNORED_LABEL,
+    QVisionForConditionalGeneration,
+    generation_preset,
+)
+from qvision_lab.model.config import QVisionConfig
+from qvision_lab.model.processor import QVisionProcessor
+from qvision_lab.training.trainer import CurveWriter, StageTrainer, last_checkpoint, stage_arguments
+from qvision_lab.training.vision_stage import normalise
+
+SPECIAL_TOKENS = {"pad_token": "<PAD>", "bos_token": "<START>", "eos_token": "<END>"}
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE (Radford et al. 2019) of its own: short for Scenes, able to spell anything.
+
+    Captions are learned with a space before and after, as the model's text has them.
+    """
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        (f" {caption} " for caption in captions),
+        vocab_size=vocab_size,
+        min_frequency=10,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        show_progress=False,
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **SPECIAL_TOKENS)
+
+
+@dataclass(frozen=True)
+class SeenScenes:
+    """Scenes as the frozen tower sees them: `states[i]` belongs to scene (`split`, `seed`, i)."""
+
+    split: str
+    seed: int
+    states: Float[np.ndarray, "N P C"]
+
+
+def see_scenes(
+    tower: CLIPVisionModel, path: Path, n: int, split: str, seed: int, workers: int
+) -> SeenScenes:
+    """Draw `n` scenes and keep the tower's states of their patches in half precision, once."""
+    with PartialState().main_process_first():
+        if not path.exists():
+            _see_scenes(tower, path, n, split, seed, workers)
+    states = np.load(path, mmap_mode="r")
+    if len(states) != n:
+        raise ValueError(f"{path} holds {len(states)} pictures, not {n}; delete it to start anew.")
+    return SeenScenes(split, seed, states)
+
+
+@torch.no_grad()
+def _see_scenes(
+    tower: CLIPVisionModel, path: Path, n: int, split: str, seed: int, workers: int
+) -> None:
+    patches = (tower.config.image_size // tower.config.patch_size) ** 2
+    partial = path.with_suffix(".partial")
+    shape = (n, patches, tower.config.hidden_size)
+    states = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
+    drawn = scenes.generate(n, split=split, seed=seed, workers=workers)
+    with tqdm(desc=f"seeing {split}", total=n, unit="picture") as progress:
+        for start in range(0, n, 64):
+            some = [next(drawn) for _ in range(min(64, n - start))]
+            pixels = np.stack([np.asarray(scene.image) for scene in some])
+            seen = tower(normalise(pixels)).last_hidden_state[:, 1:]  # [B,P,C]
+            states[start : start + len(some)] = seen.numpy()
+            progress.update(len(some))
+    states.flush()
+    partial.replace(path)
+
+
+class CaptionedStates(Dataset):
+    """Frozen states with captions: every visit to a picture brings the next few of its five."""
+
+    def __init__(self, seen: SeenScenes, processor: QVisionProcessor, captions_per_visit: int):
+        self.states = seen.states
+        self.captions_per_visit = captions_per_visit
+        self.captions = [
+            [
+                processor.encode(caption)
+                for caption in tell(layout(seen.split, seed=seen.seed, index=i))
+            ]
+            for i in tqdm(range(len(seen.states)), "telling", unit="scene")
+        ]
+
+    def __len__(self) -> int:
+        return len(self.states) * len(self.captions[0])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | list[Tensor]]:
+        visit, picture = divmod(index, len(self.states))
+        captions = self.captions[picture]
+        first = visit * self.captions_per_visit
+        chosen = [captions[(first + k) % len(captions)] for k in range(self.captions_per_visit)]
+        states = torch.from_numpy(self.states[picture].astype(np.float32))
+        return {"vision_states": states, "captions": chosen}
+
+
+@dataclass(frozen=True)
+class CaptionCollator:
+    """Stacks pictures and, next to each other, their captions, padded on the right."""
+
+    pad_token_id: int
+
+    def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
+        rows = [caption for sample in samples for caption in sample["captions"]]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)  # [R,T]
+        labels = input_ids.masked_fill(input_ids == self.pad_token_id, IGNORED_LABEL)
+        labels[:, 0] = IGNORED_LABEL  # never a target, so it must not count as one
+        states = torch.stack([sample["vision_states"] for sample in samples])  # [B,P,C]
+        return {"vision_states": states, "input_ids": input_ids, "labels": labels}
+
+
+def measure_truth(
+    model: QVisionForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, seen: SeenScenes
+) -> dict[str, float]:
+    """Rates of `scenes.score`, 0 to 1, of greedy captions of all scenes seen."""
+    settings = generation_preset("greedy", model.config)
+    texts = []
+    for start in range(0, len(seen.states), 100):
+        states = torch.from_numpy(seen.states[start : start + 100].astype(np.float32))
+        ids = model.generate(vision_states=states.to(model.device), generation_config=settings)
+        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    checks = [
+        scenes.check(text.strip(), layout(seen.split, seen.seed, i)) for i, text in enumerate(texts)
+    ]
+    return {name.replace(" ", "_"): rate.value for name, rate in scenes.score(checks).items()}
+
+
+def learn_to_tell(
+    tower: CLIPVisionModel,
+    config: QVisionConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: dict,
+    seed: int,
+    folder: Path,
+) -> QVisionForConditionalGeneration:
+    """Run the stage, or take it up where it stopped; returns the whole captioner."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def seen(split: str, n: int, seed: int) -> SeenScenes:
+        path = folder / f"states-{split}-{seed}-{n}.npy"
+        return see_scenes(tower, path, n, split, seed, stage["workers"])
+
+    held_out = seen("val", stage["held_out"], 0)
+    processor = QVisionProcessor.from_config(config, tokenizer)
+    captioned = CaptionedStates(
+        seen("train", stage["pictures"], 0), processor, stage["captions_per_visit"]
+    )
+    torch.manual_seed(seed)
+    model = QVisionForConditionalGeneration(config)
+    model.vision.tower.load_state_dict(tower.state_dict())
+    model.vision.tower.requires_grad_(False)
+    trainer = StageTrainer(
+        model,
+        stage_arguments(folder, seed, stage),
+        data_collator=CaptionCollator(config.pad_token_id),
+        train_dataset=captioned,
+        eval_dataset=captioned,
+        callbacks=[CurveWriter(folder / "curve.csv")],
+        measure=lambda model: measure_truth(model, tokenizer, held_out),
+        matrix_learning_rate=stage["matrix_learning_rate"],
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    return model.eval()

@@ -1,0 +1,83 @@
+"""The model card of a captioner that was trained on Scenes: what it is, its scores, its limits."""
+
+from __future__ import annotations
+
+TRUTHS = {
+    "pairs right": "every (colour, object) pair of the scene named, and no other",
+    "object recall": "objects in the scene that are named",
+    "object precision": "objects named that are in the scene",
+    "hallucination": "captions that name an object that is not there",
+    "count stated": "groups of two or more told with a number",
+    "count right": "of those numbers, right",
+    "relation stated": "captions of two different single objects that state a relation",
+    "relation right": "of those relations, right",
+    "background right": "backgrounds told, right",
+    "sky right": "suns and moons told, right",
+    "true": "captions that are true as a whole",
+    "outside": "captions with a part outside the language of Scenes",
+}
+OVERLAPS = ("BLEU-4", "BLEU-4, a sixth caption", "CIDEr", "CIDEr, a sixth caption")
+
+CARD = """---
+library_name: qvision_lab
+pipeline_tag: image-to-text
+license: mit
+---
+# QVision, small, trained on Scenes
+
+A captioner of QVision's architecture (frozen vision tower, Q-Former, GPT-Neo with a bridge),
+{parameters:.1f} million parameters, trained from random weights on Scenes, the drawn world of
+`qvision_lab`, by `qvision train {name}`. It makes every notebook, test and demo run without
+network. It knows nothing of photographs.
+
+## How it was trained
+
+1. The vision tower learned to see: for every patch the object, its colour and its box, from the
+   scene's own truth. This stands in for CLIP's pre-training. It means that where this captioner
+   looks did **not** emerge from captions alone.
+2. The tower was frozen, and the Q-Former, the bridge and GPT-Neo learned to tell, from captions.
+
+`run.yaml` beside this card holds every setting, seed and version.
+
+## Scores
+
+Greedy captions of scenes that training never saw: `test` like the training pictures, `compose`
+with colours that these objects never had in training, `crowd` with five to eight objects, of which
+no caption was ever trained on.
+
+{table}
+
+BLEU-4 and CIDEr are measured against five captions of each scene. A sixth caption by the grammar
+that told them shows how far true captions can differ.
+
+## Limits
+
+It speaks the language of Scenes, about ninety words, and says things of any picture in them.
+"""
+
+
+def scenes_card(run: dict, scores: dict[str, dict], parameters: int) -> str:
+    """The card of one run, with the scores of each split side by side."""
+    splits = list(scores)
+    lines = [
+        "| | " + " | ".join(f"{split} ({_captions(scores[split]):,})" for split in splits) + " |",
+        "|---|" + "---:|" * len(splits),
+    ]
+    for name, meaning in TRUTHS.items():
+        cells = (_percent(scores[split]["truth"].get(name)) for split in splits)
+        lines.append(f"| {meaning} | " + " | ".join(cells) + " |")
+    for name in OVERLAPS:
+        cells = (f"{scores[split]['overlap'][name]:.1f}" for split in splits)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return CARD.format(
+        name=run["recipe"]["name"], parameters=parameters / 1e6, table="\n".join(lines)
+    )
+
+
+def _captions(score: dict) -> int:
+    return score["truth"]["true"]["total"]
+
+
+def _percent(rate: dict | None) -> str:
+    """A share; a dash where the split has nothing to count."""
+    return f"{100 * rate['value']:.1f}%" if rate and rate["total"] else "-"

@@ -1,0 +1,173 @@
+"""One trainer for every stage: transformers' own, with Muon, measured by what the stage is for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the matrices of a network and AdamW for everything else, as one optimizer.
+
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) is meant for hidden
+    matrices; embeddings, heads, biases and norms stay with AdamW, as its authors advise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        matrix_learning_rate: float,
+        weight_decay: float,
+    ):
+        embeddings = {
+            id(parameter)
+            for module in model.modules()
+            if isinstance(module, nn.Embedding)
+            for parameter in module.parameters()
+        }
+        matrices, others = [], []
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            hidden = parameter.ndim == 2 and "head" not in name and id(parameter) not in embeddings
+            (matrices if hidden else others).append(parameter)
+        self.muon = torch.optim.Muon(
+            matrices, lr=matrix_learning_rate, weight_decay=weight_decay, momentum=0.95
+        )
+        self.adamw = torch.optim.AdamW(
+            others, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True
+        )
+        super().__init__(self.muon.param_groups + self.adamw.param_groups, defaults={})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """The schedule writes learning rates into `param_groups`: they must be the parts' own."""
+        self.param_groups = self.muon.param_groups + self.adamw.param_groups
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = self.muon.step(closure)
+        self.adamw.step()
+        return loss
+
+    def state_dict(self) -> dict:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.muon.load_state_dict(state_dict["muon"])
+        self.adamw.load_state_dict(state_dict["adamw"])
+        self._share_groups()
+
+
+class StageTrainer(Trainer):
+    """A Trainer that uses `MuonAdamW` and whose evaluation is the stage's own measure.
+
+    Args:
+        measure: gets the model in evaluation mode, returns numbers to be logged.
+        matrix_learning_rate: peak rate of Muon; AdamW's is `args.learning_rate`.
+    """
+
+    def __init__(
+        self,
+        *args,
+        measure: Callable[[nn.Module], dict[str, float]],
+        matrix_learning_rate: float,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.measure = measure
+        self.matrix_learning_rate = matrix_learning_rate
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = MuonAdamW(
+                model or self.model,
+                learning_rate=self.args.learning_rate,
+                matrix_learning_rate=self.matrix_learning_rate,
+                weight_decay=self.args.weight_decay,
+            )
+        return self.optimizer
+
+    def evaluate(self, *_args, **_kwargs) -> dict[str, float]:
+        self.model.eval()
+        with torch.no_grad():
+            metrics = {f"eval_{name}": value for name, value in self.measure(self.model).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+
+class CurveWriter(TrainerCallback):
+    """Keeps a stage's log as a CSV, one row a logged step, whole after every write."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(self, args, state, control, **kwargs):
+        write_whole(self.path, pd.DataFrame(state.log_history).to_csv(index=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under another name first, so that it is never there by halves."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def stage_arguments(folder: Path, seed: int, stage: dict) -> TrainingArguments:
+    """Trainer settings of a recipe's stage: one warm-up, one cosine, checkpoints to resume."""
+    steps, processes = stage["steps"], PartialState().num_processes
+    if stage["batch_size"] % processes:
+        raise ValueError(
+            f"batch_size={stage['batch_size']} cannot be shared by {processes} processes; choose a "
+            "multiple of them."
+        )
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=stage["batch_size"] // processes,
+        gradient_accumulation_steps=stage.get("accumulation", 1),
+        learning_rate=stage["learning_rate"],
+        weight_decay=stage["weight_decay"],
+        warmup_steps=min(stage["warmup_steps"], steps // 4),
+        lr_scheduler_type="cosine",
+        max_grad_norm=1.0,
+        bf16=stage.get("bf16", True),
+        logging_steps=max(1, min(50, steps // 10)),
+        eval_strategy="steps",
+        eval_steps=max(1, steps // stage.get("measurements", 8)),
+        save_steps=max(1, steps // 8),
+        save_total_limit=1,
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        report_to=[],
+    )
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint of a run that was written to its end; None where there is none.
+
+    The Trainer writes `trainer_state.json` last, so a folder in which it parses is whole.
+    """
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        step = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if step:
+            found[int(step[1])] = str(path)
+    return found[max(found)] if found else None

@@ -1,0 +1,277 @@
+"""Stage one: a vision tower learns to see, before there are any words.
+
+The published model takes its eyes from CLIP, which needed 400 million captioned pictures. Ours
+learns from the truth that Scenes knows about every picture: what each patch shows, in which
+colour, and how far the object around it reaches. This stands in for CLIP's pre-training; it means
+that where the captioner looks did not emerge from captions alone.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from jaxtyping import Float, Num
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import ConcatDataset, Dataset
+from tqdm.auto import tqdm
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from qvision_lab.data import scenes
+from qvision_lab.data.scenes.world import BACKGROUNDS, CATEGORIES, COLORS, PICTURE, SKIES
+from qvision_lab.training.trainer import CurveWriter, StageTrainer, last_checkpoint, stage_arguments
+
+SHOWN, GLIMPSED = 0.12, 0.02  # shares of a patch from which an object counts, or leaves doubt
+SKY = (None, *SKIES)
+
+
+def sight_type(grid: int) -> np.dtype:
+    """One drawn picture and what each of its `grid` x `grid` patches shows, as it lies on disk."""
+    patches = grid * grid
+    return np.dtype(
+        [
+            ("pixels", "u1", (PICTURE, PICTURE, 3)),
+            ("category", "i1", (patches,)),  # of the object that covers most of the patch, from 1
+            ("color", "i1", (patches,)),
+            ("coverage", "f2", (patches,)),  # share of the patch that this object covers
+            ("box", "f2", (patches, 4)),  # its centre (x, y), width and height in patches
+            ("center", "?", (patches,)),  # whether an object's centre lies in the patch
+            ("background", "i1"),
+            ("sky", "i1"),
+        ]
+    )
+
+
+def sight(scene: scenes.Scene, grid: int) -> np.void:
+    """The record of one scene: see `sight_type`."""
+    record = np.zeros((), sight_type(grid))
+    side = PICTURE // grid
+    masks = scene.masks.reshape(-1, grid, side, grid, side)
+    covered = masks.mean((2, 4)).reshape(len(scene.masks), -1)  # [objects, patches]
+    nearest = covered.argmax(0)
+    boxes = np.array([(*thing.center, *thing.box[2:]) for thing in scene.objects]) / side
+    categories = [1 + list(CATEGORIES).index(thing.category) for thing in scene.objects]
+    colors = [list(COLORS).index(thing.color) for thing in scene.objects]
+    columns, rows = boxes[:, :2].astype(int).T
+    record["pixels"] = np.asarray(scene.image)
+    record["category"] = np.array(categories)[nearest]
+    record["color"] = np.array(colors)[nearest]
+    record["coverage"] = covered.max(0)
+    record["box"] = boxes[nearest]
+    record["center"][rows * grid + columns] = True
+    record["background"] = BACKGROUNDS.index(scene.background)
+    record["sky"] = SKY.index(scene.sky)
+    return record[()]
+
+
+def draw_sights(path: Path, n: int, split: str, seed: int, grid: int, workers: int) -> np.ndarray:
+    """Draw `n` scenes to a file of records, once, and read it into memory (150 kB a picture)."""
+    with PartialState().main_process_first():
+        if not path.exists():
+            _draw_sights(path, n, split, seed, grid, workers)
+    records = np.load(path)
+    if len(records) != n or records.dtype != sight_type(grid):
+        raise ValueError(
+            f"{path} holds {len(records)} pictures of another recipe, not {n} of this one; "
+            "delete it or choose another output folder."
+        )
+    return records
+
+
+def _draw_sights(path: Path, n: int, split: str, seed: int, grid: int, workers: int) -> None:
+    partial = path.with_suffix(".partial")
+    records = np.lib.format.open_memmap(partial, "w+", sight_type(grid), (n,))
+    drawn = scenes.generate(n, split=split, seed=seed, workers=workers)
+    for i, scene in enumerate(tqdm(drawn, f"drawing {split}", total=n, unit="picture")):
+        records[i] = sight(scene, grid)
+    records.flush()
+    partial.replace(path)
+
+
+def normalise(pixels: Num[np.ndarray, "B H W 3"]) -> Float[Tensor, "B 3 H W"]:
+    """Pixels 0..255 as CLIP wants them; equal to the processor's `training` preset at 224 x 224."""
+    mean = torch.tensor(OPENAI_CLIP_MEAN) * 255
+    std = torch.tensor(OPENAI_CLIP_STD) * 255
+    return ((torch.from_numpy(pixels) - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+class Sights(Dataset):
+    """Records as training batches; the second half of the set is the first, mirrored."""
+
+    def __init__(self, records: np.ndarray, grid: int):
+        self.records = records
+        self.grid = grid
+
+    def __len__(self) -> int:
+        return 2 * len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        record = self.records[index % len(self.records)]
+        mirrored = index >= len(self.records)
+        sample = {}
+        for name in record.dtype.names:
+            value = np.array(record[name])
+            if mirrored and name == "pixels":
+                value = value[:, ::-1]
+            elif mirrored and value.ndim:
+                by_row = value.reshape(self.grid, self.grid, -1)[:, ::-1]
+                value = by_row.reshape(value.shape)
+                if name == "box":
+                    value[:, 0] = self.grid - value[:, 0]
+            sample[name] = value
+        return sample
+
+
+def collate(samples: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    """Stack samples; pixels become normalised `pixel_values`, everything else tensors."""
+    batch = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+    pixel_values = normalise(batch.pop("pixels"))
+    tensors = {
+        name: torch.from_numpy(value.astype("f4" if value.dtype.kind == "f" else "i8"))
+        for name, value in batch.items()
+    }
+    return {"pixel_values": pixel_values, **tensors}
+
+
+class SeeingModel(nn.Module):
+    """A vision tower with heads that name what each patch shows; only the tower is kept."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.tower = CLIPVisionModel(config)
+        self.tower.post_layernorm.requires_grad_(False)  # behind the states that QVision reads
+        width = config.hidden_size
+        grid = config.image_size // config.patch_size
+        with torch.no_grad():
+            embeddings = self.tower.embeddings
+            embeddings.patch_embedding.weight.copy_(low_frequencies(width, config.patch_size))
+            embeddings.position_embedding.weight[1:].copy_(0.5 * sine_cosine(grid, width))
+        # Objects as points (Zhou et al. 2019, arXiv:1904.07850): each patch says what its object
+        # is, where it is centred and how large it is, and whether its centre is here.
+        self.sizes = (len(CATEGORIES) + 1, len(COLORS), 4, 1)
+        self.patch_heads = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(self.sizes)))
+        self.scene_heads = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, len(BACKGROUNDS) + len(SKY))
+        )
+        rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+        centers = torch.stack([columns, rows], -1).flatten(0, 1) + 0.5
+        self.register_buffer("patch_centers", centers, persistent=False)  # [P,2], in patches
+
+    def predict(self, pixel_values: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, ...]:
+        """Scores of category, colour, box and centre of each patch; of background and sky."""
+        states = self.tower(pixel_values).last_hidden_state[:, 1:]  # [B,P,C]
+        patches = self.patch_heads(states).float().split(self.sizes, -1)
+        scene = self.scene_heads(states.mean(1)).float()
+        return *patches, *scene.split((len(BACKGROUNDS), len(SKY)), -1)
+
+    def forward(self, pixel_values: Float[Tensor, "B 3 H W"], **truth: Tensor) -> dict[str, Tensor]:
+        """The weighted sum of all losses."""
+        category, color, box, center, background, sky = self.predict(pixel_values)
+        shown = (truth["coverage"] > SHOWN) | (
+            (truth["center"] > 0) & (truth["coverage"] > GLIMPSED)
+        )
+        in_doubt = (truth["coverage"] > GLIMPSED) & ~shown
+        weight = torch.where(shown, 1.0, torch.where(in_doubt, 0.0, 0.3))
+        target = truth["category"].where(shown, 0)
+        category_loss = F.cross_entropy(category.transpose(1, 2), target, reduction="none")
+        center_xy, extent = truth["box"].split(2, -1)
+        target_box = torch.cat([center_xy - self.patch_centers, (extent / 1.5).log()], -1)
+        return {
+            "loss": (category_loss * weight).sum() / weight.sum()
+            + 0.7 * F.cross_entropy(color[shown], truth["color"][shown])
+            + 0.5 * F.smooth_l1_loss(box[shown], target_box[shown], beta=0.2)
+            + 0.5
+            * F.binary_cross_entropy_with_logits(
+                center.squeeze(-1), truth["center"].float(), pos_weight=center.new_tensor(3.0)
+            )
+            + 0.1 * F.cross_entropy(background, truth["background"])
+            + 0.1 * F.cross_entropy(sky, truth["sky"])
+        }
+
+
+def low_frequencies(width: int, patch: int) -> Float[Tensor, "width 3 patch patch"]:
+    """Patch filters to start from: the slowest cosines, brightness before colour, whitened.
+
+    Natural and drawn pictures alike hold less the finer one looks (about 1 / frequency); dividing
+    by that makes all filters equally loud.
+    """
+    steps = torch.arange(patch)
+    cosines = torch.stack([torch.cos(math.pi * (steps + 0.5) * k / patch) for k in range(patch)])
+    cosines = cosines / cosines.norm(dim=1, keepdim=True)
+    opponents = torch.tensor([[1, 1, 1], [1, 0, -1], [0.5, -1, 0.5]])
+    opponents = opponents / opponents.norm(dim=1, keepdim=True)
+    order = sorted(
+        (math.hypot(u + 0.5, v + 0.5) * (1 if channel == 0 else 2), channel, u, v)
+        for channel in range(3)
+        for u in range(patch)
+        for v in range(patch)
+    )
+    return torch.stack(
+        [
+            torch.einsum("c,y,x->cyx", opponents[channel], cosines[u], cosines[v])
+            * (math.hypot(u + 1, v + 1) / patch)
+            for _, channel, u, v in order[:width]
+        ]
+    )
+
+
+def sine_cosine(grid: int, width: int) -> Float[Tensor, "patches width"]:
+    """Positions to start from: sines and cosines of column and row (Vaswani et al. 2017)."""
+    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    frequencies = 50.0 ** (-torch.arange(width // 4) / (width // 4))
+    angles = [axis.flatten()[:, None] * frequencies for axis in (columns, rows)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)
+
+
+def measure_sight(model: SeeingModel, sights: Sights, batch_size: int = 100) -> dict[str, float]:
+    """Shares of what is right on unmirrored pictures, 0 to 1.
+
+    `category`, `color`: of patches that show an object. `background`, `sky`: of pictures.
+    `picture`: of pictures in which all those patches are right in both.
+    """
+    hits = {name: [] for name in ("category", "color", "background", "sky", "picture")}
+    for start in range(0, len(sights.records), batch_size):
+        stop = min(start + batch_size, len(sights.records))
+        batch = collate([sights[i] for i in range(start, stop)])
+        category, color, _, _, background, sky = model.predict(batch["pixel_values"])
+        shown = batch["coverage"] > SHOWN
+        category_right = category.argmax(-1) == batch["category"]
+        color_right = color.argmax(-1) == batch["color"]
+        hits["category"].append(category_right[shown])
+        hits["color"].append(color_right[shown])
+        hits["background"].append(background.argmax(-1) == batch["background"])
+        hits["sky"].append(sky.argmax(-1) == batch["sky"])
+        hits["picture"].append((~shown | (category_right & color_right)).all(1))
+    return {name: torch.cat(parts).float().mean().item() for name, parts in hits.items()}
+
+
+def learn_to_see(config: CLIPVisionConfig, stage: dict, seed: int, folder: Path) -> CLIPVisionModel:
+    """Run the stage, or take it up where it stopped; returns the trained tower."""
+    grid = config.image_size // config.patch_size
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def drawn(split: str, n: int, seed: int) -> Sights:
+        path = folder / f"{split}-{seed}-{n}.npy"
+        return Sights(draw_sights(path, n, split, seed, grid, stage["workers"]), grid)
+
+    pictures = [drawn(part["split"], part["n"], part["seed"]) for part in stage["pictures"]]
+    held_out = drawn("val", stage["held_out"], 0)
+    torch.manual_seed(seed)
+    model = SeeingModel(config)
+    trainer = StageTrainer(
+        model,
+        stage_arguments(folder, seed, stage),
+        data_collator=collate,
+        train_dataset=ConcatDataset(pictures),
+        eval_dataset=held_out,
+        callbacks=[CurveWriter(folder / "curve.csv")],
+        measure=lambda model: measure_sight(model, held_out),
+        matrix_learning_rate=stage["matrix_learning_rate"],
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    return model.tower.eval()

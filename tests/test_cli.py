@@ -1,0 +1,129 @@
+"""The command: light to start, plain about errors, and honest in its exit status."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from test_captioning import tiny_captioner
+
+from qvision_lab.cli import main
+from qvision_lab.model.captioner import generation_preset
+from qvision_lab.model.checkpoint import Checkpoint, Provenance, save_checkpoint
+
+HEAVY = ("torch", "transformers", "pandas", "matplotlib", "numpy", "PIL")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    captioner = tiny_captioner()
+    captioner.model.generation_config = generation_preset("greedy", captioner.model.config)
+    origin = Provenance("a test", "native", None, {}, "float32")
+    dest = tmp_path_factory.mktemp("checkpoint")
+    return save_checkpoint(Checkpoint(captioner.model, captioner.processor, origin), dest)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A picture, and a file that only pretends to be one."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (40, 30), "red").save(folder / "good.png")
+    (folder / "bad.png").write_text("hello")
+    return folder
+
+
+def test_help_is_light():
+    code = (
+        "import sys, qvision_lab; from qvision_lab.cli import main; status = main([]); "
+        f"print(status, [name for name in {HEAVY} if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *shown, last = run.stdout.splitlines()
+    assert last == "0 []"
+    assert any("caption pictures" in line for line in shown)
+
+
+def test_every_command_has_help(capsys):
+    commands = ["caption", "info", "convert", "demo", "scenes", "train", "bench"]
+    for words in ([], *([name] for name in commands), ["scenes", "write"], ["scenes", "stats"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--help"])
+        assert stop.value.code == 0
+        assert "usage: qvision" in capsys.readouterr().out
+
+
+def test_caption_to_the_screen(checkpoint, photos, capsys):
+    good = photos / "good.png"
+    assert main(["caption", str(good), "--model", str(checkpoint)]) == 0
+    assert capsys.readouterr().out.startswith(f"{good}: ")
+    words = ["--temperature", "0.9", "--num-captions", "2", "--json"]
+    assert main(["caption", str(good), "--model", str(checkpoint), *words]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert len(record["captions"]) == 2
+    assert record["settings"]["temperature"] == 0.9
+
+
+def test_caption_to_a_file_counts_failures(checkpoint, photos, tmp_path, capsys):
+    output = tmp_path / "captions.jsonl"
+    words = ["caption", str(photos), "--model", str(checkpoint), "--output", str(output)]
+    assert main(words) == 1
+    shown = capsys.readouterr()
+    assert "1 captioned, 0 already there, 1 failed" in shown.out
+    assert "bad.png is no picture" in shown.err
+    (photos / "bad.png").unlink()
+    assert main(words) == 0
+    assert "0 captioned, 1 already there, 0 failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["caption", "NOWHERE"],
+        ["caption", "PHOTOS", "--model", "NOWHERE"],
+        ["caption", "PHOTOS", "--model", "CHECKPOINT", "--preset", "best"],
+        ["info", "NOWHERE"],
+        ["demo", "--n", "0"],
+        ["scenes", "stats", "--split", "everything"],
+        ["train", "NOWHERE", "--output", "NOWHERE"],
+    ],
+)
+def test_user_errors_are_one_line(words, checkpoint, photos, tmp_path, capsys):
+    places = {"NOWHERE": tmp_path / "nowhere", "PHOTOS": photos, "CHECKPOINT": checkpoint}
+    (tmp_path / "nowhere").mkdir()
+    assert main([str(places.get(word, word)) for word in words]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("qvision: error: ")
+
+
+def test_info_prints_parameters_and_provenance(checkpoint, capsys):
+    assert main(["info", str(checkpoint)]) == 0
+    shown = capsys.readouterr().out
+    assert "native layout" in shown
+    assert "model.safetensors" in shown
+    total = sum(parameter.numel() for parameter in tiny_captioner().model.parameters())
+    assert f"{total:,}" in shown
+
+
+def test_scenes_are_written_and_described(tmp_path, capsys):
+    assert main(["scenes", "write", str(tmp_path / "scenes"), "--n", "2"]) == 0
+    assert len(list((tmp_path / "scenes" / "images").iterdir())) == 2
+    assert main(["scenes", "stats", "--n", "20"]) == 0
+    assert "objects per picture" in capsys.readouterr().out
+
+
+def test_demo_judges_what_it_captions(checkpoint, tmp_path, capsys):
+    sheet = tmp_path / "figures" / "demo.png"
+    words = ["demo", "--n", "3", "--model", str(checkpoint), "--output", str(sheet)]
+    assert main(words) == 0
+    assert Image.open(sheet).width > 500
+    assert list(sheet.parent.iterdir()) == [sheet]
+    assert "(0/3)" in capsys.readouterr().out  # random weights say nothing true
+
+
+def test_bench_writes_its_results(checkpoint, tmp_path, capsys):
+    words = ["bench", "--quick", "--model", str(checkpoint), "--output", str(tmp_path / "results")]
+    assert main(words) == 0
+    assert "times as fast" in capsys.readouterr().out
+    assert len(list((tmp_path / "results").glob("*.json"))) == 2

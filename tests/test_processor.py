@@ -1,0 +1,105 @@
+"""Pictures become the original's pixels, words become its ids, and patches keep their place."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoProcessor
+
+from qvision_lab.model.config import QVisionConfig
+from qvision_lab.model.processor import IMAGE_PRESETS, QVisionProcessor
+
+
+@pytest.fixture
+def processor(tiny, byte_tokenizer) -> QVisionProcessor:
+    return QVisionProcessor.from_config(tiny.config, byte_tokenizer)
+
+
+def test_presets_equal_the_original_pixels(shared):
+    processor = QVisionProcessor.from_config(QVisionConfig())
+    expected = load_file(shared / "reference" / "preprocess" / "expected.safetensors")
+    assert {key.rsplit(".", 1)[1] for key in expected} == set(IMAGE_PRESETS)
+    for key, pixels in expected.items():
+        name, preset = key.rsplit(".", 1)
+        (path,) = (shared / "coco_mini").rglob(name)
+        with Image.open(path) as image:
+            ours = processor(images=image, preset=preset)["pixel_values"][0]
+        assert_close(ours, pixels, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_any_mode_becomes_three_channels(processor, mode):
+    pixels = processor(images=[Image.new(mode, (50, 20))])["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 32)
+    assert pixels.dtype == torch.float32
+
+
+def test_captions_become_the_training_text_and_come_back(processor, byte_tokenizer):
+    captions = ["a dog", "two red kites"]
+    batch = processor(text=captions)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert ids[0, : mask[0].sum()].tolist() == byte_tokenizer("<START> a dog <END>")["input_ids"]
+    assert ids[0, mask[0].sum() :].unique().tolist() == [byte_tokenizer.pad_token_id]
+    assert processor.batch_decode(ids) == captions
+    assert processor.decode(ids[1]) == captions[1]
+
+
+def test_a_long_caption_keeps_its_end(processor):
+    ids = processor.encode("a very long caption", max_length=8)
+    assert len(ids) == 8
+    assert (ids[0], ids[-1]) == (257, 258)
+    assert processor.decode(ids) == "a ver"
+
+
+def test_special_tokens_in_a_caption_are_plain_characters(processor):
+    ids = processor.encode("the <END> is near")
+    assert ids.tolist().count(258) == 1
+    assert processor.decode(ids) == "the <END> is near"
+
+
+@pytest.mark.parametrize("preset", IMAGE_PRESETS)
+@pytest.mark.parametrize("size", [(96, 64), (50, 200)])
+def test_patch_boxes_find_their_place_in_the_original(processor, preset, size):
+    in_model = processor.patch_boxes()
+    assert in_model.tolist() == [[0, 0, 16, 16], [16, 0, 16, 16], [0, 16, 16, 16], [16, 16, 16, 16]]
+    for p, (x, y, width, height) in enumerate(processor.patch_boxes(size, preset)):
+        picture = np.zeros((size[1], size[0]), dtype=np.uint8)
+        picture[round(y) : round(y + height), round(x) : round(x + width)] = 255
+        pixels = processor(images=Image.fromarray(picture), preset=preset)["pixel_values"][0, 0]
+        patches = pixels.unfold(0, 16, 16).unfold(1, 16, 16).flatten(0, 1).mean((1, 2))  # [4]
+        assert patches.argmax() == p
+        others = patches[[i for i in range(4) if i != p]]
+        assert (patches[p] - others.max()) / (patches[p] - pixels.min()) > 0.85
+
+
+def test_auto_processor_reads_what_was_saved(processor, tiny, tmp_path):
+    tiny.config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is QVisionProcessor
+    loaded.check_fits(tiny.config)
+    image = Image.effect_noise((40, 30), 50)
+    ours, theirs = (p(images=image, text="a dog") for p in (processor, loaded))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_without_a_tokenizer_pictures_work_and_words_raise(tiny, tmp_path):
+    QVisionProcessor.from_config(tiny.config).save_pretrained(tmp_path)
+    processor = QVisionProcessor.from_pretrained(tmp_path)
+    assert processor(images=Image.new("RGB", (9, 9)))["pixel_values"].shape == (1, 3, 32, 32)
+    for ask in (lambda: processor(text="a dog"), lambda: processor.decode([1, 2])):
+        with pytest.raises(ValueError, match="no tokenizer, so the model works on token ids only"):
+            ask()
+
+
+def test_misfits_raise(processor, byte_tokenizer):
+    with pytest.raises(ValueError, match="vocab_size=259, but the model 50259"):
+        QVisionProcessor.from_config(QVisionConfig(), byte_tokenizer)
+    with pytest.raises(ValueError, match="no image preset 'best'; choose one of training"):
+        processor(images=Image.new("RGB", (9, 9)), preset="best")
+    with pytest.raises(TypeError, match="pass PIL images, not ndarray"):
+        processor(images=[np.zeros((9, 9, 3))])
+    with pytest.raises(ValueError, match="got neither"):
+        processor()

@@ -1,0 +1,213 @@
+"""Scenes in words: every caption told is true, and every claim that is made up is found out."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from qvision_lab.data.scenes.checking import RATES, Rate, check, score
+from qvision_lab.data.scenes.telling import PLACES, relation, tell
+from qvision_lab.data.scenes.world import (
+    CATEGORIES,
+    COLORS,
+    SPLITS,
+    Layout,
+    SceneObject,
+    layout,
+)
+
+
+def scene(*things: tuple[str, str, int, int], background: str = "beach", sky=None) -> Layout:
+    """A layout by hand: (colour, category, x, y) of 40-pixel things."""
+    objects = (SceneObject(category, c, "small", (x, y, 40, 40), 0) for c, category, x, y in things)
+    return Layout("test", 0, 0, background, sky, None, tuple(objects))
+
+
+CAR_AND_DOGS = scene(
+    ("red", "car", 10, 100), ("blue", "dog", 80, 100), ("blue", "dog", 140, 110), sky="sun"
+)
+CAT_AND_CUP = scene(("black", "cat", 20, 90), ("orange", "cup", 120, 100), background="room")
+
+
+def told(split: str, n: int = 300) -> list[tuple[Layout, str]]:
+    layouts = [layout(split, 0, index) for index in range(n)]
+    return [(truth, caption) for truth in layouts for caption in tell(truth, 6)]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_what_is_told_is_true_and_complete(split):
+    judged = [check(caption, truth) for truth, caption in told(split)]
+    assert [c for c in judged if not c.true] == []
+    rates = score(judged)
+    for name in ("pairs right", "object recall", "count stated", "count right"):
+        assert rates[name].value == 1, name
+
+
+def test_captions_read_like_captions():
+    captions = [caption for split in SPLITS for _, caption in told(split)]
+    words = {word for caption in captions for word in re.findall(r"\w+", caption.lower())}
+    assert len(words) < 120
+    assert max(len(caption.split()) for caption in captions) <= 26
+    assert all(re.fullmatch(r"[A-Z][a-z]*(,? [a-z]+)*\.", caption) for caption in captions)
+    assert not [c for c in captions if re.search(r"\ba [aeiou]|\ban [^aeiou]", c.lower())]
+
+
+def test_telling_is_deterministic_distinct_and_a_prefix_of_telling_more():
+    for index in range(100):
+        truth = layout("val", 1, index)
+        assert tell(truth) == tell(truth, 12)[:5]
+        assert len(set(tell(truth, 12))) == 12
+    with pytest.raises(ValueError, match="13"):
+        tell(truth, 13)
+
+
+def test_shares_of_what_is_optional():
+    captions = told("test", 1000)
+    judged = [check(caption, truth) for truth, caption in captions]
+    kinds = [{claim.kind for claim in c.claims} for c in judged]
+    sunny = [kind for (truth, _), kind in zip(captions, kinds, strict=True) if truth.sky]
+    related = [kind for (truth, _), kind in zip(captions, kinds, strict=True) if relation(truth)]
+    assert 0.8 < sum("background" in kind for kind in kinds) / len(kinds) < 0.95
+    assert 0.25 < sum("sky" in kind for kind in sunny) / len(sunny) < 0.45
+    assert 0.6 < sum("relation" in kind for kind in related) / len(related) < 0.8
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "stated"),
+    [
+        ((20, 100), (120, 100), "A red car to the left of a blue dog"),
+        ((120, 100), (20, 100), "A blue dog to the left of a red car"),
+        ((50, 20), (60, 120), "A red car above a blue dog"),
+        ((20, 20), (100, 100), None),  # on the diagonal
+        ((20, 100), (38, 100), None),  # too close
+    ],
+)
+def test_a_relation_is_stated_only_where_it_is_clear(a, b, stated):
+    captions = tell(scene(("red", "car", *a), ("blue", "dog", *b)), 12)
+    joined = {c for c in captions if re.search("left of|above", c)}
+    assert bool(joined) == (stated is not None)
+    assert all(stated.lower() in caption.lower() for caption in joined)
+
+
+@pytest.mark.parametrize(
+    ("truth", "caption"),
+    [
+        (CAR_AND_DOGS, "a red car and two blue dogs on a beach"),
+        (CAR_AND_DOGS, "  TWO  blue dogs, and a red car by the  sea in the sun . "),
+        (CAR_AND_DOGS, "Two blue dogs to the right of a red car."),
+        (CAR_AND_DOGS, "One car and dogs with the sun in the sky."),
+        (CAR_AND_DOGS, "On the sand, there are blue dogs."),
+        (CAT_AND_CUP, "A photo of an orange cup on the right of a cat indoors."),
+    ],
+)
+def test_the_language_is_wider_than_the_grammar(truth, caption):
+    assert check(caption, truth).true
+
+
+@pytest.mark.parametrize(
+    ("caption", "kind", "text"),
+    [
+        ("A red boat on a beach.", "object", "boat"),
+        ("A red car and a red car.", "object", "car"),  # there is no other one
+        ("Cars on a beach.", "object", "Cars"),  # there are not two
+        ("A blue car.", "color", "blue car"),
+        ("Two red cars.", "count", "Two red cars"),
+        ("A blue dog.", "count", "A blue dog"),
+        ("A red car to the right of two blue dogs.", "relation", None),
+        ("A red car above two blue dogs.", "relation", None),
+        ("A white car to the left of two blue dogs.", "relation", None),  # none is white
+        ("A field with a red car.", "background", "A field"),
+        ("A red car at night.", "background", "at night"),
+        ("A red car under the moon.", "sky", "under the moon"),
+    ],
+)
+def test_a_made_up_claim_is_wrong(caption, kind, text):
+    judged = check(caption, CAR_AND_DOGS)
+    wrong = [claim for claim in judged.claims if not claim.right and claim.kind == kind]
+    assert [claim.text for claim in wrong] == [text or caption.removesuffix(".")]
+    assert all(caption[slice(*claim.span)] == claim.text for claim in judged.claims)
+    assert judged.outside == ()
+    assert not judged.true
+
+
+@pytest.mark.parametrize(
+    ("caption", "outside"),
+    [
+        ("A red car driving fast on a beach.", ("driving", "fast")),
+        ("A red carpet on a beach.", ("A", "red", "carpet")),
+        ("The red car.", ("The",)),
+        ("Two red car.", ("Two red car",)),
+        ("An red car.", ("An",)),
+        ("A red car red.", ("red",)),
+        ("A red car and and two blue dogs.", ("A red car and and two blue dogs.",)),
+        ("A red car to the left of.", ("A red car to the left of.",)),
+        ("A red car on a beach on a beach.", ("A red car on a beach on a beach.",)),
+        ("On a beach.", ("On a beach.",)),
+        ("", ("",)),
+    ],
+)
+def test_nonsense_is_outside_the_language(caption, outside):
+    judged = check(caption, CAR_AND_DOGS)
+    assert judged.outside == outside
+    assert not judged.true
+
+
+def swaps(caption: str) -> list[str]:
+    """The caption with one word of meaning put for another, in every way of a fixed list."""
+    nouns = [category.noun for category in CATEGORIES.values()]
+    plurals = [category.plural for category in CATEGORIES.values()]
+    places = [wordings[0] for wordings in PLACES.values()]
+    cycles = [list(COLORS), nouns, plurals, places, ["two", "three", "four", "five", "six"]]
+    pairs = [(old, new) for ring in cycles for old, new in zip(ring, ring[1:] + ring, strict=False)]
+    pairs += [("to the left of", "to the right of"), ("above", "below"), ("sun", "moon")]
+    pairs += [("moon", "sun"), ("moonlight", "sun")]
+    return [
+        re.sub(rf"\b{old}\b", new, caption, count=1)
+        for old, new in pairs
+        if new != old and re.search(rf"\b{old}\b", caption)
+    ]
+
+
+@pytest.mark.parametrize("split", ["test", "crowd"])
+def test_a_word_swapped_in_a_true_caption_makes_it_untrue(split):
+    swapped = [(truth, text) for truth, caption in told(split, 100) for text in swaps(caption)]
+    assert len(swapped) > 1000
+    assert [text for truth, text in swapped if check(text, truth).true] == []
+
+
+def test_every_rate_on_counted_examples():
+    judged = [
+        # All right, and the relation stated in a scene of two single things.
+        check("A black cat to the left of an orange cup in a room.", CAT_AND_CUP),
+        # A wrong relation, place and colour: the cup that is named is not there.
+        check("A black cat above a red cup on a beach.", CAT_AND_CUP),
+        # Dogs forgotten, a tree made up, the wrong sky.
+        check("A red car and a green tree under the moon.", CAR_AND_DOGS),
+        # A word from outside cuts the number off its noun: no count is stated.
+        check("A red car and three happy blue dogs in the sun.", CAR_AND_DOGS),
+        # Nor does a plural without a number; and the car is left out.
+        check("Blue dogs.", CAR_AND_DOGS),
+        # A wrong count, in the wrong order: only the count is held against it.
+        check("Three blue dogs and a red car.", CAR_AND_DOGS),
+    ]
+    assert score(judged) == {
+        "pairs right": Rate(3, 6),
+        "object recall": Rate(10, 12),
+        "object precision": Rate(10, 11),
+        "hallucination": Rate(1, 6),
+        "count stated": Rate(1, 4),
+        "count right": Rate(0, 1),
+        "relation stated": Rate(2, 2),
+        "relation right": Rate(1, 2),
+        "background right": Rate(1, 2),
+        "sky right": Rate(1, 2),
+        "true": Rate(2, 6),
+        "outside": Rate(1, 6),
+    }
+
+
+def test_rates_are_printed_with_their_denominators():
+    assert str(Rate(1904, 2000)) == "95.2% (1904/2000)"
+    assert list(score([])) == list(RATES)
+    assert str(score([])["true"]) == "nan% (0/0)"

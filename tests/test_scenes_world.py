@@ -1,0 +1,193 @@
+"""The drawn world: its truth is fixed, its pictures show it, and its folders are COCO's."""
+
+from __future__ import annotations
+
+import json
+import random
+from hashlib import sha256
+from statistics import mean, median
+
+import numpy as np
+import PIL
+import pytest
+from pycocotools.coco import COCO
+
+from qvision_lab.data import scenes
+from qvision_lab.data.scenes.drawing import sketch
+from qvision_lab.data.scenes.pen import paint
+from qvision_lab.data.scenes.world import (
+    CATEGORIES,
+    COLORS,
+    HELD_OUT,
+    MARGIN,
+    PICTURE,
+    PREDICATES,
+    SPLITS,
+    SceneObject,
+    holds,
+    layout,
+    overlap,
+)
+
+TRUTH = "fd2af287f5c18720"
+PIXELS = {"13.0.0": "5e164f437ab55d75"}  # by Pillow's version
+
+
+def layouts(split, n=500):
+    return [layout(split, 0, index) for index in range(n)]
+
+
+def test_same_seed_same_truth():
+    text = "\n".join(repr(layout(split, 7, i)) for split in SPLITS for i in range(10))
+    assert sha256(text.encode()).hexdigest()[:16] == TRUTH
+
+
+def test_same_seed_same_pixels():
+    if PIL.__version__ not in PIXELS:
+        pytest.skip(f"no hash recorded for Pillow {PIL.__version__}")
+    digest = sha256()
+    for scene in scenes.generate(20, split="test", seed=7):
+        digest.update(scene.image.tobytes())
+        digest.update(np.packbits(scene.masks).tobytes())
+    assert digest.hexdigest()[:16] == PIXELS[PIL.__version__]
+
+
+def test_splits_and_seeds_differ():
+    first = {repr(layout(split, seed, 0).objects) for split in SPLITS for seed in range(5)}
+    assert len(first) == 5 * len(SPLITS)
+
+
+def test_unknown_split_names_the_choices():
+    with pytest.raises(ValueError, match=r"'dev'.*train"):
+        next(scenes.generate(1, split="dev"))
+
+
+@pytest.mark.parametrize(("split", "allowed"), [("test", 0.05), ("crowd", 0.12)])
+def test_boxes_lie_inside_and_hardly_overlap(split, allowed):
+    for truth in layouts(split):
+        boxes = [thing.box for thing in truth.objects]
+        for i, (x, y, width, height) in enumerate(boxes):
+            assert min(x, y) >= MARGIN
+            assert max(x + width, y + height) <= PICTURE - MARGIN
+            assert all(overlap(boxes[i], other) <= allowed for other in boxes[:i])
+            assert truth.sky_box is None or overlap(boxes[i], truth.sky_box) == 0
+
+
+@pytest.mark.parametrize("name", CATEGORIES)
+def test_sketch_fills_its_box(name):
+    aspect = CATEGORIES[name].aspect
+    for side in (26, 53, 110):
+        box = (0, 0, round(side * max(aspect, 1)), round(side * max(1 / aspect, 1)))
+        tile = sketch(SceneObject(name, "green", "medium", box, pose=side))
+        shown = np.asarray(tile.getchannel("A").reduce(2)) >= 128
+        for axis in (0, 1):
+            (filled,) = shown.any(axis).nonzero()
+            assert filled[0] <= 1
+            assert filled[-1] >= shown.shape[1 - axis] - 2
+
+
+def test_masks_lie_in_their_boxes_and_apart():
+    for scene in scenes.generate(20, split="crowd"):
+        assert scene.masks.shape == (len(scene.objects), PICTURE, PICTURE)
+        assert scene.masks.sum(0).max() == 1
+        for thing in scene.objects:
+            x, y, width, height = thing.box
+            inside = thing.mask[y : y + height, x : x + width].sum()
+            assert inside == thing.mask.sum() > 0.2 * width * height
+
+
+def test_colors_can_be_told_apart():
+    """However hue and light are varied, a body is nearest to its own colour."""
+    palette = np.array(list(COLORS.values()))
+    for color in COLORS:
+        bodies = np.array([paint(color, random.Random(pose)).body for pose in range(200)])
+        for light in (0.9, 1.1):
+            seen = np.abs(palette - (bodies * light).clip(0, 255)[:, None]).sum(2).argmin(1)
+            assert {list(COLORS)[i] for i in seen} == {color}
+
+
+def test_held_out_pairs_are_only_in_compose():
+    assert {name for name, _ in HELD_OUT} == set(CATEGORIES)
+    assert {color for _, color in HELD_OUT} == set(COLORS)
+    for split in SPLITS:
+        for truth in layouts(split):
+            pairs = {(thing.category, thing.color) for thing in truth.objects}
+            assert bool(pairs & HELD_OUT) == (split == "compose")
+
+
+def test_distribution_is_no_easier_than_the_prototype():
+    things = [thing for truth in layouts("test", 2000) for thing in truth.objects]
+    sides = [min(thing.box[2:]) for thing in things]
+    assert len(things) / 2000 == pytest.approx(2.1, abs=0.1)
+    assert median(sides) <= 53
+    assert mean(side < 34 for side in sides) >= 0.05
+    assert {len(truth.objects) for truth in layouts("crowd")} == {5, 6, 7, 8}
+
+
+def test_groups_come_in_reading_order():
+    for truth in layouts("test"):
+        groups = truth.groups
+        assert len({group.category for group in groups}) == len(groups)
+        assert sorted(i for group in groups for i in group.members) == list(
+            range(len(truth.objects))
+        )
+        xs, ys = (
+            [mean(truth.objects[i].center[axis] for i in group.members) for group in groups]
+            for axis in (0, 1)
+        )
+        upright = len(groups) == 2 and abs(ys[1] - ys[0]) > abs(xs[1] - xs[0])
+        assert (ys if upright else xs) == sorted(ys if upright else xs)
+
+
+def test_relations():
+    assert [p for p in PREDICATES if holds(p, (50, 50), (100, 55))] == ["left of"]
+    assert [p for p in PREDICATES if holds(p, (50, 50), (10, 10))] == ["right of", "below"]
+    assert not any(holds(p, (50, 50), (60, 62)) for p in PREDICATES)
+    for truth in layouts("test", 50):
+        mirrored = {"left of": "right of", "above": "below"}
+        stated = {(r.subject, r.predicate, r.object) for r in truth.relations}
+        for a, predicate, b in stated:
+            assert predicate not in mirrored or (b, mirrored[predicate], a) in stated
+
+
+def test_workers_change_nothing():
+    one, two = (list(scenes.generate(40, start=5, workers=workers)) for workers in (0, 2))
+    assert [scene.layout for scene in one] == [scene.layout for scene in two]
+    assert [scene.captions for scene in one] == [scene.captions for scene in two]
+    assert all(a.image.tobytes() == b.image.tobytes() for a, b in zip(one, two, strict=True))
+    assert one[0].layout.index == 5
+
+
+def test_coco_folder_is_read_and_resumed(tmp_path):
+    scenes.write_coco(tmp_path, 3, split="val")
+    first = tmp_path / "images" / "val_000000.jpg"
+    written = first.stat().st_mtime_ns
+    with open(tmp_path / "scenes.jsonl", "a") as log:
+        log.write('{"image": {"file_na')  # killed while writing
+    scenes.write_coco(tmp_path, 6, split="val")
+    assert first.stat().st_mtime_ns == written
+    captions, instances = COCO(tmp_path / "captions.json"), COCO(tmp_path / "instances.json")
+    assert len(captions.imgs) == 6
+    assert {category["name"] for category in instances.cats.values()} == set(CATEGORIES)
+    for image_id, scene in enumerate(scenes.generate(6, split="val")):
+        rows = captions.loadAnns(captions.getAnnIds(image_id))
+        assert [row["caption"] for row in rows] == list(scene.captions)
+        rows = instances.loadAnns(instances.getAnnIds(image_id))
+        assert [tuple(row["bbox"]) for row in rows] == [thing.box for thing in scene.objects]
+        masks = np.stack([instances.annToMask(row) for row in rows])
+        assert np.array_equal(masks, scene.masks)
+    assert not list(tmp_path.rglob("*.partial"))
+    assert json.loads((tmp_path / "captions.json").read_text())["info"]["split"] == "val"
+
+
+def test_coco_folder_of_another_split_is_refused(tmp_path):
+    scenes.write_coco(tmp_path, 1, split="val")
+    with pytest.raises(ValueError, match="another folder"):
+        scenes.write_coco(tmp_path, 1, split="test")
+
+
+def test_description():
+    table = scenes.describe("test", n=200)
+    assert sum(table["background"].values()) == pytest.approx(1)
+    assert table["objects per picture"] == pytest.approx(2.1, abs=0.2)
+    assert 0 < table["two-object captions with a relation"] < 1
