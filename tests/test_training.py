@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from transformers import TrainerCallback
 
 from qvision_lab.data import scenes
 from qvision_lab.model.captioner import IGNORED_LABEL, QVisionForConditionalGeneration
@@ -69,32 +70,33 @@ def captioner_config(tokenizer):
     )
 
 
+def run_until_stopped(output, monkeypatch):
+    """Run the recipe and interrupt the first stage that starts anew, at its sixth step."""
+    train, training_step = StageTrainer.train, StageTrainer.training_step
+
+    def interruptible(trainer, *args, **kwargs):
+        if trainer.state.global_step == 5 and trainer.fresh:
+            raise KeyboardInterrupt
+        return training_step(trainer, *args, **kwargs)
+
+    def begin(trainer, resume_from_checkpoint):
+        trainer.fresh = resume_from_checkpoint is None
+        return train(trainer, resume_from_checkpoint=resume_from_checkpoint)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StageTrainer, "training_step", interruptible)
+        patched.setattr(StageTrainer, "train", begin)
+        run_recipe("scenes", output, TINY)
+
+
 def test_a_stopped_recipe_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
     whole = run_recipe("scenes", tmp_path / "whole", TINY)
-
-    def stop(trainer):
-        def training_step(*args, **kwargs):
-            if trainer.state.global_step == 5:
-                raise KeyboardInterrupt
-            return StageTrainer.training_step(trainer, *args, **kwargs)
-
-        return training_step
-
     for _ in ("in the vision stage", "in the captioner stage"):
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            train = StageTrainer.train
-
-            def interrupted(trainer, *args, train=train, **kwargs):
-                if kwargs["resume_from_checkpoint"] is None:
-                    trainer.training_step = stop(trainer)
-                return train(trainer, *args, **kwargs)
-
-            patched.setattr(StageTrainer, "train", interrupted)
-            run_recipe("scenes", tmp_path / "stopped", TINY)
+        with pytest.raises(KeyboardInterrupt):
+            run_until_stopped(tmp_path / "stopped", monkeypatch)
     resumed = run_recipe("scenes", tmp_path / "stopped", TINY)
-    assert (resumed / "model.safetensors").read_bytes() == (
-        whole / "model.safetensors"
-    ).read_bytes()
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (whole, resumed)]
+    assert weights[0] == weights[1]
     curve = pd.read_csv(tmp_path / "stopped/captioner/curve.csv")
     assert curve["loss"].notna().sum() == 8
     assert json.loads((resumed / "scores.json").read_text())["test"]["truth"]["true"]["total"] == 4
@@ -113,16 +115,23 @@ def test_overrides_change_single_values_and_refuse_unknown_ones():
         load_recipe("nonsense")
 
 
-def test_accumulation_changes_neither_loss_nor_weights(tmp_path, captioner_config, tokenizer):
+def test_accumulation_changes_neither_loss_nor_gradients(tmp_path, captioner_config, tokenizer):
     states = np.random.default_rng(0).normal(size=(8, 49, 32)).astype(np.float16)
     processor = QVisionProcessor.from_config(captioner_config, tokenizer)
     captioned = CaptionedStates(SeenScenes("train", 0, states), processor, captions_per_visit=2)
-    stage = {"steps": 3, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup_steps": 0}
+    stage = {"steps": 1, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup_steps": 0}
+
+    class KeepGradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            trained = (p.grad for p in model.parameters() if p.grad is not None)
+            self.gradients = torch.cat([gradient.flatten().clone() for gradient in trained])
+
     results = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
         torch.manual_seed(0)
         model = QVisionForConditionalGeneration(captioner_config)
         folder = tmp_path / str(accumulation)
+        kept = KeepGradients()
         sizes = {"batch_size": batch_size, "accumulation": accumulation, "bf16": False}
         trainer = StageTrainer(
             model,
@@ -130,15 +139,16 @@ def test_accumulation_changes_neither_loss_nor_weights(tmp_path, captioner_confi
             data_collator=CaptionCollator(captioner_config.pad_token_id),
             train_dataset=captioned,
             eval_dataset=captioned,
+            callbacks=[kept],
             measure=lambda model: {},
             matrix_learning_rate=0.01,
         )
         trainer.train()
-        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-        results.append((losses, torch.cat([p.flatten() for p in model.parameters()])))
-    (losses, weights), (accumulated_losses, accumulated_weights) = results
-    assert losses == pytest.approx(accumulated_losses, abs=1e-4)
-    torch.testing.assert_close(weights, accumulated_weights, atol=2e-3, rtol=0)
+        loss = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
+        results.append((loss, kept.gradients))
+    (loss, gradients), (accumulated_loss, accumulated_gradients) = results
+    assert loss == pytest.approx(accumulated_loss, abs=1e-5)
+    torch.testing.assert_close(gradients, accumulated_gradients, atol=1e-6, rtol=1e-4)
 
 
 def test_optimizer_gives_matrices_to_muon_and_survives_saving(captioner_config):

@@ -26,12 +26,21 @@ from qvision_lab.model.vision import VisionEncoder
 
 IGNORED_LABEL = -100  # the label that transformers' collators put where no loss is wanted
 
-_SAMPLING = {"do_sample": True, "top_k": 40, "top_p": 0.9, "max_new_tokens": 30, "min_length": 5}
+# Everything that matters is spelled out: `generate` fills what is left open from the model's own.
+_PLAIN = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "max_new_tokens": 30,
+    "min_length": 0,
+    "repetition_penalty": 1.0,
+}
+_SAMPLING = {**_PLAIN, "do_sample": True, "top_k": 40, "top_p": 0.9, "min_length": 5}
 GENERATION_PRESETS: dict[str, dict] = {
     "published": {**_SAMPLING, "temperature": 0.6, "repetition_penalty": 1.8},
     "model_card": {**_SAMPLING, "temperature": 0.7, "repetition_penalty": 1.5},
-    "greedy": {"do_sample": False, "max_new_tokens": 30},
-    "beam": {"do_sample": False, "num_beams": 3, "max_new_tokens": 30},
+    "greedy": _PLAIN,
+    "beam": {**_PLAIN, "num_beams": 3},
 }
 
 
@@ -57,7 +66,7 @@ class QVisionOutput(ModelOutput):
     Shapes: B images, R rows of text (a multiple of B), T tokens, N = 1 + Q visual tokens.
     """
 
-    loss: Float[Tensor, ""] | None = None
+    loss: Float[Tensor, ""] | dict | None = None  # given a dict, a ModelOutput takes all from it
     logits: Float[Tensor, "R T V"] | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Float[Tensor, "R T D"], ...] | None = None

@@ -18,8 +18,8 @@ from accelerate import PartialState
 from qvision_lab.captioning import load
 from qvision_lab.data.scenes.telling import tell
 from qvision_lab.data.scenes.world import layout
-from qvision_lab.model.captioner import generation_preset
-from qvision_lab.model.checkpoint import Checkpoint, save_checkpoint
+from qvision_lab.model.captioner import QVisionForConditionalGeneration, generation_preset
+from qvision_lab.model.checkpoint import Checkpoint, Provenance, save_checkpoint
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.training.caption_stage import learn_to_tell, train_tokenizer

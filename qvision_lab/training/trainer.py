@@ -114,7 +114,8 @@ class CurveWriter(TrainerCallback):
         self.path = path
 
     def on_log(self, args, state, control, **kwargs):
-        write_whole(self.path, pd.DataFrame(state.log_history).to_csv(index=False))
+        if state.is_world_process_zero:
+            write_whole(self.path, pd.DataFrame(state.log_history).to_csv(index=False))
 
 
 def write_whole(path: Path, text: str) -> None:

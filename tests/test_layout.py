@@ -1,0 +1,72 @@
+"""Imports run one way: the lines that keep the corridor walkable."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "qvision_lab"
+
+# What a part may import of the package, itself included.
+ALLOWED = {
+    "model": {"model"},
+    "data": {"data"},
+    "images": set(),
+    "generation": {"model"},
+    "captioning": {"model", "generation", "images"},
+    "plots": {"images"},
+    "training": {"model", "data", "captioning", "training"},
+    "benchmark": {"model", "data", "captioning", "training", "benchmark"},
+    "demo": {"captioning", "data", "plots"},
+    "cli": {"model", "data", "captioning", "images", "training", "benchmark", "demo", "plots"},
+}
+CHECKPOINT_READERS = {"captioning", "training", "benchmark", "cli"}
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of what a module imports of this package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qvision_lab"):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names if a.name.startswith("qvision_lab")}
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+MODULES = [
+    path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.parent != PACKAGE or path.stem != "__init__"
+]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    rooms = {name.split(".")[1] for name in imports(path)}
+    assert rooms <= ALLOWED[room(path)]
+
+
+def test_stages_do_not_import_each_other():
+    stages = {"vision", "qformer", "decoder"}
+    for stage in stages:
+        parts = {name.split(".")[2] for name in imports(PACKAGE / "model" / f"{stage}.py")}
+        assert not parts & (stages - {stage})
+
+
+def test_only_those_who_load_import_the_checkpoint():
+    storage = {"checkpoint", "published", "storage"}
+    for path in MODULES:
+        reads = any(
+            name.startswith("qvision_lab.model.") and name.split(".")[2] in storage
+            for name in imports(path)
+        )
+        assert not reads or path.stem in storage or room(path) in CHECKPOINT_READERS, path
+
+
+def test_no_drawer_files():
+    assert not {path.stem for path in MODULES} & {"utils", "util", "helpers", "common", "misc"}
