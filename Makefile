@@ -22,3 +22,4 @@ lab: setup  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
 
 figures: demo  ## every picture of the README, drawn anew
+	$(BIN)/qvision curves --output figures/training.png

@@ -140,6 +140,14 @@ def demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def curves(options: argparse.Namespace) -> int:
+    """Draw how the embedded checkpoint learned."""
+    from qvision_lab.demo import draw_curves
+
+    draw_curves(options.output)
+    return 0
+
+
 def scenes_write(options: argparse.Namespace) -> int:
     """Write scenes as pictures with COCO's annotation files."""
     from qvision_lab.data.scenes import write_coco
@@ -237,6 +245,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--folder", metavar="DIR", help="keep the picture files here (default: nowhere)")
     add("--seed", type=int, default=0, help="of the scenes (%(default)s)")
     add("--model", help="folder or Hub id (default: the embedded checkpoint)")
+
+    add = _command(commands, "curves", curves)
+    add("--output", default="figures/training.png", metavar="FILE", help="picture (%(default)s)")
 
     scenes = commands.add_parser("scenes", help="the drawn world: write it, or describe it")
     kinds = scenes.add_subparsers(required=True, metavar="write|stats")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from qvision_lab.captioning import Caption, load
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from qvision_lab.captioning import load
 from qvision_lab.data import scenes
 from qvision_lab.data.scenes.checking import RATES, Rate
-from qvision_lab.plots import caption_sheet
+from qvision_lab.plots import caption_sheet, plot_training_curves
 
 SHEET = 24  # scenes that are drawn on the contact sheet
+CURVES = {"vision": "Learning to see", "captioner": "Learning to tell"}
 
 
 def run_demo(
@@ -44,7 +49,8 @@ def run_demo(
             scenes.check(caption.text, scenes.layout(image["split"], image["seed"], image["index"]))
             for caption, image in zip(captions, images, strict=True)
         ]
-        _write_sheet(captions[:SHEET], checks[:SHEET], Path(output))
+        marks = [check.true for check in checks[:SHEET]]
+        _write(caption_sheet(captions[:SHEET], ncols=6, marks=marks), Path(output))
     rates = scenes.score(checks)
     print(f"\n{n} scenes that training never saw, captioned from disk:\n")
     for name, rate in rates.items():
@@ -53,8 +59,16 @@ def run_demo(
     return rates
 
 
-def _write_sheet(captions: Sequence[Caption], checks: Sequence[scenes.Check], output: Path) -> None:
-    figure = caption_sheet(captions, ncols=6, marks=[check.true for check in checks])
+def draw_curves(output: str | Path = "figures/training.png") -> None:
+    """Draw how the embedded checkpoint learned: loss and measures of both stages of its recipe."""
+    figure, axes = plt.subplots(2, 1, figsize=(9, 8), layout="constrained")
+    for ax, (stage, title) in zip(axes, CURVES.items(), strict=True):
+        with (files("qvision_lab") / "scenes_checkpoint" / f"{stage}.csv").open() as file:
+            plot_training_curves(pd.read_csv(file), ax).set_title(title, loc="left")
+    _write(figure, Path(output))
+
+
+def _write(figure: Figure, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"partial-{output.name}")  # the suffix chooses the format
     figure.savefig(partial, dpi=110)

@@ -100,6 +100,8 @@ def test_a_stopped_recipe_ends_where_an_uninterrupted_one_does(tmp_path, monkeyp
     curve = pd.read_csv(tmp_path / "stopped/captioner/curve.csv")
     assert curve["loss"].notna().sum() == 8
     assert json.loads((resumed / "scores.json").read_text())["test"]["truth"]["true"]["total"] == 4
+    again = run_recipe("scenes", tmp_path / "stopped", TINY)  # a finished run can be run again
+    assert (again / "model.safetensors").read_bytes() == weights[0]
     with pytest.raises(ValueError, match="settings of seed"):
         run_recipe("scenes", tmp_path / "whole", [*TINY, "seed=1"])
 
@@ -227,7 +229,7 @@ def test_training_pixels_are_the_processors(captioner_config, tokenizer):
     expected = processor(images=image)["pixel_values"]
     assert isinstance(image, Image.Image)
     torch.testing.assert_close(
-        normalise(np.asarray(image)[None]), expected, atol=1e-5, rtol=0, check_dtype=False
+        normalise(np.array(image)[None]), expected, atol=1e-5, rtol=0, check_dtype=False
     )
 
 

@@ -35,6 +35,8 @@ NEEDED_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
     *(WEIGHTS, SHARD_INDEX, "model-*.safetensors", *published.WEIGHT_FILES),
 )
+# What a recipe writes beside them: its card, settings, scores and the curves of its stages.
+COMPANIONS = ("README.md", "run.yaml", "scores.json", "vision.csv", "captioner.csv")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES.values()}
 
 
@@ -289,7 +291,7 @@ def _replacing(dest: Path) -> Iterator[Path]:
     if dest.exists() and not dest.is_dir():
         raise CheckpointError(f"{dest} is a file; give a folder to write to.")
     present = {path.name for path in dest.iterdir()} if dest.exists() else set()
-    foreign = {name for name in present if name != "README.md" and not _is_needed(name)}
+    foreign = {name for name in present if name not in COMPANIONS and not _is_needed(name)}
     if foreign or (present and "config.json" not in present):
         raise CheckpointError(
             f"{dest} holds {min(foreign or present)}, so it is more than a checkpoint and is not "

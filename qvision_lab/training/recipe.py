@@ -29,6 +29,7 @@ from qvision_lab.training.trainer import write_whole
 from qvision_lab.training.vision_stage import learn_to_see
 
 RECIPES = files("qvision_lab.training") / "recipes"
+STAGES = ("vision", "captioner")
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> dict:
@@ -105,6 +106,7 @@ def _ship(
         "run.yaml": run,
         "scores.json": json.dumps(scores, indent=1),
         "README.md": scenes_card(yaml.safe_load(run), scores, model.num_parameters()),
+        **{f"{stage}.csv": (output / stage / "curve.csv").read_text() for stage in STAGES},
     }
     for name, text in companions.items():
         write_whole(dest / name, text)
