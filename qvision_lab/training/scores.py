@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import islice
 
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
@@ -27,9 +28,9 @@ def score_on_scenes(
         those of a sixth caption by the same grammar, which show how far true captions can differ.
     """
     checks, captions, references, sixth = [], [], [], []
-    drawn = scenes.generate(n, split=split, seed=seed, workers=workers)
+    drawn = iter(scenes.generate(n, split=split, seed=seed, workers=workers))
     with tqdm(desc=f"captioning {split}", total=n, unit="picture") as progress:
-        while chunk := [scene for scene, _ in zip(drawn, range(CHUNK), strict=False)]:
+        while chunk := list(islice(drawn, CHUNK)):
             told = captioner.caption([scene.image for scene in chunk], batch_size=50)
             captions += [caption.text for caption in told]
             references += [scene.captions for scene in chunk]

@@ -1,0 +1,52 @@
+"""Every notebook runs from top to bottom, and is stored in a way that makes small diffs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+CELL_TIMEOUT = 300  # seconds
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@each_notebook
+def test_runs(path):
+    """By nbval, in the notebook's folder: no cell raises, and marked cells print what is stored."""
+    options = ["--nbval-lax", "--nbval-current-env", f"--nbval-cell-timeout={CELL_TIMEOUT}"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *options, "-p", "no:cacheprovider", path],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@each_notebook
+def test_stored_outputs_are_those_that_are_compared(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert "widgets" not in notebook.metadata
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        if "NBVAL_CHECK_OUTPUT" in cell.source:
+            assert cell.outputs, f"{cell.id} has no stored output, so nbval compares nothing"
+            assert cell.execution_count, f"{cell.id} has no execution count, so nbval fails"
+        else:
+            assert not cell.outputs, f"clear the output of {cell.id}"
+            assert not cell.execution_count, f"clear the count of {cell.id}"
+
+
+def test_names_are_numbered():
+    numbers = [re.match(r"(\d\d)_[a-z_]+$", path.stem) for path in NOTEBOOKS]
+    assert NOTEBOOKS
+    assert all(numbers), "a notebook is called 01_what_it_shows"
+    assert len({match[1] for match in numbers}) == len(NOTEBOOKS)
