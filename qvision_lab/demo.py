@@ -71,5 +71,5 @@ def draw_curves(output: str | Path = "figures/training.png") -> None:
 def _write(figure: Figure, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"partial-{output.name}")  # the suffix chooses the format
-    figure.savefig(partial, dpi=110)
+    figure.savefig(partial, dpi=80)
     partial.replace(output)
