@@ -28,7 +28,7 @@ def score_on_scenes(
         those of a sixth caption by the same grammar, which show how far true captions can differ.
     """
     checks, captions, references, sixth = [], [], [], []
-    drawn = iter(scenes.generate(n, split=split, seed=seed, workers=workers))
+    drawn = scenes.generate(n, split=split, seed=seed, workers=workers)
     with tqdm(desc=f"captioning {split}", total=n, unit="picture") as progress:
         while chunk := list(islice(drawn, CHUNK)):
             told = captioner.caption([scene.image for scene in chunk], batch_size=50)
