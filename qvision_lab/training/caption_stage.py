@@ -66,11 +66,11 @@ class SeenScenes:
 def see_scenes(
     tower: CLIPVisionModel, path: Path, n: int, split: str, seed: int, workers: int
 ) -> SeenScenes:
-    """Draw `n` scenes and keep the tower's states of their patches in half precision, once."""
+    """Draw `n` scenes and keep the tower's states in half precision (19 kB each), in memory."""
     with PartialState().main_process_first():
         if not path.exists():
             _see_scenes(tower, path, n, split, seed, workers)
-    states = np.load(path, mmap_mode="r")
+    states = np.load(path)
     if len(states) != n:
         raise ValueError(f"{path} holds {len(states)} pictures, not {n}; delete it to start anew.")
     return SeenScenes(split, seed, states)
