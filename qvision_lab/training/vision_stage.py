@@ -152,15 +152,15 @@ class SeeingModel(nn.Module):
             embeddings.patch_embedding.weight.copy_(low_frequencies(width, config.patch_size))
             embeddings.position_embedding.weight[1:].copy_(0.5 * sine_cosine(grid, width))
         # Objects as points (Zhou et al. 2019, arXiv:1904.07850): each patch says what its object
-        # is, where it is centred and how large it is, and whether its centre is here.
+        # is, where in the picture it is centred, how large it is, and whether its centre is here.
+        # In the picture, not from here: the Q-Former has no positions of its own, so what the
+        # captions need of left and right has to be in the states.
         self.sizes = (len(CATEGORIES) + 1, len(COLORS), 4, 1)
         self.patch_heads = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(self.sizes)))
         self.scene_heads = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, len(BACKGROUNDS) + len(SKY))
         )
-        rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-        centers = torch.stack([columns, rows], -1).flatten(0, 1) + 0.5
-        self.register_buffer("patch_centers", centers, persistent=False)  # [P,2], in patches
+        self.middle = grid / 2
 
     def predict(self, pixel_values: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, ...]:
         """Scores of category, colour, box and centre of each patch; of background and sky."""
@@ -180,7 +180,7 @@ class SeeingModel(nn.Module):
         target = truth["category"].where(shown, 0)
         category_loss = F.cross_entropy(category.transpose(1, 2), target, reduction="none")
         center_xy, extent = truth["box"].split(2, -1)
-        target_box = torch.cat([center_xy - self.patch_centers, (extent / 1.5).log()], -1)
+        target_box = torch.cat([center_xy - self.middle, (extent / 1.5).log()], -1)
         return {
             "loss": (category_loss * weight).sum() / weight.sum()
             + 0.7 * F.cross_entropy(color[shown], truth["color"][shown])
