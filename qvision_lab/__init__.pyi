@@ -2,7 +2,11 @@ from . import plots as plots
 from .captioning import Caption as Caption
 from .captioning import Captioner as Captioner
 from .captioning import load as load
+from .data import coco as coco
 from .data import scenes as scenes
+from .evaluation import EvaluationReport as EvaluationReport
+from .evaluation import compare as compare
+from .evaluation import evaluate as evaluate
 from .model.captioner import QVisionForConditionalGeneration as QVisionForConditionalGeneration
 from .model.checkpoint import convert as convert
 from .model.config import QVisionConfig as QVisionConfig

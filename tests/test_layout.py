@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "qvision_lab"
 ALLOWED = {
     "model": {"model"},
     "data": {"data"},
+    "evaluation": {"data", "evaluation"},
     "images": set(),
     "generation": {"model"},
     "captioning": {"model", "generation", "images"},

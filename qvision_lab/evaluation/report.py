@@ -1,0 +1,287 @@
+"""Scores with their intervals: of one system, and of two that captioned the same images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from tqdm.auto import tqdm
+
+from qvision_lab.evaluation.bootstrap import bootstrap_interval, paired_difference
+from qvision_lab.evaluation.chair import Vocabulary
+from qvision_lab.evaluation.java import Meteor, tokenize
+from qvision_lab.evaluation.metrics import METRICS, Evidence, ImageId, UnavailableError
+
+if TYPE_CHECKING:
+    from qvision_lab.data.scenes import Layout, Scene
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationReport:
+    """What captions are worth; printed as a table, in a notebook too.
+
+    Args:
+        captions: of each image, as they were scored.
+        counts: of each image, in order of `captions`; the columns that `metrics` need.
+        metrics: keys of `METRICS` that were computed.
+        notes: what has to be known of a score, or why there is none.
+        confidence, resamples, seed: of the bootstrap over images.
+    """
+
+    captions: Mapping[ImageId, str]
+    counts: pd.DataFrame
+    metrics: tuple[str, ...]
+    notes: Mapping[str, str] = field(default_factory=dict)
+    confidence: float = 0.95
+    resamples: int = 1000
+    seed: int = 0
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row a score: `score`, and the `low` and `high` end of its interval.
+
+        What is held fixed: the references of each image, and for CIDEr the document frequencies,
+        which come from all images (those of a resample would make another, wider metric).
+        """
+        rows = {}
+        for metric in self.metrics:
+            counts, formula = self.counts_of(metric), METRICS[metric].formula
+            low, high = bootstrap_interval(
+                counts, formula, self.resamples, self.confidence, self.seed
+            )
+            scores = formula(counts.sum(0))
+            for name, *values in zip(METRICS[metric].scores, scores, low, high, strict=True):
+                rows[name] = dict(zip(("score", "low", "high"), values, strict=True))
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Corpus scores by name; BLEU, METEOR, ROUGE-L, shares: 0 to 1; CIDEr: 0 to 10."""
+        return self.table["score"].to_dict()
+
+    @cached_property
+    def per_image(self) -> pd.DataFrame:
+        """One row an image: its caption and its own scores; nan where it has none."""
+        columns = {"caption": pd.Series(self.captions)}
+        for metric in self.metrics:
+            scores = METRICS[metric].formula(self.counts_of(metric))
+            columns |= dict(zip(METRICS[metric].scores, scores.T, strict=True))
+        return pd.DataFrame(columns, index=self.counts.index)
+
+    def counts_of(self, metric: str) -> Float[np.ndarray, "images K"]:
+        return self.counts[list(METRICS[metric].counts)].to_numpy(float)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.counts):,} images; times 100, {self.confidence:.0%} intervals"]
+        lines += [
+            f"  {name:<18}{100 * row.score:>8.1f}   [{100 * row.low:.1f}, {100 * row.high:.1f}]"
+            for name, row in self.table.iterrows()
+        ]
+        return "\n".join(lines + [f"  {name}: {note}" for name, note in self.notes.items()])
+
+    def _repr_html_(self) -> str:
+        return (100 * self.table).round(1).to_html() + "".join(
+            f"<p>{name}: {note}</p>" for name, note in self.notes.items()
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `scores.json` (with the settings) and `images.csv` (captions, scores, counts)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {name: getattr(self, name) for name in ("confidence", "resamples", "seed")}
+        told = {
+            "images": len(self.counts),
+            **settings,
+            "metrics": self.metrics,
+            "scores": json.loads(self.table.to_json(orient="index", double_precision=15)),
+            "notes": dict(self.notes),
+        }
+        images = self.per_image.join(self.counts)
+        for name, text in (
+            ("images.csv", images.to_csv(index_label="image_id")),
+            ("scores.json", json.dumps(told, indent=1)),
+        ):
+            partial = folder / f"{name}.partial"
+            partial.write_text(text, encoding="utf-8", newline="")
+            partial.replace(folder / name)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> EvaluationReport:
+        """Read what `save` wrote; scores and intervals are computed from the counts anew."""
+        told = json.loads((Path(folder) / "scores.json").read_text(encoding="utf-8"))
+        images = pd.read_csv(
+            Path(folder) / "images.csv", index_col="image_id", keep_default_na=False
+        )
+        names = [name for metric in told["metrics"] for name in METRICS[metric].counts]
+        settings = {name: told[name] for name in ("notes", "confidence", "resamples", "seed")}
+        counts = images[names].astype(float)
+        return cls(images["caption"].to_dict(), counts, tuple(told["metrics"]), **settings)
+
+
+def evaluate(
+    predictions: Mapping[ImageId, str],
+    references: Mapping[ImageId, Sequence[str]],
+    metrics: Sequence[str] = ("bleu", "meteor", "rouge", "cider"),
+    confidence: float = 0.95,
+    *,
+    objects: Mapping[ImageId, AbstractSet[str]] | None = None,
+    vocabulary: Vocabulary | None = None,
+    layouts: Mapping[ImageId, Layout | Scene] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> EvaluationReport:
+    """Score captions as the field does, and against what is known to be in the pictures.
+
+    "bleu", "meteor", "rouge", "cider" and "spice" equal `COCOEvalCap`'s (Chen et al. 2015,
+    arXiv:1504.00325); SPICE's jars are used where they are, and never fetched. "chair" counts
+    objects that are not there; "scenes" judges every claim about a drawn scene.
+
+    Args:
+        predictions: one caption an image.
+        references: of the same images, at least one each.
+        metrics: keys of `METRICS`.
+        confidence: of the intervals, from a bootstrap over images.
+        objects: for "chair": the categories in each image.
+        vocabulary: the words that name them; by default COCO's.
+        layouts: for "scenes": the truth of each.
+
+    Raises:
+        ValueError: for images that are not the same on both sides, an image without references, a
+            metric that does not exist or lacks its truth.
+        RuntimeError: if there is no Java, or one of its programs fails.
+    """
+    truths = {"objects": objects, "layouts": layouts}
+    _refuse_unknown(metrics, truths)
+    _refuse_mismatch(predictions, references, "references")
+    ids = list(predictions)
+    if without := [i for i in ids if not references[i] or isinstance(references[i], str)]:
+        raise ValueError(f"{_cases('image', without)} without a list of references.")
+    for truth, of_images in truths.items():
+        if of_images is not None:
+            _refuse_mismatch(predictions, of_images, truth)
+    told = {i: predictions[i] for i in ids}
+    several = {i: references[i] for i in ids}
+    evidence = Evidence(told, several, objects=objects, vocabulary=vocabulary, layouts=layouts)
+    counts, notes = {}, {}
+    with ExitStack() as stack, tqdm(total=len(metrics), unit="metric") as progress:
+        if any(METRICS[metric].needs == "words" for metric in metrics):
+            progress.set_description("tokenizing")
+            evidence = _tokenize(evidence)
+            silent = [i for i, words in zip(ids, evidence.words, strict=True) if not words]
+            if silent:
+                notes["no words"] = f"{_cases('caption', silent)}: they overlap with nothing"
+        if "meteor" in metrics:
+            meteor = stack.enter_context(Meteor(evidence.words, evidence.reference_words))
+            evidence = replace(evidence, meteor=meteor)
+        for metric in sorted(metrics, key="meteor".__eq__):  # it works beside the others
+            progress.set_description(metric)
+            try:
+                counts[metric] = METRICS[metric].count(evidence)
+            except UnavailableError as reason:
+                notes[" ".join(METRICS[metric].scores)] = str(reason)
+            progress.update()
+    kept = tuple(metric for metric in dict.fromkeys(metrics) if metric in counts)
+    columns = [name for metric in kept for name in METRICS[metric].counts]
+    rows = np.concatenate([np.empty((len(ids), 0)), *(counts[metric] for metric in kept)], 1)
+    table = pd.DataFrame(rows, pd.Index(ids, name="image_id"), columns)
+    return EvaluationReport(told, table, kept, notes, confidence, resamples, seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What one report has over another on the same images; printed as a table."""
+
+    table: pd.DataFrame  # one row a score: difference, low, high, p
+    images: int
+    confidence: float
+
+    def __str__(self) -> str:
+        rows = [
+            f"  {name:<18}{100 * row.difference:>+8.1f}   "
+            f"[{100 * row.low:+.1f}, {100 * row.high:+.1f}]   p = {row.p:.3f}"
+            for name, row in self.table.iterrows()
+        ]
+        title = f"difference on {self.images:,} images; times 100, {self.confidence:.0%} intervals"
+        return "\n".join([title, *rows])
+
+    def _repr_html_(self) -> str:
+        return (self.table * [100, 100, 100, 1]).round(3).to_html()
+
+
+def compare(report: EvaluationReport, baseline: EvaluationReport) -> Comparison:
+    """What `report` has over `baseline`, image by image: differences, intervals, p-values.
+
+    `paired_difference` says how. Only metrics that both reports have are compared.
+
+    Raises:
+        ValueError: if the reports are not of the same images, or share no metric.
+    """
+    _refuse_mismatch(report.captions, baseline.captions, "the baseline")
+    shared = [metric for metric in report.metrics if metric in baseline.metrics]
+    if not shared:
+        raise ValueError(f"no metric in common: {report.metrics} and {baseline.metrics}.")
+    other = replace(baseline, counts=baseline.counts.loc[report.counts.index])
+    rows = {}
+    for metric in shared:
+        difference, (low, high), p_value = paired_difference(
+            report.counts_of(metric),
+            other.counts_of(metric),
+            METRICS[metric].formula,
+            report.resamples,
+            report.confidence,
+            report.seed,
+        )
+        columns = zip(METRICS[metric].scores, difference, low, high, p_value, strict=True)
+        rows |= {name: values for name, *values in columns}
+    table = pd.DataFrame.from_dict(rows, "index", columns=["difference", "low", "high", "p"])
+    return Comparison(table, len(report.counts), report.confidence)
+
+
+def _tokenize(evidence: Evidence) -> Evidence:
+    """Everything that is compared word by word, in one run of the tokenizer, in COCO's order."""
+    rows = [text for several in evidence.references.values() for text in several]
+    words = iter(tokenize(rows + list(evidence.captions.values())))
+    references = [[next(words) for _ in several] for several in evidence.references.values()]
+    return replace(evidence, words=list(words), reference_words=references)
+
+
+def _refuse_unknown(metrics: Sequence[str], truths: Mapping[str, object]) -> None:
+    for metric in metrics:
+        if metric not in METRICS:
+            near = get_close_matches(str(metric), METRICS, 1) or [", ".join(METRICS)]
+            raise ValueError(f"no metric {metric!r}; did you mean {near[0]}?")
+        needs = METRICS[metric].needs
+        if needs in truths and truths[needs] is None:
+            raise ValueError(f"the metric {metric!r} needs {needs}=, the truth of each image.")
+
+
+def _refuse_mismatch(
+    predictions: Mapping[ImageId, object], others: Mapping[ImageId, object], name: str
+) -> None:
+    if not predictions:
+        raise ValueError("there is no caption to score.")
+    if wrong := [i for i, text in predictions.items() if not isinstance(text, str)]:
+        raise ValueError(f"{_cases('prediction', wrong)} that are no text; give caption.text.")
+    unknown = [i for i in predictions if i not in others]
+    missing = [i for i in others if i not in predictions]
+    if unknown or missing:
+        parts = [(unknown, f"with a caption but not in {name}"), (missing, "without a caption")]
+        said = " and ".join(f"{_cases('image', ids)} {what}" for ids, what in parts if ids)
+        raise ValueError(f"{said}; both sides must have the same images.")
+
+
+def _cases(thing: str, ids: Sequence[ImageId]) -> str:
+    """ "3 images (7, 12, 15)", with the first five ids."""
+    first = ", ".join(map(repr, ids[:5])) + (", ..." if len(ids) > 5 else "")
+    return f"{len(ids):,} {thing}{'s' * (len(ids) > 1)} ({first})"

