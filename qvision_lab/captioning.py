@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -54,23 +55,25 @@ class FolderReport:
 class _Item:
     """A picture to caption: what to call it, and what its random draws hang on."""
 
-    picture: Picture
+    picture: Picture | Callable[[], Picture]  # or how to get it, when its turn comes
     source: str
     key: str
 
 
+class Identified(Protocol):
+    """A picture of a data set, such as `data.coco.CaptionedImage`."""
+
+    image_id: int | str
+    picture: Picture
+
+
+@dataclass(eq=False, repr=False)
 class Captioner:
     """A model with the preprocessing that matches it; `qvision_lab.load()` makes one."""
 
-    def __init__(
-        self,
-        model: QVisionForConditionalGeneration,
-        processor: QVisionProcessor,
-        provenance: Provenance | None = None,
-    ):
-        self.model = model
-        self.processor = processor
-        self.provenance = provenance
+    model: QVisionForConditionalGeneration
+    processor: QVisionProcessor
+    provenance: Provenance | None = None
 
     def caption(
         self,
@@ -93,8 +96,8 @@ class Captioner:
             preset: a key of `GENERATION_PRESETS`; by default the model's own generation settings.
             preprocessing: "training" (how the model was trained), "model_card" or "clip".
             settings: any setting of transformers' `generate`, on top of the preset. One of sampling
-                (`temperature`, `top_k`, `top_p`, `min_p`) turns sampling on, and `num_beams` turns
-                it off, unless `do_sample` says otherwise.
+                (`temperature`, `top_k`, `top_p` and their like) turns sampling on, and `num_beams`
+                turns it off, unless `do_sample` says otherwise.
 
         Returns:
             A Caption for one picture, a list for an iterable. With `num_return_sequences=k` greater
@@ -125,11 +128,7 @@ class Captioner:
         output: str | os.PathLike = "captions.jsonl",
         *,
         recursive: bool = False,
-        batch_size: int = 16,
-        preset: str | None = None,
-        preprocessing: str = "training",
-        seed: int = 0,
-        **settings,
+        **how,
     ) -> FolderReport:
         """Caption the pictures of folders into a JSON Lines file, going on where it was left.
 
@@ -142,72 +141,87 @@ class Captioner:
         Args:
             paths: folders, pictures, URLs; a folder means its files with a picture's suffix.
             recursive: take those of its subfolders too.
-            preset, preprocessing, seed, settings: as in `caption`.
+            how: `batch_size`, `preset`, `preprocessing`, `seed` and settings, as in `caption`.
 
         Raises:
             ValueError: if there is no picture, or `output` was made with other settings.
         """
+        found = find_pictures(paths, recursive).items()
+        return self._caption_to_file(
+            [_Item(source, source, key) for source, key in found], output, **how
+        )
+
+    def caption_dataset(
+        self, images: Iterable[Identified], output: str | os.PathLike, **how
+    ) -> FolderReport:
+        """Caption a data set as `caption_folder` does a folder; `source` is the image's id.
+
+        What is drawn for a picture depends on `seed` and this id. Drawn scenes are made one by one.
+        """
+        items = [
+            _Item(partial(getattr, image, "picture"), str(image.image_id), str(image.image_id))
+            for image in images
+        ]
+        return self._caption_to_file(items, output, **how)
+
+    def _caption_to_file(
+        self,
+        items: list[_Item],
+        output: str | os.PathLike,
+        *,
+        batch_size: int = 16,
+        preset: str | None = None,
+        preprocessing: str = "training",
+        seed: int = 0,
+        **settings,
+    ) -> FolderReport:
         output = Path(output)
         search = Search.from_settings(self.model, preset, seed, settings)
-        items = [
-            _Item(source, source, key) for source, key in find_pictures(paths, recursive).items()
-        ]
         told = self._tell_settings(search, preprocessing)
         done = _resume(output, told)
         todo = [item for item in items if item.source not in done]
         failed = 0
-        with (
-            open(output, "a", encoding="utf-8") as file,
-            tqdm(
-                total=len(items),
-                initial=len(items) - len(todo),
-                unit="picture",
-                disable=len(items) == 1,
-            ) as progress,
-        ):
+        start, quiet = len(items) - len(todo), len(items) == 1
+        progress = tqdm(total=len(items), initial=start, unit="picture", disable=quiet)
+        with open(output, "a", encoding="utf-8") as file, progress:
             for item, captions in self._captions(todo, search, preprocessing, batch_size):
                 record = {"source": item.source, **_outcome(captions), "settings": told}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
                 failed += isinstance(captions, ImageError)
                 progress.update()
-        return FolderReport(len(todo) - failed, len(items) - len(todo), failed, output)
+        return FolderReport(len(todo) - failed, start, failed, output)
 
     def _captions(
         self, items: Iterable[_Item], search: Search, preprocessing: str, batch_size: int
     ) -> Iterator[tuple[_Item, list[Caption] | ImageError]]:
-        """Caption items in order; one that cannot be read comes back with its error."""
+        """Caption items in order; one that cannot be read comes back with its error.
+
+        Threads open the pictures of the next batch while the model works on this one.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
-        opened = self._read_ahead(items, preprocessing, 2 * batch_size)
-        while batch := list(islice(opened, batch_size)):
-            good = [(item, pixels) for item, pixels in batch if isinstance(pixels, Tensor)]
-            captions = iter(self._caption_batch(good, search, preprocessing) if good else ())
-            for item, pixels in batch:
-                yield item, next(captions) if isinstance(pixels, Tensor) else pixels
-
-    def _read_ahead(
-        self, items: Iterable[_Item], preprocessing: str, ahead: int
-    ) -> Iterator[tuple[_Item, Float[Tensor, "1 3 H W"] | ImageError]]:
-        """Open and preprocess pictures in threads, a few before they are needed, keeping order."""
 
         def read(item: _Item) -> Float[Tensor, "1 3 H W"] | ImageError:
             try:
-                image = open_image(item.picture, item.source)
+                picture = item.picture() if callable(item.picture) else item.picture
+                image = open_image(picture, item.source)
             except ImageError as error:
                 return error
             return self.processor(images=image, preset=preprocessing)["pixel_values"]
 
-        items, waiting = iter(items), deque()
-        pool = ThreadPoolExecutor(READERS)
-        try:
-            waiting.extend((item, pool.submit(read, item)) for item in islice(items, ahead))
-            while waiting:
-                item, future = waiting.popleft()
-                waiting.extend((item, pool.submit(read, item)) for item in islice(items, 1))
-                yield item, future.result()
-        finally:  # also when the caller stops early
-            pool.shutdown(cancel_futures=True)
+        items = iter(items)
+        batches = iter(lambda: list(islice(items, batch_size)), [])
+        with ThreadPoolExecutor(READERS) as pool:
+            reading = (zip(batch, pool.map(read, batch), strict=True) for batch in batches)
+            ahead = next(reading, None)
+            while ahead:
+                now, ahead = ahead, next(reading, None)
+                opened = list(now)
+                good = [(item, pixels) for item, pixels in opened if isinstance(pixels, Tensor)]
+                captions = iter(self._caption_batch(good, search, preprocessing) if good else ())
+                for item, pixels in opened:
+                    yield item, next(captions) if isinstance(pixels, Tensor) else pixels
 
     @torch.no_grad()
     def _caption_batch(
@@ -315,7 +329,7 @@ def _resume(output: Path, settings: dict) -> set[str]:
             )
         if "caption" in record:
             kept[source] = line
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
-    partial.replace(output)
+    rewritten = output.with_name(output.name + ".partial")
+    rewritten.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
+    rewritten.replace(output)
     return set(kept)

@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qvision_lab.benchmark.parameters import PartSize
 
+Run = Callable[[argparse.Namespace], int]
+Add = Callable[..., argparse.Action]
+
 EXAMPLES = """examples:
   qvision caption photo.jpg
   qvision caption photos/ --output captions.jsonl     run it again to go on where it stopped
   qvision caption photos/ --temperature 0.7 --num-captions 3 --json
+  qvision eval --data scenes:test --n 500
   qvision demo
 """
 
@@ -50,13 +54,8 @@ def caption(options: argparse.Namespace) -> int:
 
     find_pictures(options.paths, options.recursive)  # nothing to do is said before the long load
     captioner = load(options.model, options.revision, options.dtype, options.device)
-    chosen = {
-        "preset": options.preset,
-        "num_beams": options.num_beams,
-        "num_return_sequences": options.num_captions,
-        "temperature": options.temperature,
-        "max_new_tokens": options.max_new_tokens,
-    }
+    settings = ("preset", "num_beams", "num_return_sequences", "temperature", "max_new_tokens")
+    chosen = {name: value for name in settings if (value := getattr(options, name)) is not None}
     with TemporaryDirectory() as temporary:
         report = captioner.caption_folder(
             options.paths,
@@ -65,31 +64,24 @@ def caption(options: argparse.Namespace) -> int:
             batch_size=options.batch_size,
             preprocessing=options.preprocessing,
             seed=options.seed,
-            **{name: value for name, value in chosen.items() if value is not None},
+            **chosen,
         )
-        records = map(json.loads, report.output.read_text(encoding="utf-8").splitlines())
-        failures = []
-        for record in records:
+        lines = report.output.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        for line in lines:  # not splitlines, which also breaks at U+2028 inside a caption
+            record = json.loads(line)
             if "error" in record:
-                failures.append(record["error"])
+                print(f"qvision: {record['error']}", file=sys.stderr)
+            elif not options.output and options.json:
+                print(line)
             elif not options.output:
-                _print_record(record, options.json)
-    for failure in failures:
-        print(f"qvision: {failure}", file=sys.stderr)
+                for text in record.get("captions", [record["caption"]]):
+                    print(f"{record['source']}: {text}")
     if options.output:
         print(
             f"{report.captioned} captioned, {report.skipped} already there, {report.failed} failed"
             f" -> {report.output}"
         )
     return 1 if report.failed else 0
-
-
-def _print_record(record: dict, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(record, ensure_ascii=False))
-    else:
-        for text in record.get("captions", [record["caption"]]):
-            print(f"{record['source']}: {text}")
 
 
 def info(options: argparse.Namespace) -> int:
@@ -102,7 +94,6 @@ def info(options: argparse.Namespace) -> int:
     print(f"{origin.source}: {origin.layout} layout, revision {origin.revision or '-'}")
     for name, size in origin.files.items():
         print(f"  {name:<32}{size:>16,} bytes")
-    table = parameter_table(checkpoint.model.config)
     print(f"\n{'parameters':<30}{'total':>14}   trained in the published run")
     table = parameter_table(checkpoint.model.config)
     for group in dict.fromkeys(row.group for row in table):
@@ -121,14 +112,51 @@ def _print_sizes(name: str, parts: Sequence[PartSize], note: str = "") -> None:
     print(f"  {name:<28}{total:>14,}{trained:>14,}   {note}".rstrip())
 
 
+def evaluate(options: argparse.Namespace) -> int:
+    """Score captions of a data set, or caption it first: run again, it goes on where it stopped."""
+    from qvision_lab import evaluation
+    from qvision_lab.data.coco import contamination, open_dataset
+
+    chosen = {name: getattr(options, name) for name in ("split", "n", "seed", "images")}
+    dataset = open_dataset(options.data, **chosen, instances=options.instances)
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    if options.predictions:
+        captions = evaluation.read_results(options.predictions)
+    else:
+        from qvision_lab.captioning import load
+
+        if missing := dataset.missing():
+            raise ValueError(
+                f"{len(missing):,} of {len(dataset):,} pictures are not on disk, the first being "
+                f"{missing[:5]}; say with --images where they are."
+            )
+        captioner = load(options.model, options.revision, options.dtype, options.device)
+        report = captioner.caption_dataset(
+            dataset,
+            output / "captions.jsonl",
+            **({"preset": options.preset} if options.preset else {}),
+            batch_size=options.batch_size,
+        )
+        captions = evaluation.read_captions(report.output, dataset)
+        evaluation.write_results(captions, output / "results.json")
+    how = {"confidence": options.confidence, "resamples": options.resamples}
+    report = evaluation.evaluate_dataset(captions, dataset, options.metrics, **how)
+    print(f"{dataset.name}: {report}")
+    if not all(image.scene for image in dataset):
+        print(contamination(dataset, options.train_captions))
+    if options.baseline:
+        print(evaluation.compare(report, evaluation.EvaluationReport.load(options.baseline)))
+    print(f"-> {report.save(output)}")
+    return 0
+
+
 def convert(options: argparse.Namespace) -> int:
     """Write a checkpoint in the layout that transformers reads too."""
     from qvision_lab.model.checkpoint import convert
 
-    dest = convert(
-        options.source, options.dest, options.dtype, options.push_to, revision=options.revision
-    )
-    print(f"wrote {dest}")
+    chosen = options.dtype, options.push_to, options.revision
+    print(f"wrote {convert(options.source, options.dest, *chosen)}")
     return 0
 
 
@@ -178,11 +206,9 @@ def train(options: argparse.Namespace) -> int:
     if options.processes > 1:  # the same command in each process, joined by torch's own launcher
         from torch.distributed.run import main as launch
 
-        request = ["train", options.recipe, "--output", options.output]
+        command = ["-m", "qvision_lab.cli", "train", options.recipe, "--output", options.output]
         changes = ["--set", *options.set] if options.set else []
-        launch(
-            [f"--nproc-per-node={options.processes}", "-m", "qvision_lab.cli", *request, *changes]
-        )
+        launch([f"--nproc-per-node={options.processes}", *command, *changes])
         return 0
     from qvision_lab.training import run_recipe
 
@@ -221,12 +247,32 @@ def _parser() -> argparse.ArgumentParser:
     add("--preprocessing", default="training", help="training, model_card or clip (%(default)s)")
     add("--batch-size", type=int, default=16, metavar="N", help="pictures at once (%(default)s)")
     add("--num-beams", type=int, metavar="N", help="search with so many beams")
-    add("--num-captions", type=int, metavar="K", help="captions a picture (sampling or beams)")
+    captions = {"dest": "num_return_sequences", "type": int, "metavar": "K"}
+    add("--num-captions", **captions, help="captions a picture (sampling or beams)")
     add("--temperature", type=float, metavar="T", help="sample; above 1 wilder, below 1 tamer")
     add("--max-new-tokens", type=int, metavar="N", help="longest caption")
     add("--seed", type=int, default=0, help="of what is sampled (%(default)s)")
     add("--recursive", action="store_true", help="look into subfolders too")
     add("--json", action="store_true", help="print records as JSON lines")
+
+    add = _command(commands, "eval", evaluate)
+    data = "COCO's, Karpathy's or a plain folder or file of captions, or scenes:test"
+    add("--data", required=True, help=data)
+    add("--split", help="of several in --data: val2017, or Karpathy's test")
+    add("--n", type=int, metavar="N", help="score so many images, drawn with --seed")
+    add("--seed", type=int, default=0, help="of the images (%(default)s)")
+    add("--images", metavar="DIR", help="folder of the pictures (default: around the captions)")
+    add("--instances", metavar="FILE", help="COCO's instances (default: beside the captions)")
+    add("--predictions", metavar="FILE", help="results.json to score (default: caption first)")
+    add("--output", default="evaluation", metavar="DIR", help="of all results (%(default)s)")
+    add("--metrics", nargs="+", help="bleu meteor rouge cider spice chair scenes (default: all)")
+    add("--confidence", type=float, default=0.95, help="of the intervals (%(default)s)")
+    add("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (%(default)s)")
+    add("--baseline", metavar="DIR", help="results of an earlier call to compare with")
+    add("--train-captions", metavar="FILE", help="captions_train2017.json: looks for contamination")
+    add("--preset", help="published, model_card, greedy or beam (default: the model's own)")
+    add("--batch-size", type=int, default=16, metavar="N", help="pictures at once (%(default)s)")
+    _add_model(add)
 
     add = _command(commands, "info", info)
     add("checkpoint", nargs="?", help="folder or Hub id (default: the embedded checkpoint)")
@@ -255,9 +301,7 @@ def _parser() -> argparse.ArgumentParser:
         add = _command(kinds, name, run)
         if name == "write":
             add("folder", help="folder to write, or to extend")
-            add(
-                "--workers", type=int, default=0, help="processes that draw (%(default)s: this one)"
-            )
+            add("--workers", type=int, default=0, help="drawing processes (%(default)s: this one)")
         add("--split", default="test", help="train, val, test, compose or crowd (%(default)s)")
         add("--n", type=int, default=n, help="number of scenes (%(default)s)")
         add("--seed", type=int, default=0, help="of the scenes (%(default)s)")
@@ -275,11 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(
-    commands: argparse._SubParsersAction,
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-) -> Callable[..., argparse.Action]:
+def _command(commands: argparse._SubParsersAction, name: str, run: Run) -> Add:
     """Add a command that says what its function's docstring says; return its `add_argument`."""
     says = run.__doc__.rstrip(".")
     command = commands.add_parser(name, help=says[0].lower() + says[1:], description=run.__doc__)
@@ -287,7 +327,7 @@ def _command(
     return command.add_argument
 
 
-def _add_model(add: Callable[..., argparse.Action]) -> None:
+def _add_model(add: Add) -> None:
     add("--model", help="folder or Hub id (default: the embedded checkpoint)")
     add("--revision", help="branch, tag or commit on the Hub")
     add("--dtype", help="float32, bfloat16 or float16")

@@ -9,31 +9,29 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation import logits_process
 
-from qvision_lab.model.captioner import QVisionForConditionalGeneration, generation_preset
+from qvision_lab.model.captioner import PLAIN, QVisionForConditionalGeneration, generation_preset
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # what this module's sampling knows
-NOT_SAMPLING = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None}
-# generate fills what is unset from the model's own settings, but a preset means what it says.
-PLAIN = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "min_length": 0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "length_penalty": 1.0,
+WARPERS = {  # settings of sampling, in transformers' order, and what applies them
+    "temperature": logits_process.TemperatureLogitsWarper,
+    "top_h": logits_process.TopHLogitsWarper,
+    "top_k": logits_process.TopKLogitsWarper,
+    "top_p": logits_process.TopPLogitsWarper,
+    "min_p": logits_process.MinPLogitsWarper,
+    "typical_p": logits_process.TypicalLogitsWarper,
+    "epsilon_cutoff": logits_process.EpsilonLogitsWarper,
+    "eta_cutoff": logits_process.EtaLogitsWarper,
 }
+OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0}  # as None is
+OFF |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+NOT_SAMPLING = {**OFF, "do_sample": False, "top_k": 50, "min_p": None, "top_h": None}  # no warnings
 LIVE_SETTINGS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer")
-SPECIAL_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+UNSAID = (
+    *("transformers_version", "return_dict_in_generate"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
 
 
 class SeededSampling(LogitsProcessor):
@@ -42,20 +40,14 @@ class SeededSampling(LogitsProcessor):
     The largest of the logits plus Gumbel noise is a draw from their softmax (the Gumbel-max trick;
     Maddison et al. 2014, arXiv:1411.0030), so a greedy search over these scores samples. Each row
     has its own generator on the CPU, where `torch.multinomial` has one for the whole batch.
-    Temperature, top-k, top-p and min-p come first, as in transformers; what is None is off.
+    Temperature and all that narrows the choice come first, as in transformers.
     """
 
     def __init__(self, config: GenerationConfig, keys: list[str]):
-        warpers = {
-            "temperature": TemperatureLogitsWarper,
-            "top_k": TopKLogitsWarper,
-            "top_p": TopPLogitsWarper,
-            "min_p": MinPLogitsWarper,
-        }
         self.warpers = LogitsProcessorList(
-            warpers[name](value)
-            for name, value in ((name, getattr(config, name)) for name in SAMPLING)
-            if value is not None and (name, value) != ("top_k", 0)  # both mean: off
+            warper(value)
+            for name, warper in WARPERS.items()
+            if (value := getattr(config, name)) not in (None, OFF.get(name))
         )
         self.generators = [torch.Generator().manual_seed(_hash(key)) for key in keys]
 
@@ -95,11 +87,10 @@ class Search:
             config = copy.deepcopy(model.generation_config)
         else:
             config = generation_preset(preset, model.config)
-            config.update(defaults_only=True, **PLAIN)
         live = {name: settings[name] for name in LIVE_SETTINGS if settings.get(name) is not None}
         settings = {name: value for name, value in settings.items() if name not in LIVE_SETTINGS}
         if "do_sample" not in settings:
-            if any(settings.get(name) is not None for name in SAMPLING):
+            if any(settings.get(name) is not None for name in WARPERS):
                 settings["do_sample"] = True
             elif (settings.get("num_beams") or 1) > 1:
                 settings["do_sample"] = False
@@ -130,8 +121,7 @@ class Search:
 
     def describe(self) -> dict:
         """Settings that are not the plain ones, as far as JSON can say them."""
-        hidden = {"transformers_version", "return_dict_in_generate", *SPECIAL_TOKENS}
-        hidden |= set() if self.config.do_sample else set(SAMPLING)
+        hidden = {*UNSAID, *(() if self.config.do_sample else WARPERS)}
         said = {
             name: value
             for name, value in self.config.to_diff_dict().items()
@@ -150,13 +140,11 @@ class Search:
         Args:
             keys: one an image; its draws depend on its key and the seed alone.
         """
-        k = self.captions_per_image
-        config, live, rows = copy.deepcopy(self.config), dict(self.live), len(keys)
+        config, live, k = copy.deepcopy(self.config), dict(self.live), self.captions_per_image
         if config.do_sample:
-            row_keys = [f"{self.seed}/{key}/{n}" for key in keys for n in range(k)]
-            sampling = SeededSampling(config, row_keys)
+            rows = [f"{self.seed}/{key}/{n}" for key in keys for n in range(k)]
+            sampling = SeededSampling(config, rows)
             live["logits_processor"] = [*live.get("logits_processor", ()), sampling]
             config.update(**NOT_SAMPLING, num_return_sequences=1)
-            rows = len(row_keys)
-        start = torch.full((rows, 1), model.config.start_token_id, device=visual_tokens.device)
-        return model.generate(start, visual_tokens=visual_tokens, generation_config=config, **live)
+            visual_tokens = visual_tokens.repeat_interleave(k, dim=0)  # [R,1+Q,D]
+        return model.generate(visual_tokens=visual_tokens, generation_config=config, **live)

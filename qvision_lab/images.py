@@ -47,28 +47,23 @@ def open_image(picture: Picture, name: str | None = None) -> Image.Image:
         TypeError: if it is none of these.
     """
     name = name or picture_name(picture) or type(picture).__name__
-    if isinstance(picture, Image.Image):
-        return _decode(picture, name)
     if isinstance(picture, np.ndarray):
         return _from_array(picture, name)
     if hasattr(picture, "detach"):  # a tensor, told without importing torch
         tensor = picture.detach().cpu()
         tensor = tensor.float() if tensor.is_floating_point() else tensor  # numpy has no bfloat16
         return _from_array(tensor.numpy(), name, channels_first=True)
-    if isinstance(picture, bytes):
-        encoded = picture
-    elif is_url(picture):
-        encoded = _download(picture)
-    elif isinstance(picture, str | os.PathLike):
-        encoded = _read(Path(picture).expanduser())
-    else:
-        raise TypeError(
-            f"a {type(picture).__name__} is no picture; pass a path, URL, bytes, PIL image, array "
-            "or tensor."
-        )
-    if not encoded:
-        raise ImageError(f"{name} is empty (0 bytes); write or download it again.")
-    return _decode(_identify(encoded, name), name)
+    encoded = b"" if isinstance(picture, Image.Image) else _encoded(picture, name)
+    try:
+        image = _identify(encoded, name) if encoded else picture
+        image.load()
+        return _as_rgb(ImageOps.exif_transpose(image), name)
+    except ImageError:
+        raise
+    except Exception as error:  # a decoder fails with whatever it stumbles upon
+        raise ImageError(
+            f"{name} is truncated or damaged ({error}); copy or download it again."
+        ) from error
 
 
 def find_pictures(
@@ -116,13 +111,28 @@ def picture_name(picture: Picture) -> str | None:
     return os.fspath(picture) if isinstance(picture, str | os.PathLike) else None
 
 
-def _read(path: Path) -> bytes:
-    if path.is_dir():
-        raise ImageError(f"{path} is a folder; caption_folder captions the pictures in it.")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"cannot read {path}: {error.strerror}; check the path.") from error
+def _encoded(picture: str | os.PathLike | bytes, name: str) -> bytes:
+    """What a picture's file holds, wherever it is; at least one byte."""
+    if isinstance(picture, bytes):
+        encoded = picture
+    elif is_url(picture):
+        encoded = _download(picture)
+    elif isinstance(picture, str | os.PathLike):
+        path = Path(picture).expanduser()
+        if path.is_dir():
+            raise ImageError(f"{path} is a folder; caption_folder captions the pictures in it.")
+        try:
+            encoded = path.read_bytes()
+        except OSError as error:
+            raise ImageError(f"cannot read {path}: {error.strerror}; check the path.") from error
+    else:
+        raise TypeError(
+            f"a {type(picture).__name__} is no picture; pass a path, URL, bytes, PIL image, array "
+            "or tensor."
+        )
+    if not encoded:
+        raise ImageError(f"{name} is empty (0 bytes); write or download it again.")
+    return encoded
 
 
 def _download(url: str) -> bytes:
@@ -159,32 +169,17 @@ def _identify(encoded: bytes, name: str) -> Image.Image:
             ) from error
         image.draft("RGB", (REDUCED_SIDE, REDUCED_SIDE))
         return image
-    except Exception as error:  # a decoder fails with whatever it stumbles upon
-        raise _broken(name, error) from error
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
-    try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "F" or image.mode.startswith("I"):  # convert("RGB") would clip these
-            values = np.asarray(image)
-            return _from_array(
-                values if image.mode == "F" else np.clip(values, 0, 65535).astype(np.uint16), name
-            )
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
-    except ImageError:
-        raise
-    except Exception as error:
-        raise _broken(name, error) from error
-
-
-def _broken(name: str, error: Exception) -> ImageError:
-    return ImageError(f"{name} is truncated or damaged ({error}); copy or download it again.")
+def _as_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F":  # here and below, convert("RGB") would clip
+        return _from_array(np.asarray(image), name)
+    if image.mode.startswith("I"):
+        return _from_array(np.clip(image, 0, 65535).astype(np.uint16), name)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _from_array(values: np.ndarray, name: str, channels_first: bool = False) -> Image.Image:
@@ -211,4 +206,4 @@ def _from_array(values: np.ndarray, name: str, channels_first: bool = False) -> 
         raise ImageError(f"{name} holds {values.dtype}; convert it to uint8 (0 to 255).")
     values = values.astype(np.uint8)
     image = Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
-    return _decode(image, name)
+    return _as_rgb(image, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import matplotlib.pyplot as plt
@@ -94,4 +94,34 @@ def plot_training_curves(log: pd.DataFrame, ax: Axes | None = None) -> Axes:
             label = name.removeprefix("eval_").replace("_", " ")
             shares.plot(rows["step"], rows[name], "o-", color=color, ms=3, lw=1, label=label)
         shares.legend(loc="center left", bbox_to_anchor=(1.12, 0.5), frameon=False, fontsize=8)
+    return ax
+
+
+def plot_scores(
+    tables: Mapping[str, pd.DataFrame], scale: float = 100, ax: Axes | None = None
+) -> Axes:
+    """Scores as dots with their intervals, of one system or of several beside each other.
+
+    Args:
+        tables: by the system's name: a row a score with `score`, `low` and `high`, as in
+            `EvaluationReport.table`.
+        scale: what they are multiplied by.
+    """
+    names = list(dict.fromkeys(name for table in tables.values() for name in table.index))
+    ax = ax or plt.subplots(figsize=(6, 1 + 0.3 * len(names)), layout="constrained")[1]
+    colors = plt.get_cmap("tab10").colors
+    for i, ((system, table), color) in enumerate(zip(tables.items(), colors, strict=False)):
+        rows = [names.index(name) + 0.18 * (i - (len(tables) - 1) / 2) for name in table.index]
+        sides = [table["score"] - table["low"], table["high"] - table["score"]]
+        ax.errorbar(
+            *(scale * table["score"], rows),
+            xerr=[scale * side for side in sides],
+            **{"fmt": "o", "color": color, "ms": 4, "capsize": 2, "label": system},
+        )
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set_xlabel(f"score, times {scale:g}" if scale != 1 else "score")
+    ax.grid(axis="x", alpha=0.3)
+    if len(tables) > 1:
+        ax.legend(frameon=False, fontsize=8)
     return ax

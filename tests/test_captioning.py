@@ -110,6 +110,27 @@ def test_seeded_sampling_draws_from_the_softmax():
     torch.testing.assert_close(shares, expected, atol=0.015, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "kept"),
+    [
+        *(
+            ("top_k", 2, 2),
+            ("top_k", 0, 4),
+            ("top_p", 0.7, 2),
+            ("min_p", 0.5, 2),
+            ("top_h", 0.8, 2),
+        ),
+        *(("typical_p", 0.6, 2), ("epsilon_cutoff", 0.1, 3), ("eta_cutoff", 0.5, 2)),
+        *(("epsilon_cutoff", 0.0, 4), ("typical_p", 1.0, 4)),
+    ],
+)
+def test_seeded_sampling_knows_every_warper(setting, value, kept):
+    scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(300, -1)
+    sampling = SeededSampling(GenerationConfig(**{setting: value}), [str(i) for i in range(300)])
+    drawn = sampling(torch.zeros(300, 1, dtype=torch.long), scores).argmax(-1)
+    assert drawn.unique().tolist() == list(range(kept))
+
+
 @pytest.mark.parametrize("settings", [{"preset": "greedy"}, SAMPLED, {"preset": "beam"}])
 def test_logprobs_are_the_models_own(captioner, pictures, settings):
     caption = captioner.caption(pictures[0], repetition_penalty=1.5, **settings)
@@ -152,9 +173,10 @@ def test_generates_as_generate_does(captioner, pictures):
 
 
 def test_one_setting_chooses_the_search(captioner, pictures):
-    sampled = captioner.caption(pictures[0], preset="greedy", temperature=0.5)
-    assert sampled.settings["do_sample"]
-    assert sampled.seed == 0
+    for setting in ({"temperature": 0.5}, {"typical_p": 0.5}, {"eta_cutoff": 0.1}, {"top_h": 0.4}):
+        sampled = captioner.caption(pictures[0], preset="greedy", **setting)
+        assert sampled.settings.items() >= {"do_sample": True, **setting}.items()
+        assert sampled.seed == 0
     beams = captioner.caption(pictures[0], num_beams=3, num_return_sequences=3)
     assert len(beams) == 3
     assert beams[0].seed is None
@@ -166,6 +188,7 @@ def test_one_setting_chooses_the_search(captioner, pictures):
     [
         ({"temperatur": 0.5}, "temperatur"),
         ({"temperature": 0.0}, "0.0"),
+        ({"typical_p": 1.5}, "1.5"),
         ({"num_beams": 2, "temperature": 0.5}, "num_beams=2"),
         ({"preset": "best"}, "best"),
         ({"preprocessing": "square"}, "square"),

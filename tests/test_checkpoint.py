@@ -38,13 +38,11 @@ def write_published(folder: Path, model: QVisionForConditionalGeneration) -> Non
     decoder["gpt_decoder.lm_head.weight"] = decoder["gpt_decoder.transformer.wte.weight"].clone()
     third = {k.removeprefix("gpt_decoder."): v for k, v in decoder.items() if "gpt_decoder" in k}
     width = model.config.hidden_size
-    decoder["query_proj.weight"], decoder["query_proj.bias"] = (
-        torch.ones(width, width),
-        torch.ones(width),
-    )
+    decoder["query_proj.weight"] = torch.ones(width, width)
+    decoder["query_proj.bias"] = torch.ones(width)
     decoder["gpt_decoder.transformer.h.0.attn.attention.masked_bias"] = torch.tensor(-1e9)
     encoder |= {
-        k.replace("vision.", "clip.vision_model.", 1): v.clone()
+        f"clip.vision_model.{k.removeprefix('vision.')}": v.clone()
         for k, v in encoder.items()
         if k.startswith("vision.")
     }
@@ -64,10 +62,9 @@ def write_published(folder: Path, model: QVisionForConditionalGeneration) -> Non
         return
     vision, text = config.vision_config.to_dict(), config.text_config.to_dict()
     text.pop("attention_layers")
-    tokens = {
-        key: getattr(config, key) for key in ("start_token_id", "end_token_id", "pad_token_id")
-    }
-    architecture = {"vision_config": vision, "text_config": text, **tokens}
+    tokens = ("start_token_id", "end_token_id", "pad_token_id")
+    architecture = {key: getattr(config, key) for key in tokens}
+    architecture |= {"vision_config": vision, "text_config": text}
     (folder / "architecture.json").write_text(json.dumps(architecture))
 
 
@@ -183,9 +180,8 @@ def test_sharded_native_weights_load(native, tiny, batch, tmp_path):
 
 def test_saving_replaces_a_checkpoint_and_nothing_else(native, tiny, batch, tmp_path):
     checkpoint = load_checkpoint(native)
-    card = (
-        save_checkpoint(checkpoint, native) / "README.md"
-    ).read_text()  # over its own mapped files
+    save_checkpoint(checkpoint, native)  # over its own mapped files
+    card = (native / "README.md").read_text()
     assert "`published`" not in card
     assert "from `native` (native layout, float32)" in card
     assert torch.equal(load_checkpoint(native).model(**batch).logits, tiny(**batch).logits)
@@ -195,9 +191,28 @@ def test_saving_replaces_a_checkpoint_and_nothing_else(native, tiny, batch, tmp_
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="is a file; give a folder"):
         save_checkpoint(checkpoint, tmp_path / "file")
-    save_checkpoint(checkpoint, tmp_path / "new" / "deep", card="mine")
+    save_checkpoint(checkpoint, tmp_path / "new" / "deep", {"README.md": "mine"})
     assert (tmp_path / "new" / "deep" / "README.md").read_text() == "mine"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["deep"]
+
+
+def test_weights_are_as_readable_as_what_lies_beside_them(native):
+    assert len({path.stat().st_mode for path in native.iterdir()}) == 1
+
+
+def test_conversion_takes_companions_along_and_spares_other_checkpoints(native, tmp_path):
+    (native / "scores.json").write_text('{"test": 1}')
+    (native / "README.md").write_text("how it was trained")
+    other = convert(native, tmp_path / "other", dtype="bfloat16")
+    for name in ("scores.json", "README.md"):
+        assert (other / name).read_bytes() == (native / name).read_bytes()
+    with pytest.raises(CheckpointError, match=r"other holds another checkpoint.*give another"):
+        convert(native, other)
+    convert(other, other, dtype="float16")  # itself may be rewritten
+    assert load_checkpoint(other, dtype="auto").provenance.dtype == "float16"
+    assert (other / "scores.json").exists()
+    save_checkpoint(load_checkpoint(native), other)  # other weights have no such scores
+    assert not (other / "scores.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -353,16 +368,14 @@ class Hub:
     asked: list[str] = field(default_factory=list)
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        api, repository = (
-            path.startswith("/api/models/"),
-            "/".join(path.split("?")[0].split("/")[1:3]),
-        )
-        if api:
-            repository, _, rest = path.removeprefix("/api/models/").split("?")[0].partition("/re")
+        path, _, _ = path.partition("?")
+        if api := path.startswith("/api/models/"):
+            repository, _, rest = path.removeprefix("/api/models/").partition("/revision/")
             repository, _, tree = repository.partition("/tree/")
-            revision = tree or rest.removeprefix("vision/") or "main"
+            revision = tree or rest or "main"
         else:
-            revision, _, name = path.partition("/resolve/")[2].partition("/")
+            repository, _, rest = path.removeprefix("/").partition("/resolve/")
+            revision, _, name = rest.partition("/")
         if repository not in self.folders:
             return 404, {"X-Error-Code": "RepoNotFound"}, b""
         if revision not in ("main", "v1", COMMIT):
@@ -419,9 +432,8 @@ def test_only_needed_files_are_downloaded_and_the_commit_is_recorded(hub, tiny, 
     checkpoint = load_checkpoint("someone/tiny", revision="v1")
     assert checkpoint.provenance.revision == COMMIT
     assert checkpoint.provenance.source == "someone/tiny"
-    assert set(hub.asked) == {
-        *("config.json", "architecture.json", "encoder.safetensors", "decoder.safetensors")
-    }
+    needed = {"config.json", "architecture.json", "encoder.safetensors", "decoder.safetensors"}
+    assert set(hub.asked) == needed
     assert torch.equal(checkpoint.model(**batch).logits, tiny(**batch).logits)
 
 

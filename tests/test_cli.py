@@ -63,6 +63,9 @@ def test_caption_to_the_screen(checkpoint, photos, capsys):
     record = json.loads(capsys.readouterr().out)
     assert len(record["captions"]) == 2
     assert record["settings"]["temperature"] == 0.9
+    odd = good.rename(photos / "line\u2028break.png")
+    assert main(["caption", str(odd), "--model", str(checkpoint), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["source"] == str(odd)
 
 
 def test_caption_to_a_file_counts_failures(checkpoint, photos, tmp_path, capsys):

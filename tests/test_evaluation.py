@@ -14,8 +14,19 @@ from pycocoevalcap.meteor.meteor import Meteor as CocoMeteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from qvision_lab.data import scenes
-from qvision_lab.evaluation import EvaluationReport, compare, evaluate, java
+import qvision_lab as ql
+from qvision_lab.cli import main
+from qvision_lab.data import coco, scenes
+from qvision_lab.evaluation import (
+    EvaluationReport,
+    compare,
+    evaluate,
+    evaluate_dataset,
+    java,
+    read_captions,
+    read_results,
+    write_results,
+)
 from qvision_lab.evaluation.bootstrap import bootstrap_interval, paired_difference
 from qvision_lab.evaluation.metrics import METRICS, bleu_formula, ratio_formula
 
@@ -294,3 +305,53 @@ def test_a_p_value_under_the_null_is_uniform():
         for _ in range(300)
     ]
     assert 0.02 <= np.mean(np.array(p_values) <= 0.05) <= 0.08
+
+
+def test_results_come_back_as_they_were_and_bad_ones_are_refused(tmp_path):
+    path = write_results({1: "a\u2028cat", 2: "😀"}, tmp_path / "results.json")
+    assert read_results(path) == {1: "a\u2028cat", 2: "😀"}
+    path.write_text('[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]')
+    with pytest.raises(ValueError, match=r"two captions for 1 image \(1\)"):
+        read_results(path)
+    for damaged in ('[{"image_id": 1, "capt', "{}x", '[{"id": 1}]'):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match="no results file"):
+            read_results(path)
+
+
+def test_a_dataset_is_captioned_resumed_and_scored(tmp_path):
+    dataset = coco.open_dataset("scenes:val", n=6)
+    captioner = ql.load()
+    whole = captioner.caption_dataset(dataset, tmp_path / "whole.jsonl", batch_size=4)
+    captioner.caption_dataset(dataset.images[:2], tmp_path / "half.jsonl")
+    half = captioner.caption_dataset(dataset, tmp_path / "half.jsonl")
+    assert (whole.captioned, half.captioned, half.skipped) == (6, 4, 2)
+    captions = read_captions(whole.output, dataset)
+    assert captions == read_captions(half.output, dataset)
+    assert list(captions.values()) == [
+        caption.text for caption in captioner.caption(image.picture for image in dataset)
+    ]
+    report = evaluate_dataset(captions, dataset, ("scenes", "chair"), resamples=10)
+    assert report.table.loc["true", "of"] == 6
+    more = coco.open_dataset("scenes:val", n=7)
+    with pytest.raises(ValueError, match=r"1 image \(6\) not captioned"):
+        read_captions(whole.output, more)
+
+
+def test_the_command_scores_and_compares(tmp_path, capsys):
+    """Of a folder of COCO's kind, which knows its objects."""
+    folder = scenes.write_coco(tmp_path / "scenes", 5, split="val")
+    dataset = coco.open_dataset(folder)
+    good = write_results({i: r[0] for i, r in dataset.references.items()}, tmp_path / "good.json")
+    bad = write_results(dict.fromkeys(dataset.ids, "A white train."), tmp_path / "bad.json")
+    metrics = ["--metrics", "rouge", "chair", "--resamples", "20"]
+    command = ["eval", "--data", str(folder), *metrics, "--output"]
+    assert main([*command, str(tmp_path / "a"), "--predictions", str(bad)]) == 0
+    baseline = ["--baseline", str(tmp_path / "a")]
+    assert main([*command, str(tmp_path / "b"), "--predictions", str(good), *baseline]) == 0
+    said = capsys.readouterr().out
+    assert "CHAIR-s" in said
+    assert "difference on 5 images" in said
+    assert EvaluationReport.load(tmp_path / "b").scores["ROUGE-L"] > 0.9
+    assert main(["eval", "--data", str(tmp_path / "nowhere")]) == 2
+    assert main([*command, str(tmp_path / "c"), "--predictions", str(tmp_path / "none.json")]) == 2

@@ -16,10 +16,15 @@ ALLOWED = {
     "generation": {"model"},
     "captioning": {"model", "generation", "images"},
     "plots": {"images"},
-    "training": {"model", "data", "captioning", "training"},
-    "benchmark": {"model", "data", "captioning", "training", "benchmark"},
+    "interpretation": {"model", "data", "captioning", "evaluation", "images", "interpretation"},
+    "training": {"model", "data", "captioning", "evaluation", "training"},
+    "compiled": {"model", "generation", "captioning"},
+    "benchmark": {"model", "data", "images", "captioning", "compiled", "training", "benchmark"},
     "demo": {"captioning", "data", "plots"},
-    "cli": {"model", "data", "captioning", "images", "training", "benchmark", "demo", "plots"},
+    "cli": {
+        *("model", "data", "images", "captioning", "evaluation"),
+        *("training", "benchmark", "demo", "plots"),
+    },
 }
 CHECKPOINT_READERS = {"captioning", "training", "benchmark", "cli"}
 

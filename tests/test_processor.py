@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoProcessor
 
 from qvision_lab.model.config import QVisionConfig
-from qvision_lab.model.processor import IMAGE_PRESETS, QVisionProcessor
+from qvision_lab.model.processor import IMAGE_PRESETS, QVisionProcessor, image_preset
 
 
 @pytest.fixture
@@ -34,6 +34,19 @@ def test_any_mode_becomes_three_channels(processor, mode):
     pixels = processor(images=[Image.new(mode, (50, 20))])["pixel_values"]
     assert pixels.shape == (1, 3, 32, 32)
     assert pixels.dtype == torch.float32
+
+
+def test_a_strip_is_cropped_before_it_is_resized(processor):
+    rng = np.random.default_rng(0)
+    strip = Image.fromarray(rng.integers(0, 256, (8, 80, 3), np.uint8))
+    whole = processor.image_processor(strip, return_tensors="pt", **image_preset("clip", 32))
+    ours = processor(images=strip, preset="clip")["pixel_values"]
+    assert_close(ours, whole["pixel_values"], atol=1e-4, rtol=0)
+    row = np.zeros((1, 20_000), np.uint8)
+    row[0, 10_000:] = 255
+    pixels = processor(images=Image.fromarray(row), preset="clip")["pixel_values"][0, 0]
+    assert (pixels.diff(dim=1) > 0).all()  # the edge is in the middle of what is seen
+    assert (pixels + pixels.flip(1)).std() < 0.01
 
 
 def test_captions_become_the_training_text_and_come_back(processor, byte_tokenizer):

@@ -23,12 +23,11 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Compar
     pixel_values = captioner.processor(images=pictures[:1])["pixel_values"]
     fixed = {"do_sample": False, "max_new_tokens": TOKENS, "min_length": TOKENS + 1}  # and <START>
     model = captioner.model
-    weights = next(model.parameters())
     settings = {
         **fixed,
         "parameters": model.num_parameters(),
-        "dtype": str(weights.dtype),
-        "device": weights.device.type,
+        "dtype": str(model.dtype),
+        "device": model.device.type,
     }
     generate = partial(model.generate, pixel_values=pixel_values.to(model.device), **fixed)
     yield compare(

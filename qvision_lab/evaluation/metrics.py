@@ -167,7 +167,7 @@ BLEU_COUNTS = (
     *(f"{n}-grams {what}" for what in ("guessed", "correct") for n in range(1, 5)),
 )
 METEOR_COUNTS = tuple(f"METEOR {i}" for i in range(23))
-CHAIR = ("CHAIR-i", "CHAIR-s", "object recall")
+CHAIR = ("CHAIR-i", "CHAIR-s", "CHAIR recall")
 
 METRICS: dict[str, Metric] = {
     "bleu": Metric(BLEU, BLEU_COUNTS, bleu_counts, bleu_formula),

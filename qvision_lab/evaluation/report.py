@@ -20,10 +20,18 @@ from tqdm.auto import tqdm
 from qvision_lab.evaluation.bootstrap import bootstrap_interval, paired_difference
 from qvision_lab.evaluation.chair import Vocabulary
 from qvision_lab.evaluation.java import Meteor, tokenize
-from qvision_lab.evaluation.metrics import METRICS, Evidence, ImageId, UnavailableError
+from qvision_lab.evaluation.metrics import (
+    METRICS,
+    Evidence,
+    ImageId,
+    UnavailableError,
+    ratio_formula,
+)
 
 if TYPE_CHECKING:
     from qvision_lab.data.scenes import Layout, Scene
+
+COCO_METRICS = ("bleu", "meteor", "rouge", "cider")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +56,10 @@ class EvaluationReport:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One row a score: `score`, and the `low` and `high` end of its interval.
+        """One row a score: `score`, the `low` and `high` end of its interval, and what it is `of`.
+
+        `of` is the number of cases behind it: images, or for a share its denominator. A share of
+        exactly 0 or 1 has no spread to resample: of n cases, one in n / 3 may still be otherwise.
 
         What is held fixed: the references of each image, and for CIDEr the document frequencies,
         which come from all images (those of a resample would make another, wider metric).
@@ -59,10 +70,12 @@ class EvaluationReport:
             low, high = bootstrap_interval(
                 counts, formula, self.resamples, self.confidence, self.seed
             )
-            scores = formula(counts.sum(0))
-            for name, *values in zip(METRICS[metric].scores, scores, low, high, strict=True):
-                rows[name] = dict(zip(("score", "low", "high"), values, strict=True))
-        return pd.DataFrame.from_dict(rows, orient="index")
+            total = counts.sum(0)
+            of = total[1::2] if formula is ratio_formula else [len(counts)] * len(low)
+            columns = zip(METRICS[metric].scores, formula(total), low, high, of, strict=True)
+            rows |= {name: values for name, *values in columns}
+        table = pd.DataFrame.from_dict(rows, "index", columns=["score", "low", "high", "of"])
+        return table.astype({"of": int})
 
     @property
     def scores(self) -> dict[str, float]:
@@ -84,13 +97,14 @@ class EvaluationReport:
     def __str__(self) -> str:
         lines = [f"{len(self.counts):,} images; times 100, {self.confidence:.0%} intervals"]
         lines += [
-            f"  {name:<18}{100 * row.score:>8.1f}   [{100 * row.low:.1f}, {100 * row.high:.1f}]"
+            f"  {name:<18}{100 * row.score:>8.1f}   "
+            f"{f'[{100 * row.low:.1f}, {100 * row.high:.1f}]':<16} of {int(row.of):,}"
             for name, row in self.table.iterrows()
         ]
         return "\n".join(lines + [f"  {name}: {note}" for name, note in self.notes.items()])
 
     def _repr_html_(self) -> str:
-        return (100 * self.table).round(1).to_html() + "".join(
+        return (self.table * [100, 100, 100, 1]).round(1).to_html() + "".join(
             f"<p>{name}: {note}</p>" for name, note in self.notes.items()
         )
 
@@ -132,7 +146,7 @@ class EvaluationReport:
 def evaluate(
     predictions: Mapping[ImageId, str],
     references: Mapping[ImageId, Sequence[str]],
-    metrics: Sequence[str] = ("bleu", "meteor", "rouge", "cider"),
+    metrics: Sequence[str] = COCO_METRICS,
     confidence: float = 0.95,
     *,
     objects: Mapping[ImageId, AbstractSet[str]] | None = None,
@@ -166,7 +180,7 @@ def evaluate(
     _refuse_mismatch(predictions, references, "references")
     ids = list(predictions)
     if without := [i for i in ids if not references[i] or isinstance(references[i], str)]:
-        raise ValueError(f"{_cases('image', without)} without a list of references.")
+        raise ValueError(f"{some('image', without)} without a list of references.")
     for truth, of_images in truths.items():
         if of_images is not None:
             _refuse_mismatch(predictions, of_images, truth)
@@ -180,7 +194,7 @@ def evaluate(
             evidence = _tokenize(evidence)
             silent = [i for i, words in zip(ids, evidence.words, strict=True) if not words]
             if silent:
-                notes["no words"] = f"{_cases('caption', silent)}: they overlap with nothing"
+                notes["no words"] = f"{some('caption', silent)}: they overlap with nothing"
         if "meteor" in metrics:
             meteor = stack.enter_context(Meteor(evidence.words, evidence.reference_words))
             evidence = replace(evidence, meteor=meteor)
@@ -272,16 +286,16 @@ def _refuse_mismatch(
     if not predictions:
         raise ValueError("there is no caption to score.")
     if wrong := [i for i, text in predictions.items() if not isinstance(text, str)]:
-        raise ValueError(f"{_cases('prediction', wrong)} that are no text; give caption.text.")
+        raise ValueError(f"{some('prediction', wrong)} that are no text; give caption.text.")
     unknown = [i for i in predictions if i not in others]
     missing = [i for i in others if i not in predictions]
     if unknown or missing:
         parts = [(unknown, f"with a caption but not in {name}"), (missing, "without a caption")]
-        said = " and ".join(f"{_cases('image', ids)} {what}" for ids, what in parts if ids)
+        said = " and ".join(f"{some('image', ids)} {what}" for ids, what in parts if ids)
         raise ValueError(f"{said}; both sides must have the same images.")
 
 
-def _cases(thing: str, ids: Sequence[ImageId]) -> str:
+def some(thing: str, ids: Sequence[ImageId]) -> str:
     """ "3 images (7, 12, 15)", with the first five ids."""
     first = ", ".join(map(repr, ids[:5])) + (", ..." if len(ids) > 5 else "")
     return f"{len(ids):,} {thing}{'s' * (len(ids) > 1)} ({first})"

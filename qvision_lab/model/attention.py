@@ -1,7 +1,7 @@
 """Attention that can show its map: the one kind in the Q-Former and the bridge."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,8 +28,12 @@ class MultiHeadAttention(nn.Module):
         key: Float[Tensor, "B S D"],
         value: Float[Tensor, "B S D"],
         output_attentions: bool = False,
+        mask: Bool[Tensor, "B #H #T S"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B H T S"] | None]:
-        """Return what each query position read, and on request the map that says from where."""
+        """Return what each query position read, and on request the map that says from where.
+
+        Where the mask is False nothing is read, and the other positions share the attention.
+        """
         projections = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
         query, key, value = (
             F.linear(x, weight, bias)
@@ -41,10 +45,12 @@ class MultiHeadAttention(nn.Module):
         attention = None
         if output_attentions:
             scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5  # [B,H,T,S]
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf)
             attention = scores.softmax(-1)
             read = F.dropout(attention, dropout) @ value  # [B,H,T,D/H]
         else:
-            read = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+            read = F.scaled_dot_product_attention(query, key, value, mask, dropout)
         return self.out_proj(read.transpose(1, 2).flatten(2)), attention  # [B,T,D]
 
 

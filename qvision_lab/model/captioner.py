@@ -26,21 +26,22 @@ from qvision_lab.model.vision import VisionEncoder
 
 IGNORED_LABEL = -100  # the label that transformers' collators put where no loss is wanted
 
-# Everything that matters is spelled out: `generate` fills what is left open from the model's own.
-_PLAIN = {
-    "do_sample": False,
+# All spelled out: `generate` fills what is left open from the model's own settings.
+PLAIN = {
     "num_beams": 1,
     "num_return_sequences": 1,
-    "max_new_tokens": 30,
     "min_length": 0,
     "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
 }
-_SAMPLING = {**_PLAIN, "do_sample": True, "top_k": 40, "top_p": 0.9, "min_length": 5}
+_GREEDY = {**PLAIN, "do_sample": False, "max_new_tokens": 30}
+_SAMPLING = {**_GREEDY, "do_sample": True, "top_k": 40, "top_p": 0.9, "min_length": 5}
 GENERATION_PRESETS: dict[str, dict] = {
     "published": {**_SAMPLING, "temperature": 0.6, "repetition_penalty": 1.8},
     "model_card": {**_SAMPLING, "temperature": 0.7, "repetition_penalty": 1.5},
-    "greedy": _PLAIN,
-    "beam": {**_PLAIN, "num_beams": 3},
+    "greedy": _GREEDY,
+    "beam": {**_GREEDY, "num_beams": 3},
 }
 
 
@@ -150,12 +151,8 @@ class QVisionForConditionalGeneration(QVisionPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: unless exactly one input is given.
         """
-        inputs = {
-            "pixel_values": pixel_values,
-            "vision_states": vision_states,
-            "image_tokens": image_tokens,
-            "visual_tokens": visual_tokens,
-        }
+        inputs = {"pixel_values": pixel_values, "vision_states": vision_states}
+        inputs |= {"image_tokens": image_tokens, "visual_tokens": visual_tokens}
         given = [name for name, value in inputs.items() if value is not None]
         if len(given) != 1:
             raise ValueError(
@@ -275,15 +272,12 @@ class QVisionForConditionalGeneration(QVisionPreTrainedModel, GenerationMixin):
         labels: Int[Tensor, "R T"],
         num_items_in_batch: Tensor | int | None,
     ) -> Float[Tensor, ""]:
-        targets = labels[:, 1:].masked_fill(
-            labels[:, 1:] == self.config.pad_token_id, IGNORED_LABEL
-        )
+        targets = labels[:, 1:]
+        targets = targets.masked_fill(targets == self.config.pad_token_id, IGNORED_LABEL)
+        scores = logits[:, :-1].flatten(0, 1).float()  # [R*(T-1),V]
         reduction = "mean" if num_items_in_batch is None else "sum"
         loss = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(),
-            targets.flatten(),
-            ignore_index=IGNORED_LABEL,
-            reduction=reduction,
+            scores, targets.flatten(), ignore_index=IGNORED_LABEL, reduction=reduction
         )
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 

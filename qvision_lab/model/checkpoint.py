@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import GenerationConfig
 
 from qvision_lab.model import published
@@ -78,41 +79,45 @@ def load_checkpoint(
     Raises:
         CheckpointError: naming the file, tensor or value that is wrong, and the way out.
     """
-    device = _parse_device(device)
-    dtype = _parse_dtype(dtype)
+    device, dtype = _parse_device(device), _parse_dtype(dtype)
     folder, commit = locate(source, revision, NEEDED_FILES)
     layout, weight_files = _layout(folder)
-    config = _read_config(folder, layout)
+    config, processor = _read_configs(folder, layout)
     with torch.device("meta"):
         model = QVisionForConditionalGeneration(config)
     stored = _match(model, read_headers(weight_files), layout)
-    _place(model, stored, dtype or _stored_dtype(stored), device)
+    dtype = dtype or _stored_dtype(stored)
+    _place(model, read_tensors(stored, dtype, device))
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    files = {
-        path.name: path.stat().st_size for path in sorted(folder.iterdir()) if _is_needed(path.name)
-    }
+    needed = sorted(path for path in folder.iterdir() if _is_needed(path.name))
+    files = {path.name: path.stat().st_size for path in needed}
     name = "the embedded checkpoint" if source is None else str(source)
-    provenance = Provenance(name, layout, commit, files, str(model.dtype).removeprefix("torch."))
-    return Checkpoint(model.eval(), _read_processor(folder, layout, config), provenance)
+    origin = Provenance(name, layout, commit, files, str(dtype).removeprefix("torch."))
+    return Checkpoint(model.eval(), processor, origin)
 
 
 def save_checkpoint(
-    checkpoint: Checkpoint, dest: str | os.PathLike, card: str | None = None
+    checkpoint: Checkpoint, dest: str | os.PathLike, companions: Mapping[str, str] | None = None
 ) -> Path:
     """Write the native layout, which `ql.load` and transformers' `from_pretrained` read.
 
     Everything is written beside `dest` and then renamed, so `dest` is never half a checkpoint. An
-    older checkpoint there is replaced; any other folder that is not empty is refused.
+    older checkpoint there is replaced, with its companions, which tell of other weights; any other
+    folder that is not empty is refused.
 
     Args:
-        card: text of README.md; by default one that tells the provenance.
+        companions: names and texts of files that tell of these weights, such as their scores;
+            without a README.md among them, one tells the provenance.
     """
-    card = card or _model_card(checkpoint.provenance)
     with _replacing(Path(dest)) as folder:
         checkpoint.model.save_pretrained(folder)
         checkpoint.processor.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        texts = {"README.md": _model_card(checkpoint.provenance), **(companions or {})}
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        for weights in folder.glob("*.safetensors"):  # only their owner could read them
+            shutil.copymode(folder / "README.md", weights)
     return Path(dest)
 
 
@@ -126,17 +131,28 @@ def convert(
     """Write a checkpoint of either layout in the native one; its outputs stay bitwise the same.
 
     All copies that the published layout holds are read, and a difference between them is refused.
+    The native layout's companions (card, recipe, scores, curves) come along.
 
     Args:
+        dest: a new or empty folder, or `source` itself.
         dtype: as in `load_checkpoint`, but as stored by default.
         push_to: Hub id to upload the result to.
     """
-    folder, commit = locate(source, revision, (*NEEDED_FILES, published.THIRD_COPY))
+    folder, commit = locate(source, revision, (*NEEDED_FILES, *COMPANIONS, published.THIRD_COPY))
+    if (Path(dest) / "config.json").exists() and not folder.samefile(dest):
+        raise CheckpointError(
+            f"{dest} holds another checkpoint, which would be lost with its scores; give another "
+            "folder, or delete that one."
+        )
+    companions = {}
     if _layout(folder)[0] == "published":
         published.check_copies(folder)
+    else:
+        present = [folder / name for name in COMPANIONS if (folder / name).exists()]
+        companions = {path.name: path.read_text(encoding="utf-8") for path in present}
     checkpoint = load_checkpoint(folder, dtype=dtype or "auto", device="cpu")
     origin = replace(checkpoint.provenance, source=str(source), revision=commit)
-    dest = save_checkpoint(replace(checkpoint, provenance=origin), dest)
+    dest = save_checkpoint(replace(checkpoint, provenance=origin), dest, companions)
     if push_to is not None:
         HfApi().create_repo(push_to, exist_ok=True)
         HfApi().upload_folder(repo_id=push_to, folder_path=dest)
@@ -159,30 +175,24 @@ def _layout(folder: Path) -> tuple[str, list[Path]]:
     )
 
 
-def _read_config(folder: Path, layout: str) -> QVisionConfig:
+def _read_configs(folder: Path, layout: str) -> tuple[QVisionConfig, QVisionProcessor]:
+    """All that is not weights, checked to fit together."""
     try:
         if layout == "published":
-            return published.read_config(folder)
+            config = published.read_config(folder)
+            tokenizer = published.read_tokenizer(folder, config)
+            return config, QVisionProcessor.from_config(config, tokenizer)
         fields = read_json(folder / "config.json", ("model_type", "vision_config", "text_config"))
         if fields["model_type"] != QVisionConfig.model_type:
             raise ValueError(f"model_type={fields['model_type']!r} is not a QVision model.")
-        return QVisionConfig.from_dict(fields)
-    except CheckpointError:
-        raise
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-
-
-def _read_processor(folder: Path, layout: str, config: QVisionConfig) -> QVisionProcessor:
-    try:
-        if layout == "published":
-            tokenizer = published.read_tokenizer(folder, config)
-            return QVisionProcessor.from_config(config, tokenizer)
+        config = QVisionConfig.from_dict(fields)
         read_json(folder / "preprocessor_config.json")  # a plainer complaint than transformers'
         processor = QVisionProcessor.from_pretrained(folder)
         processor.check_fits(config)
-        return processor
-    except (OSError, ValueError) as error:
+        return config, processor
+    except CheckpointError:
+        raise
+    except (StrictDataclassError, OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
@@ -193,12 +203,11 @@ def _match(
     matched = {}
     for name, parameter in model.named_parameters():  # the tied output layer is not repeated
         key = published.stored_name(name) if layout == "published" else name
-        if key not in stored:
+        if (tensor := stored.pop(key, None)) is None:
             raise CheckpointError(
                 f"tensor {key} is missing from the {layout} weights; the files are incomplete, or "
                 "config.json describes another model."
             )
-        tensor = stored.pop(key)
         if tensor.shape != parameter.shape:
             raise CheckpointError(
                 f"tensor {key} in {tensor.file} has shape {list(tensor.shape)}, but config.json "
@@ -228,18 +237,12 @@ def _stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
     return dtypes.pop()
 
 
-def _place(
-    model: QVisionForConditionalGeneration,
-    stored: dict[str, StoredTensor],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
+def _place(model: QVisionForConditionalGeneration, weights: dict[str, Tensor]) -> None:
     """Give a model that was built on the meta device its weights and buffers, once."""
-    weights = read_tensors(stored, dtype, device)
-    weights["decoder.lm_head.weight"] = weights["decoder.language_model.wte.weight"]
-    model.load_state_dict(weights, assign=True)
+    token_embedding = weights["decoder.language_model.wte.weight"]
+    model.load_state_dict({**weights, "decoder.lm_head.weight": token_embedding}, assign=True)
     model.tie_weights()
-    model.config.dtype = dtype
+    model.config.dtype, device = model.dtype, model.device
     embeddings = model.vision.tower.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
     # GPT-Neo keeps a mask of 4 MB in every layer, though there are only two different ones.
@@ -254,12 +257,9 @@ def _place(
 
 def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """None where the files decide."""
-    if dtype is None:
-        return torch.float32
-    if dtype == "auto":
-        return None
-    parsed = DTYPES.get(dtype, dtype)
-    if parsed not in DTYPES.values():
+    known = {**DTYPES, None: torch.float32, "auto": None}
+    parsed = known.get(dtype, dtype)
+    if parsed not in known.values():
         raise CheckpointError(
             f"dtype={dtype!r} does not exist here; use {', '.join(DTYPES)} or auto."
         )

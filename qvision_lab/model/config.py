@@ -41,14 +41,9 @@ class QVisionConfig(PreTrainedConfig):
         if self.text_config is None:
             self.text_config = PUBLISHED_TEXT_CONFIG
         if isinstance(self.text_config, dict):
-            special_tokens = {
-                "bos_token_id": self.start_token_id,
-                "eos_token_id": self.end_token_id,
-            }
-            self.text_config = {**self.text_config, **special_tokens}
-        super().__post_init__(
-            **kwargs
-        )  # makes the sub-configurations; CLIP's defaults are ViT-B/32
+            ends = {"bos_token_id": self.start_token_id, "eos_token_id": self.end_token_id}
+            self.text_config = {**self.text_config, **ends}
+        super().__post_init__(**kwargs)  # makes the sub-configurations; CLIP's is ViT-B/32
 
     def validate_architecture(self):
         """Reject sizes that do not fit together (called by transformers' `@strict`)."""

@@ -140,6 +140,8 @@ class QVisionProcessor(ProcessorMixin):
             if foreign := {type(x).__name__ for x in images if not isinstance(x, Image.Image)}:
                 raise TypeError(f"pass PIL images, not {min(foreign)}; Captioner opens everything.")
             settings = image_preset(preset, self.image_size)
+            if settings["do_center_crop"]:
+                images = [_without_far_ends(image) for image in images]
             features.update(self.image_processor(images, return_tensors="pt", **settings))
         if text is not None:
             captions = [text] if isinstance(text, str) else text
@@ -203,6 +205,12 @@ class QVisionProcessor(ProcessorMixin):
                 "processor.tokenizer to the one that it was trained with."
             )
         return self.tokenizer
+
+
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    """The middle of a strip, of which a square crop shows no more; the whole, resized, is huge."""
+    margin = (np.array(image.size) - 4 * min(image.size)).clip(0) // 2
+    return image.crop((*margin, *(image.size - margin)))
 
 
 def holds_tokenizer(folder: Path) -> bool:

@@ -24,28 +24,20 @@ KNOWN_LEFTOVERS = re.compile(
 )
 
 GPT2_REPOSITORY = "openai-community/gpt2"
-GPT2_FILES = ("tokenizer.json",)
 SPECIAL_TOKENS = {"bos_token": "<START>", "eos_token": "<END>", "pad_token": "<|endoftext|>"}
 
 
 def read_config(folder: Path) -> QVisionConfig:
     """Sizes from `config.json`, and from `architecture.json` where they are not ViT-B/32's."""
-    path = folder / "config.json"
-    sizes = read_json(path, ("embed_size", "vocab_size", "num_img_tokens"))
+    fields = ("embed_size", "vocab_size", "num_img_tokens")
+    sizes = read_json(folder / "config.json", fields)
+    width, vocabulary, queries = (sizes[field] for field in fields)
     architecture = folder / "architecture.json"
     more = read_json(architecture) if architecture.exists() else {}
-    text_config = {
-        **more.pop("text_config", PUBLISHED_TEXT_CONFIG),
-        "hidden_size": sizes["embed_size"],
-        "vocab_size": sizes["vocab_size"],
-    }
-    heads = more.pop("qformer_num_heads", 8)
-    return QVisionConfig(
-        text_config=text_config,
-        num_query_tokens=sizes["num_img_tokens"],
-        num_attention_heads=heads,
-        **more,
-    )
+    text = more.pop("text_config", PUBLISHED_TEXT_CONFIG)
+    more["text_config"] = {**text, "hidden_size": width, "vocab_size": vocabulary}
+    more["num_attention_heads"] = more.pop("qformer_num_heads", 8)
+    return QVisionConfig(num_query_tokens=queries, **more)
 
 
 def stored_name(name: str) -> str:
@@ -85,7 +77,7 @@ def read_tokenizer(folder: Path, config: QVisionConfig) -> GPT2Tokenizer | None:
         if config.vocab_size != PUBLISHED_TEXT_CONFIG["vocab_size"]:
             return None
         try:
-            folder = download(GPT2_REPOSITORY, None, GPT2_FILES)
+            folder = download(GPT2_REPOSITORY, None, ("tokenizer.json",))
         except CheckpointError as error:
             warnings.warn(f"loaded without a tokenizer, so without words: {error}", stacklevel=3)
             return None
@@ -99,19 +91,14 @@ def check_copies(folder: Path) -> None:
 
     The original code loads all of them over each other, so it may have used either one.
     """
-    stored = read_headers(folder / name for name in WEIGHT_FILES)
-    originals = {
-        name: name.replace("clip.vision_model.", "vision.")
-        for name in stored
-        if name.startswith("clip.vision_model.")
-    }
-    originals["gpt_decoder.lm_head.weight"] = "gpt_decoder.transformer.wte.weight"
-    pairs = [(stored.get(copy), stored.get(name)) for copy, name in originals.items()]
-    if (folder / THIRD_COPY).exists():
-        third = read_headers([folder / THIRD_COPY])
-        pairs += [(copy, stored.get(f"gpt_decoder.{name}")) for name, copy in third.items()]
-    for copy, original in pairs:
-        if copy and original and not torch.equal(copy.read(), original.read()):
+    third = (THIRD_COPY,) if (folder / THIRD_COPY).exists() else ()
+    stored = read_headers(folder / name for name in (*WEIGHT_FILES, *third))
+    for name, copy in stored.items():
+        name = name.replace("clip.vision_model.", "vision.")
+        name = re.sub(r"^(gpt_decoder\.)?lm_head", "transformer.wte", name)
+        name = re.sub(r"^transformer\.", "gpt_decoder.transformer.", name)
+        original = stored.get(name, copy)
+        if copy != original and not torch.equal(copy.read(), original.read()):
             raise CheckpointError(
                 f"two copies of one weight differ: {copy.name} in {copy.file.name} and "
                 f"{original.name} in {original.file.name}. Find out which one the model was meant "

@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -72,15 +71,12 @@ def read_tensors(
     Otherwise each tensor gets a mapping of its own, which ends before the next one is read, since
     mapped pages count as resident memory for as long as the mapping lives.
     """
+    mapped = {path: safe_open(path, "pt") for path in {tensor.file for tensor in stored.values()}}
     tensors = {}
-    with ExitStack() as stack:
-        files = {tensor.file for tensor in stored.values()}
-        mapped = {path: stack.enter_context(safe_open(path, "pt")) for path in files}
-        for name, tensor in stored.items():
-            if tensor.dtype == dtype and device.type == "cpu":
-                tensors[name] = mapped[tensor.file].get_tensor(tensor.name)
-            else:
-                tensors[name] = tensor.read().to(device=device, dtype=dtype)
+    for name, tensor in stored.items():
+        stays = tensor.dtype == dtype and device.type == "cpu"
+        found = mapped[tensor.file].get_tensor(tensor.name) if stays else tensor.read()
+        tensors[name] = found.to(device=device, dtype=dtype)
     return tensors
 
 

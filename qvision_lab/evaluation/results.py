@@ -1,0 +1,92 @@
+"""Captions of a data set from and to files, and the scores that its truth allows."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qvision_lab.data.coco import CaptionDataset
+from qvision_lab.evaluation.chair import coco_vocabulary, scenes_vocabulary
+from qvision_lab.evaluation.metrics import ImageId
+from qvision_lab.evaluation.report import COCO_METRICS, EvaluationReport, evaluate, some
+
+
+def read_results(path: str | Path) -> dict[ImageId, str]:
+    """Captions by image id, from COCO's results format: `[{"image_id": 1, "caption": "..."}]`.
+
+    Raises:
+        ValueError: if the file is cut off or of another kind, or an image comes twice.
+    """
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        pairs = [(row["image_id"], row["caption"]) for row in rows]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f'{path} is no results file, a whole JSON list of {{"image_id": ..., "caption": ...}}: '
+            f"{error}"
+        ) from error
+    if twice := [image_id for image_id, n in Counter(i for i, _ in pairs).items() if n > 1]:
+        raise ValueError(f"{path} has two captions for {some('image', twice)}; keep one of each.")
+    return dict(pairs)
+
+
+def write_results(captions: Mapping[ImageId, str], path: str | Path) -> Path:
+    """Write captions in COCO's results format, which evaluation servers take."""
+    path = Path(path)
+    rows = [{"image_id": image_id, "caption": text} for image_id, text in captions.items()]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(rows), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def read_captions(path: str | Path, dataset: CaptionDataset) -> dict[ImageId, str]:
+    """Captions by image id, from what `Captioner.caption_dataset` wrote.
+
+    Raises:
+        ValueError: if pictures could not be captioned; those that could stay in the file.
+    """
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    records = {record["source"]: record for record in map(json.loads, filter(None, lines))}
+    captions = {i: records.get(str(i), {}).get("caption") for i in dataset.ids}
+    if failed := [i for i, caption in captions.items() if caption is None]:
+        why = records.get(str(failed[0]), {}).get("error", "not tried")
+        raise ValueError(
+            f"{some('image', failed)} not captioned ({why}); mend them and run this again, which "
+            "goes on where it stopped, or evaluate the others as a subset."
+        )
+    return captions
+
+
+def evaluate_dataset(
+    captions: Mapping[ImageId, str],
+    dataset: CaptionDataset,
+    metrics: Sequence[str] | None = None,
+    **how,
+) -> EvaluationReport:
+    """Score captions of a data set by COCO's metrics and by all that it knows of its images.
+
+    Args:
+        metrics: by default COCO's four and SPICE, "chair" where all objects are known, and "scenes"
+            where the images are scenes.
+        how: `confidence`, `resamples` and `seed` of `evaluate`.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    layouts = {image.image_id: image.scene for image in dataset}
+    drawn = all(layouts.values())
+    known = all(image.objects is not None for image in dataset)
+    if metrics is None:
+        metrics = (*COCO_METRICS, "spice", *["chair"] * known, *["scenes"] * drawn)
+    return evaluate(
+        captions,
+        dataset.references,
+        metrics,
+        objects=dataset.objects if known else None,
+        vocabulary=scenes_vocabulary() if drawn else coco_vocabulary(),
+        layouts=layouts if drawn else None,
+        **how,
+    )
