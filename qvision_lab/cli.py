@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qvision_lab.benchmark.parameters import PartSize
 
+SUITES = ("latency", "scoring")  # modules of benchmark/
 Run = Callable[[argparse.Namespace], int]
 Add = Callable[..., argparse.Action]
 
@@ -217,14 +218,19 @@ def train(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Time what the design claims: the cache, and batches."""
-    from qvision_lab.benchmark.latency import run_benchmarks
+    """Time what the design claims, in turn with what it is compared with."""
+    from importlib import import_module
+
     from qvision_lab.captioning import load
 
-    captioner = load(options.model, None, options.dtype, options.device)
-    for comparison in run_benchmarks(captioner, options.quick):
-        print(comparison)
-        print(f"  -> {comparison.save(options.output)}")
+    if unknown := set(options.suites) - set(SUITES):
+        raise ValueError(f"no benchmarks {unknown}; choose among {', '.join(SUITES)}.")
+    captioner = load(options.model, options.revision, options.dtype, options.device)
+    for suite in options.suites or SUITES:
+        benchmarks = import_module(f"qvision_lab.benchmark.{suite}").run_benchmarks
+        for result in benchmarks(captioner, options.quick):
+            print(result)
+            print(f"  -> {result.save(options.output)}")
     return 0
 
 
@@ -313,6 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change values of the recipe")
 
     add = _command(commands, "bench", bench)
+    add("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (default: all)")
     add("--quick", action="store_true", help="few rounds: shows that it runs, measures little")
     add("--output", metavar="DIR", help="folder of the results (default: the package's own)")
     _add_model(add)

@@ -131,7 +131,7 @@ def test_scenes_are_drawn_when_asked():
     dataset = open_dataset("scenes:test", n=3, seed=4)
     for image, scene in zip(dataset, scenes.generate(3, split="test", seed=4), strict=True):
         assert image.references == scene.captions
-        assert image.scene == scene.layout
+        assert image.scene == scenes.layout("test", 4, scene.index)
         assert image.objects == {thing.category for thing in scene.objects}
         assert image.picture.tobytes() == scene.image.tobytes()
         assert image.image is None

@@ -15,6 +15,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 import qvision_lab as ql
+from qvision_lab.benchmark import scoring
 from qvision_lab.cli import main
 from qvision_lab.data import coco, scenes
 from qvision_lab.evaluation import (
@@ -226,7 +227,7 @@ def test_cider_of_one_image_is_no_number():
 def test_scenes_truth_equals_scenes_score():
     drawn = {i: scenes.scene("val", 0, i) for i in range(12)}
     told = {i: drawn[(i + i % 2) % 12].captions[0] for i in drawn}  # every other one is wrong
-    layouts = {i: scene.layout for i, scene in drawn.items()}
+    layouts = drawn
     references = {i: scene.captions for i, scene in drawn.items()}
     report = evaluate(told, references, ("scenes",), layouts=layouts, resamples=200)
     rates = scenes.score(scenes.check(told[i], drawn[i]) for i in drawn)
@@ -355,3 +356,9 @@ def test_the_command_scores_and_compares(tmp_path, capsys):
     assert EvaluationReport.load(tmp_path / "b").scores["ROUGE-L"] > 0.9
     assert main(["eval", "--data", str(tmp_path / "nowhere")]) == 2
     assert main([*command, str(tmp_path / "c"), "--predictions", str(tmp_path / "none.json")]) == 2
+
+
+def test_scoring_is_measured_beside_cocoevalcap(monkeypatch):
+    monkeypatch.setattr(scoring, "QUICK_IMAGES", 3)
+    names = [comparison.name for comparison in scoring.run_benchmarks(quick=True)]
+    assert names == ["COCOEvalCap vs evaluate", "bootstrap vs none"]

@@ -19,7 +19,10 @@ ALLOWED = {
     "interpretation": {"model", "data", "captioning", "evaluation", "images", "interpretation"},
     "training": {"model", "data", "captioning", "evaluation", "training"},
     "compiled": {"model", "generation", "captioning"},
-    "benchmark": {"model", "data", "images", "captioning", "compiled", "training", "benchmark"},
+    "benchmark": {
+        *("model", "data", "images", "captioning", "compiled"),
+        *("evaluation", "interpretation", "training", "benchmark"),
+    },
     "demo": {"captioning", "data", "plots"},
     "cli": {
         *("model", "data", "images", "captioning", "evaluation"),

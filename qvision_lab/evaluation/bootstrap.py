@@ -57,8 +57,9 @@ def paired_difference(
             for coins in _toss(len(first), resamples, seed)
         ]
     )
-    as_large = np.abs(swapped) >= np.abs(difference) - 1e-12
-    p_value = (1 + as_large.sum(0)) / (1 + resamples)
+    smaller = np.abs(swapped) < np.abs(difference) - 1e-12  # one that has no score is not
+    p_value = (1 + (~smaller).sum(0)) / (1 + resamples)
+    p_value[np.isnan(difference)] = np.nan
     return difference, _interval(np.concatenate(draws), confidence), p_value
 
 

@@ -39,7 +39,7 @@ class Evidence:
     meteor: Meteor | None = None
     objects: Mapping[ImageId, AbstractSet[str]] | None = None
     vocabulary: Vocabulary | None = None
-    layouts: Mapping[ImageId, scenes.Layout | scenes.Scene] | None = None
+    layouts: Mapping[ImageId, scenes.Layout] | None = None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from qvision_lab.evaluation.metrics import (
 )
 
 if TYPE_CHECKING:
-    from qvision_lab.data.scenes import Layout, Scene
+    from qvision_lab.data.scenes import Layout
 
 COCO_METRICS = ("bleu", "meteor", "rouge", "cider")
 
@@ -151,7 +151,7 @@ def evaluate(
     *,
     objects: Mapping[ImageId, AbstractSet[str]] | None = None,
     vocabulary: Vocabulary | None = None,
-    layouts: Mapping[ImageId, Layout | Scene] | None = None,
+    layouts: Mapping[ImageId, Layout] | None = None,
     resamples: int = 1000,
     seed: int = 0,
 ) -> EvaluationReport:

@@ -7,13 +7,13 @@ random weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from jaxtyping import Float
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
@@ -33,7 +33,7 @@ from qvision_lab.model.captioner import (
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.training.trainer import CurveWriter, StageTrainer, last_checkpoint, stage_arguments
-from qvision_lab.training.vision_stage import normalise
+from qvision_lab.training.vision_stage import filled_once, normalise
 
 SPECIAL_TOKENS = {"pad_token": "<PAD>", "bos_token": "<START>", "eos_token": "<END>"}
 
@@ -67,33 +67,18 @@ def see_scenes(
     tower: CLIPVisionModel, path: Path, n: int, split: str, seed: int, workers: int
 ) -> SeenScenes:
     """Draw `n` scenes and keep the tower's states in half precision (19 kB each), in memory."""
-    with PartialState().main_process_first():
-        if not path.exists():
-            _see_scenes(tower, path, n, split, seed, workers)
-    states = np.load(path)
-    if len(states) != n:
-        raise ValueError(f"{path} holds {len(states)} pictures, not {n}; delete it to start anew.")
+    patches = (tower.config.image_size // tower.config.patch_size) ** 2
+    drawn = scenes.generate(n, split=split, seed=seed, workers=workers)
+    shape = (n, patches, tower.config.hidden_size)
+    states = filled_once(path, np.dtype(np.float16), shape, _see(tower, drawn))
     return SeenScenes(split, seed, states)
 
 
 @torch.no_grad()
-def _see_scenes(
-    tower: CLIPVisionModel, path: Path, n: int, split: str, seed: int, workers: int
-) -> None:
-    patches = (tower.config.image_size // tower.config.patch_size) ** 2
-    partial = path.with_suffix(".partial")
-    shape = (n, patches, tower.config.hidden_size)
-    states = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
-    drawn = scenes.generate(n, split=split, seed=seed, workers=workers)
-    with tqdm(desc=f"seeing {split}", total=n, unit="picture") as progress:
-        for start in range(0, n, 64):
-            some = [next(drawn) for _ in range(min(64, n - start))]
-            pixels = np.stack([np.asarray(scene.image) for scene in some])
-            seen = tower(normalise(pixels)).last_hidden_state[:, 1:]  # [B,P,C]
-            states[start : start + len(some)] = seen.numpy()
-            progress.update(len(some))
-    states.flush()
-    partial.replace(path)
+def _see(tower: CLIPVisionModel, drawn: Iterator[scenes.Scene]) -> Iterator[np.ndarray]:
+    while some := list(islice(drawn, 64)):
+        pixels = np.stack([np.asarray(scene.image) for scene in some])
+        yield from tower(normalise(pixels)).last_hidden_state[:, 1:].numpy()  # [B,P,C]
 
 
 class CaptionedStates(Dataset):
@@ -133,8 +118,9 @@ class CaptionCollator:
         input_ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)  # [R,T]
         labels = input_ids.masked_fill(input_ids == self.pad_token_id, IGNORED_LABEL)
         labels[:, 0] = IGNORED_LABEL  # never a target, so it must not count as one
-        states = torch.stack([sample["vision_states"] for sample in samples])  # [B,P,C]
-        return {"vision_states": states, "input_ids": input_ids, "labels": labels}
+        looks = samples[0].keys() - {"captions"}  # vision_states [B,P,C] or pixel_values [B,3,H,W]
+        seen = {name: torch.stack([sample[name] for sample in samples]) for name in looks}
+        return {**seen, "input_ids": input_ids, "labels": labels}
 
 
 def measure_truth(

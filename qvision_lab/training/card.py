@@ -2,20 +2,8 @@
 
 from __future__ import annotations
 
-TRUTHS = {
-    "pairs right": "every (colour, object) pair of the scene named, and no other",
-    "object recall": "objects in the scene that are named",
-    "object precision": "objects named that are in the scene",
-    "hallucination": "captions that name an object that is not there",
-    "count stated": "groups of two or more told with a number",
-    "count right": "of those numbers, right",
-    "relation stated": "captions of two different single objects that state a relation",
-    "relation right": "of those relations, right",
-    "background right": "backgrounds told, right",
-    "sky right": "suns and moons told, right",
-    "true": "captions that are true as a whole",
-    "outside": "captions with a part outside the language of Scenes",
-}
+from qvision_lab.data.scenes.checking import RATES
+
 OVERLAPS = ("BLEU-4", "BLEU-4, a sixth caption", "CIDEr", "CIDEr, a sixth caption")
 
 CARD = """---
@@ -63,9 +51,9 @@ def scenes_card(run: dict, scores: dict[str, dict], parameters: int) -> str:
         "| | " + " | ".join(f"{split} ({_captions(scores[split]):,})" for split in splits) + " |",
         "|---|" + "---:|" * len(splits),
     ]
-    for name, meaning in TRUTHS.items():
+    for name, meaning in RATES.items():
         cells = (_percent(scores[split]["truth"].get(name)) for split in splits)
-        lines.append(f"| {meaning} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name}, of {meaning} | " + " | ".join(cells) + " |")
     for name in OVERLAPS:
         cells = (f"{scores[split]['overlap'][name]:.1f}" for split in splits)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

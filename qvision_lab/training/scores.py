@@ -34,7 +34,7 @@ def score_on_scenes(
             told = captioner.caption([scene.image for scene in chunk], batch_size=50)
             captions += [caption.text for caption in told]
             references += [scene.captions for scene in chunk]
-            sixth += [tell(scene.layout, 6)[5] for scene in chunk]
+            sixth += [tell(scene, 6)[5] for scene in chunk]
             checks += [
                 scenes.check(caption.text, scene)
                 for caption, scene in zip(told, chunk, strict=True)

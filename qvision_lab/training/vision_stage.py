@@ -9,6 +9,7 @@ that where the captioner looks did not emerge from captions alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -69,28 +70,29 @@ def sight(scene: scenes.Scene, grid: int) -> np.void:
     return record[()]
 
 
-def draw_sights(path: Path, n: int, split: str, seed: int, grid: int, workers: int) -> np.ndarray:
-    """Draw `n` scenes to a file of records, once, and read it into memory (150 kB a picture)."""
+def filled_once(
+    path: Path, dtype: np.dtype, shape: tuple[int, ...], rows: Iterable[np.ndarray]
+) -> np.ndarray:
+    """An array that one process fills with what `rows` gives, once; kept in a file, held in memory.
+
+    Raises:
+        ValueError: the file holds another array.
+    """
     with PartialState().main_process_first():
         if not path.exists():
-            _draw_sights(path, n, split, seed, grid, workers)
-    records = np.load(path)
-    if len(records) != n or records.dtype != sight_type(grid):
+            partial = path.with_suffix(".partial")
+            array = np.lib.format.open_memmap(partial, "w+", dtype, shape)
+            for i, row in enumerate(tqdm(rows, path.stem, total=len(array), unit="picture")):
+                array[i] = row
+            array.flush()
+            partial.replace(path)
+    array = np.load(path)
+    if array.shape != shape or array.dtype != dtype:
         raise ValueError(
-            f"{path} holds {len(records)} pictures of another recipe, not {n} of this one; "
-            "delete it or choose another output folder."
+            f"{path} holds {len(array)} pictures of another recipe; delete it or choose another "
+            "output folder."
         )
-    return records
-
-
-def _draw_sights(path: Path, n: int, split: str, seed: int, grid: int, workers: int) -> None:
-    partial = path.with_suffix(".partial")
-    records = np.lib.format.open_memmap(partial, "w+", sight_type(grid), (n,))
-    drawn = scenes.generate(n, split=split, seed=seed, workers=workers)
-    for i, scene in enumerate(tqdm(drawn, f"drawing {split}", total=n, unit="picture")):
-        records[i] = sight(scene, grid)
-    records.flush()
-    partial.replace(path)
+    return array
 
 
 def normalise(pixels: Num[np.ndarray, "B H W 3"]) -> Float[Tensor, "B 3 H W"]:
@@ -256,8 +258,10 @@ def learn_to_see(config: CLIPVisionConfig, stage: dict, seed: int, folder: Path)
     folder.mkdir(parents=True, exist_ok=True)
 
     def drawn(split: str, n: int, seed: int) -> Sights:
+        pictures = scenes.generate(n, split=split, seed=seed, workers=stage["workers"])
+        sights = (sight(scene, grid) for scene in pictures)
         path = folder / f"{split}-{seed}-{n}.npy"
-        return Sights(draw_sights(path, n, split, seed, grid, stage["workers"]), grid)
+        return Sights(filled_once(path, sight_type(grid), (n,), sights), grid)
 
     pictures = [drawn(part["split"], part["n"], part["seed"]) for part in stage["pictures"]]
     held_out = drawn("val", stage["held_out"], 0)

@@ -7,8 +7,8 @@ pairs of colour and object that the others never show; `crowd` has five to eight
 
 from qvision_lab.data.scenes.checking import Check, check, score
 from qvision_lab.data.scenes.coco_export import write_coco
-from qvision_lab.data.scenes.generating import Scene, describe, generate, scene
-from qvision_lab.data.scenes.world import SPLITS, Layout, layout
+from qvision_lab.data.scenes.drawing import Scene, generate, scene
+from qvision_lab.data.scenes.world import SPLITS, Layout, describe, layout
 
 __all__ = [
     "SPLITS",

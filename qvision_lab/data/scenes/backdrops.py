@@ -1,8 +1,10 @@
-"""The seven places and what stands in their skies."""
+"""The seven places and what stands in their skies: one function each, called by its name.
+
+A place returns the height from which things stand on the ground, 0 to 1 from the top.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import cos, pi, sin
 
 from qvision_lab.data.scenes.pen import CLEAR, DARK, GOLD, WHITE, Color, Pen, mix
@@ -12,31 +14,34 @@ def sun(pen: Pen) -> None:
     for i in range(12):
         a = i * pi / 6
         spread = ((a - 0.13, 0.3), (a, 0.5), (a + 0.13, 0.3))
-        pen.polygon([(0.5 + r * cos(t), 0.5 + r * sin(t)) for t, r in spread], GOLD, bare=True)
-    pen.oval(0.2, 0.2, 0.8, 0.8, fill=(255, 196, 30), bare=True)
-    pen.oval(0.25, 0.25, 0.75, 0.75, fill=(255, 226, 84), bare=True)
+        pen.polygon([(0.5 + r * cos(t), 0.5 + r * sin(t)) for t, r in spread], GOLD)
+    pen.oval(0.2, 0.2, 0.8, 0.8, fill=(255, 196, 30))
+    pen.oval(0.25, 0.25, 0.75, 0.75, fill=(255, 226, 84))
 
 
 def moon(pen: Pen) -> None:
-    pen.oval(0, 0, 1, 1, fill=(255, 248, 214), bare=True)
-    pen.oval(0.3, -0.08, 1.2, 0.82, fill=CLEAR, bare=True)
+    pen.oval(0, 0, 1, 1, fill=(255, 248, 214))
+    pen.oval(0.3, -0.08, 1.2, 0.82, fill=CLEAR)
 
 
 def clouds(pen: Pen, color: Color = WHITE) -> None:
     for _ in range(pen.rng.randint(0, 3)):
         x, y, s = pen.rng.random(), pen.rng.uniform(0.02, 0.22), pen.rng.uniform(0.05, 0.09)
         for dx, dy, r in ((-1.1, 0.25, 0.6), (0, 0, 0.85), (1.1, 0.2, 0.65), (0.5, 0.3, 0.6)):
-            cx, cy = x + s * dx, y + s * dy
-            pen.oval(
-                cx - s * r, cy - s * r * 0.6, cx + s * r, cy + s * r * 0.6, fill=color, bare=True
-            )
+            pen.spot(x + s * dx, y + s * dy, s * r, s * r * 0.6, color)
 
 
 def hills(pen: Pen, horizon: float, color: Color, height: float) -> None:
     for _ in range(3):
         x, w, h = pen.rng.random(), pen.rng.uniform(0.25, 0.5), pen.rng.uniform(0.4, 1) * height
-        tone = pen.vary(color, 6)
-        pen.oval(x - w, horizon - h, x + w, horizon + h, fill=tone, bare=True)
+        pen.spot(x, horizon, w, h, pen.vary(color, 6))
+
+
+def dots(pen: Pen, n: int, y0: float, y1: float, color: Color, size: float) -> None:
+    """Stars, snow flakes, grains of sand."""
+    for _ in range(n):
+        x, y, r = pen.rng.random(), pen.rng.uniform(y0, y1), size * pen.rng.uniform(0.5, 1.2)
+        pen.spot(x, y, r, r, color)
 
 
 def beach(pen: Pen) -> float:
@@ -47,8 +52,7 @@ def beach(pen: Pen) -> float:
     pen.fade(shore, 1, pen.vary((250, 226, 164)), pen.vary((226, 186, 116)))
     for i in range(9):  # the surf
         x = i / 8
-        y = shore + 0.012 * sin(5 * x + pen.rng.random())
-        pen.oval(x - 0.09, y - 0.018, x + 0.09, y + 0.018, fill=(246, 252, 255), bare=True)
+        pen.spot(x, shore + 0.012 * sin(5 * x + pen.rng.random()), 0.09, 0.018, (246, 252, 255))
     dots(pen, 60, shore + 0.03, 1, (198, 156, 92), 0.003)
     return shore
 
@@ -61,14 +65,8 @@ def field(pen: Pen) -> float:
     pen.fade(horizon, 1, pen.vary((142, 200, 92)), pen.vary((66, 148, 52)))
     for _ in range(26):  # tufts of grass
         x, y = pen.rng.random(), pen.rng.uniform(horizon + 0.03, 0.99)
-        tuft = [
-            (x - 0.012, y - 0.02),
-            (x, y),
-            (x + 0.004, y - 0.028),
-            (x, y),
-            (x + 0.016, y - 0.016),
-        ]
-        pen.draw.line(pen.xy(tuft), (48, 122, 42), 3)
+        blades = ((-0.012, -0.02), (0, 0), (0.004, -0.028), (0, 0), (0.016, -0.016))
+        pen.draw.line(pen.xy([(x + dx, y + dy) for dx, dy in blades]), (48, 122, 42), 3)
     return horizon
 
 
@@ -80,21 +78,21 @@ def street(pen: Pen) -> float:
     while x < 1:
         width, top = pen.rng.uniform(0.12, 0.2), pen.rng.uniform(0.29, 0.42)
         wall = pen.vary(pen.rng.choice(((178, 150, 140), (150, 160, 176), (186, 176, 150))), 12)
-        pen.block(x, top, x + width, horizon, fill=wall, bare=True)
+        pen.block(x, top, x + width, horizon, fill=wall)
         glass = mix(wall, pen.rng.choice((DARK, GOLD)), 0.4)
         columns = round(width / 0.045)
         for i in range(columns):
             left = x + width * (i + 0.28) / columns
             for row in range(int((horizon - top) / 0.05)):
                 y = top + 0.018 + 0.05 * row
-                pen.block(left, y, left + 0.018, y + 0.024, fill=glass, bare=True)
+                pen.block(left, y, left + 0.018, y + 0.024, fill=glass)
         x += width + pen.rng.uniform(0, 0.03)
     pen.fade(horizon, horizon + 0.06, (202, 198, 192), (178, 174, 170))
     pen.fade(horizon + 0.06, 1, pen.vary((104, 106, 112)), pen.vary((74, 76, 82)))
     start = pen.rng.uniform(-0.2, 0)
-    for i in range(6):
+    for i in range(6):  # the road's middle line
         left = start + 0.24 * i
-        pen.block(left, 0.8, left + 0.13, 0.82, fill=(238, 232, 206), bare=True)
+        pen.block(left, 0.8, left + 0.13, 0.82, fill=(238, 232, 206))
     return horizon
 
 
@@ -105,23 +103,20 @@ def room(pen: Pen) -> float:
     pen.fade(0, floor, wall, mix(wall, DARK, 0.12))
     for i in range(12):
         x = (i + 0.5) / 12
-        pen.block(x, 0, x + 0.02, floor, fill=mix(wall, WHITE, 0.3), bare=True)
+        pen.block(x, 0, x + 0.02, floor, fill=mix(wall, WHITE, 0.3))
     x, y = pen.rng.uniform(0.06, 0.68), pen.rng.uniform(0.06, 0.12)
-    pen.block(x, y, x + 0.26, y + 0.26, fill=WHITE, bare=True)
-    for dx in (0.02, 0.14):
-        for dy in (0.02, 0.14):
-            pane = mix((150, 206, 246), WHITE, pen.rng.uniform(0, 0.3))
-            pen.block(x + dx, y + dy, x + dx + 0.1, y + dy + 0.1, fill=pane, bare=True)
+    pen.block(x, y, x + 0.26, y + 0.26, fill=WHITE)
+    for dx, dy in ((0.02, 0.02), (0.02, 0.14), (0.14, 0.02), (0.14, 0.14)):
+        pane = mix((150, 206, 246), WHITE, pen.rng.uniform(0, 0.3))
+        pen.block(x + dx, y + dy, x + dx + 0.1, y + dy + 0.1, fill=pane)
     plank = pen.vary((168, 112, 70), 14)
     pen.fade(floor, 1, mix(plank, DARK, 0.2), plank)
-    pen.block(0, floor - 0.03, 1, floor, fill=(246, 242, 234), bare=True)
+    pen.block(0, floor - 0.03, 1, floor, fill=(246, 242, 234))
     for i in range(6):
-        y = floor + (1 - floor) * (i / 6) ** 1.3
-        pen.draw.line(pen.xy([(0, y), (1, y)]), mix(plank, DARK, 0.5), 2)
-        for _ in range(2):
-            x = pen.rng.random()
-            below = floor + (1 - floor) * ((i + 1) / 6) ** 1.3
-            pen.draw.line(pen.xy([(x, y), (x, below)]), mix(plank, DARK, 0.5), 2)
+        y, below = (floor + (1 - floor) * (row / 6) ** 1.3 for row in (i, i + 1))
+        joints = (pen.rng.random(), pen.rng.random())
+        for gap in ([(0, y), (1, y)], *([(x, y), (x, below)] for x in joints)):
+            pen.draw.line(pen.xy(gap), mix(plank, DARK, 0.5), 2)
     return floor
 
 
@@ -130,17 +125,10 @@ def snow(pen: Pen) -> float:
     pen.fade(0, horizon, pen.vary((168, 184, 210)), (226, 232, 242))
     for _ in range(3):  # mountains with white tops
         x, w, top = pen.rng.random(), pen.rng.uniform(0.2, 0.4), pen.rng.uniform(0.29, 0.38)
-        rock = pen.vary((140, 154, 184), 8)
-        pen.polygon([(x - w, horizon), (x, top), (x + w, horizon)], rock, bare=True)
-        cap = top + 0.07
-        part = w * 0.07 / (horizon - top)
-        teeth = [
-            (x + part, cap),
-            (x + part / 3, cap - 0.02),
-            (x, cap + 0.02),
-            (x - part / 3, cap - 0.02),
-        ]
-        pen.polygon([(x, top), *teeth, (x - part, cap)], WHITE, bare=True)
+        pen.polygon([(x - w, horizon), (x, top), (x + w, horizon)], pen.vary((140, 154, 184), 8))
+        cap, part = top + 0.07, w * 0.07 / (horizon - top)
+        teeth = ((1, 0), (1 / 3, -0.02), (0, 0.02), (-1 / 3, -0.02), (-1, 0))
+        pen.polygon([(x, top), *((x + part * dx, cap + dy) for dx, dy in teeth)], WHITE)
     pen.fade(horizon, 1, (250, 252, 255), pen.vary((218, 226, 242)))
     hills(pen, horizon + 0.04, (244, 247, 253), 0.07)
     dots(pen, 70, 0, 1, WHITE, 0.006)
@@ -154,10 +142,9 @@ def lake(pen: Pen) -> float:
     hills(pen, horizon, (84, 134, 110), 0.11)
     pen.fade(horizon, 1, pen.vary((92, 164, 206)), pen.vary((22, 82, 148)))
     for _ in range(34):  # waves, wider where they are nearer
-        y = pen.rng.uniform(horizon + 0.03, 0.99)
-        x, w = pen.rng.random(), 0.02 + 0.05 * (y - horizon)
-        box = pen.box(x - w, y, x + w, y + w * 0.5)
-        pen.draw.arc(box, 200, 340, (176, 218, 240), 2)
+        y, x = pen.rng.uniform(horizon + 0.03, 0.99), pen.rng.random()
+        w = 0.02 + 0.05 * (y - horizon)
+        pen.draw.arc(pen.box(x - w, y, x + w, y + w * 0.5), 200, 340, (176, 218, 240), 2)
     return horizon
 
 
@@ -168,16 +155,3 @@ def night(pen: Pen) -> float:
     hills(pen, horizon, (30, 34, 62), 0.12)
     pen.fade(horizon, 1, (38, 46, 66), pen.vary((20, 24, 38), 6))
     return horizon
-
-
-def dots(pen: Pen, n: int, y0: float, y1: float, color: Color, size: float) -> None:
-    """Stars, snow flakes, grains of sand."""
-    for _ in range(n):
-        x, y, r = pen.rng.random(), pen.rng.uniform(y0, y1), size * pen.rng.uniform(0.5, 1.2)
-        pen.oval(x - r, y - r, x + r, y + r, fill=color, bare=True)
-
-
-SKIES = {"sun": sun, "moon": moon}
-BACKDROPS: dict[str, Callable[[Pen], float]] = {
-    f.__name__: f for f in (beach, field, street, room, snow, lake, night)
-}  # each returns the height from which things stand on the ground, 0 to 1 from the top

@@ -13,42 +13,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
 
 from qvision_lab.data.scenes.telling import NUMERALS, PLACES, RELATIONS, SCENERY, SKIES
 from qvision_lab.data.scenes.world import CATEGORIES, COLORS, Group, Layout, Relation
 
-if TYPE_CHECKING:
-    from qvision_lab.data.scenes import Scene
-
-# What may be said beside the grammar's own wordings.
-MORE_PLACES: dict[str, tuple[str, ...]] = {
-    "beach": ("at the beach", "on the beach", "on the sand"),
-    "field": ("in the field", "on a field", "in the grass"),
-    "street": ("on the street", "in a city", "on a road", "on the road"),
-    "room": ("in the room", "inside a room"),
-    "snow": ("on the snow",),
-    "lake": ("by the lake", "at a lake", "on a lake", "on the lake"),
-    "night": ("in the night", "under a night sky"),
-}
-MORE_SKIES: dict[str, tuple[str, ...]] = {sky: (f"with the {sky} in the sky",) for sky in SKIES}
-MORE_RELATIONS: dict[str, tuple[str, ...]] = {
-    "left of": ("left of", "on the left of"),
-    "right of": ("to the right of", "right of", "on the right of"),
-    "above": ("over",),
-    "below": ("below", "under", "beneath"),
-}
-
-
-def _meanings(*wordings: dict[str, tuple[str, ...]]) -> dict[str, str]:
-    """Turned around: what each phrase means."""
-    return {phrase: name for table in wordings for name, said in table.items() for phrase in said}
-
-
+# What each phrase means.
+_PLACE, _SKY, _RELATION = (
+    {phrase: name for name, wordings in table.items() for phrase in wordings}
+    for table in (PLACES, SKIES, RELATIONS)
+)
 _SCENERY = {phrase: name for name, phrase in SCENERY.items()}
-_PLACE = _meanings(PLACES, MORE_PLACES)
-_SKY = _meanings(SKIES, MORE_SKIES)
-_RELATION = _meanings({name: (said,) for name, said in RELATIONS.items()}, MORE_RELATIONS)
 _SINGULAR = {category.noun: name for name, category in CATEGORIES.items()}
 _PLURAL = {category.plural: name for name, category in CATEGORIES.items()}
 _NUMBER = {"a": 1, "an": 1} | {word: i for i, word in enumerate(NUMERALS, start=1)}
@@ -134,7 +108,7 @@ class Rate:
         return f"{self.value:.1%} ({self.hits}/{self.total})"
 
 
-def check(caption: str, scene: Scene | Layout) -> Check:
+def check(caption: str, scene: Layout) -> Check:
     """Parse a caption into claims and judge each against the scene.
 
     - object: there is such a thing. Naming a group a second time claims another one and is wrong,
@@ -151,33 +125,60 @@ def check(caption: str, scene: Scene | Layout) -> Check:
     body = caption.rstrip().removesuffix(".")
     chunks = list(_CHUNK.finditer(body))
     mentions = {i: _mention(c) for i, c in enumerate(chunks) if c.lastgroup == "things"}
+    fitting = {i: _fitting(mention, scene.groups) for i, mention in mentions.items()}
     claims: list[Claim] = []
     outside: list[str] = []
     named: set[Group] = set()
+
+    def claim(kind: str, span: tuple[int, int], right: bool) -> None:
+        claims.append(Claim(kind, body[slice(*span)], span, right))
 
     for i, chunk in enumerate(chunks):
         words = " ".join(chunk[0].lower().split())
         match chunk.lastgroup:
             case "place" | "backdrop":
-                right = (_PLACE | _SCENERY)[words] == scene.background
-                claims.append(_claim("background", body, chunk.span(), right))
+                claim("background", chunk.span(), (_PLACE | _SCENERY)[words] == scene.background)
             case "sky":
-                claims.append(_claim("sky", body, chunk.span(), _SKY[words] == scene.sky))
+                claim("sky", chunk.span(), _SKY[words] == scene.sky)
             case "things":
-                claims += _things(chunk, mentions[i], scene.groups, named)
-                named.update(_meant(mentions[i], scene.groups))
-                if not _agrees(chunk, mentions[i]):
-                    outside.append(chunk[0])
+                mention, groups, noun = mentions[i], fitting[i], chunk["noun"].lower()
+                alike = groups or [g for g in scene.groups if g.category == mention.category]
+                count = sum(group.count for group in alike)
+                least = 1 if mention.count or noun in _SINGULAR else 2
+                repeated = bool(groups) and named.issuperset(groups)
+                claim("object", chunk.span("noun"), count >= least and not repeated)
+                if mention.color:
+                    claim("color", (chunk.start("color"), chunk.end()), bool(groups))
+                if mention.count:
+                    claim("count", chunk.span(), count == mention.count)
+                    if noun not in (_SINGULAR if mention.count == 1 else _PLURAL):
+                        outside.append(chunk[0])  # "two car" is no English
+                named.update(groups)
             case "relation" if i - 1 in mentions and i + 1 in mentions:
-                right = _holds(_RELATION[words], mentions[i - 1], mentions[i + 1], scene)
+                sides = ([m for g in fitting[k] for m in g.members] for k in (i - 1, i + 1))
+                pairs = {Relation(a, _RELATION[words], b) for a, b in product(*sides)}
                 span = chunks[i - 1].start(), chunks[i + 1].end()
-                claims.append(_claim("relation", body, span, right))
+                claim("relation", span, bool(pairs) and pairs <= set(scene.relations))
             case "unknown":
                 outside.append(chunk[0])
 
     if not outside and not _SENTENCE.fullmatch("".join(c.lastgroup[0] for c in chunks)):
         outside.append(caption)
     return Check(caption, tuple(claims), tuple(mentions.values()), scene.groups, tuple(outside))
+
+
+def _mention(chunk: re.Match[str]) -> Mention:
+    number, color, noun = (part and part.lower() for part in chunk.group("number", "color", "noun"))
+    return Mention((_SINGULAR | _PLURAL)[noun], color, number and _NUMBER[number])
+
+
+def _fitting(mention: Mention, groups: Iterable[Group]) -> list[Group]:
+    """The groups of a mention's category and, where it names one, its colour."""
+    return [
+        group
+        for group in groups
+        if group.category == mention.category and mention.color in (None, group.color)
+    ]
 
 
 # The rates of a set of captions, and what each is a share of.
@@ -205,57 +206,6 @@ def score(checks: Iterable[Check]) -> dict[str, Rate]:
             hits[name] += hit
             totals[name] += 1
     return {name: Rate(hits[name], totals[name]) for name in RATES}
-
-
-def _mention(chunk: re.Match[str]) -> Mention:
-    number, color, noun = (part and part.lower() for part in chunk.group("number", "color", "noun"))
-    return Mention((_SINGULAR | _PLURAL)[noun], color, number and _NUMBER[number])
-
-
-def _agrees(chunk: re.Match[str], mention: Mention) -> bool:
-    """Whether number and noun fit: "two car" is no English."""
-    nouns = _SINGULAR if mention.count == 1 else _PLURAL
-    return mention.count is None or chunk["noun"].lower() in nouns
-
-
-def _meant(mention: Mention, groups: Iterable[Group]) -> list[Group]:
-    """The groups that fit a mention's category and, where it names one, its colour."""
-    return [
-        group
-        for group in groups
-        if group.category == mention.category and mention.color in (None, group.color)
-    ]
-
-
-def _claim(kind: str, caption: str, span: tuple[int, int], right: bool) -> Claim:
-    return Claim(kind, caption[slice(*span)], span, right)
-
-
-def _things(
-    chunk: re.Match[str], mention: Mention, groups: Iterable[Group], named: set[Group]
-) -> Iterator[Claim]:
-    """What "two red cars" claims: cars, red cars, and two of them."""
-    meant = _meant(mention, groups)
-    like = meant or [group for group in groups if group.category == mention.category]
-    count = sum(group.count for group in like)
-    bare_plural = mention.count is None and chunk["noun"].lower() not in _SINGULAR
-    repeated = bool(meant) and named.issuperset(meant)
-    there = count >= (2 if bare_plural else 1) and not repeated
-    yield _claim("object", chunk.string, chunk.span("noun"), there)
-    if mention.color is not None:
-        span = chunk.start("color"), chunk.end()
-        yield _claim("color", chunk.string, span, bool(meant))
-    if mention.count is not None:
-        yield _claim("count", chunk.string, chunk.span(), count == mention.count)
-
-
-def _holds(predicate: str, one: Mention, other: Mention, scene: Scene | Layout) -> bool:
-    subjects, objects = (
-        [i for group in _meant(mention, scene.groups) for i in group.members]
-        for mention in (one, other)
-    )
-    pairs = [Relation(a, predicate, b) for a, b in product(subjects, objects)]
-    return bool(pairs) and set(pairs) <= set(scene.relations)
 
 
 def _tally(judged: Check) -> Iterator[tuple[str, bool]]:

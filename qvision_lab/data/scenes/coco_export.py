@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from qvision_lab.data.scenes.generating import Scene, generate
+from qvision_lab.data.scenes.drawing import generate
 from qvision_lab.data.scenes.world import CATEGORIES
 
 
@@ -20,104 +18,62 @@ def write_coco(
 ) -> Path:
     """Write n scenes as `images/*.jpg`, `captions.json` and `instances.json`; return the folder.
 
-    What was drawn before is kept, so an interrupted call goes on and a larger n extends the
-    folder: `scenes.jsonl` has a line for every finished picture. An image's `split`, `seed` and
-    `index` give back its whole truth through `layout`.
+    Pictures that are there already stay as they are, so an interrupted call goes on and a larger
+    n extends the folder. An image's `split`, `seed` and `index` give back its whole truth through
+    `layout`; annotations' ids count from 1, ten to a picture.
 
     Raises:
-        ValueError: the folder already holds another split or seed.
+        ValueError: the folder already holds other pictures, such as those of another split.
     """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    records = list(_finished(folder))
-    for record in records[:1]:
-        held = record["image"]["split"], record["image"]["seed"]
-        if held != (split, seed):
+    for path in (folder / "images").glob("*.jpg"):
+        if not path.name.startswith(f"{split}_{seed}_"):
             raise ValueError(
-                f"{folder} holds split {held[0]!r} with seed {held[1]}, not {split!r} with "
-                f"{seed}: choose another folder"
+                f"{folder} holds {path.name}, which is not of split {split!r} with seed {seed}: "
+                "choose another folder"
             )
-    _replace(folder / "scenes.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    with open(folder / "scenes.jsonl", "a", encoding="utf-8") as log:
-        missing = max(n - len(records), 0)
-        drawn = generate(missing, split=split, seed=seed, start=len(records), workers=workers)
-        for scene in tqdm(drawn, "drawing scenes", total=missing, unit="picture"):
-            record = _record(scene)
-            path = folder / "images" / record["image"]["file_name"]
+    images, captions, instances = [], [], []
+    drawn = generate(n, split=split, seed=seed, workers=workers)
+    for scene in tqdm(drawn, "drawing scenes", total=n, unit="picture"):
+        name = {"split": split, "seed": seed, "index": scene.index}
+        path = folder / "images" / "{split}_{seed}_{index:06d}.jpg".format(**name)
+        if not path.exists():
             partial = path.with_suffix(".partial")
             scene.image.save(partial, "jpeg", quality=95, subsampling=0)
-            os.replace(partial, path)
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            records.append(record)
-    images = [record["image"] for record in records[:n]]
-    for name in ("captions", "instances"):
-        coco = {
-            "info": {"description": "Scenes, a drawn world", "split": split, "seed": seed},
-            "licenses": [],
-            "images": images,
-            "annotations": [row for record in records[:n] for row in record[name]],
-        }
-        if name == "instances":
-            coco["categories"] = [
-                {"id": category.coco_id, "name": category.name, "supercategory": category.zone}
-                for category in CATEGORIES.values()
-            ]
-        _replace(folder / f"{name}.json", json.dumps(coco))
-    return folder
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _finished(folder: Path) -> Iterator[dict]:
-    """The records of pictures that are there, up to the first that was torn or is missing."""
-    log = folder / "scenes.jsonl"
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            return
-        if not (folder / "images" / record["image"]["file_name"]).exists():
-            return
-        yield record
-
-
-def _record(scene: Scene) -> dict:
-    """What COCO says of one picture; its annotations' ids count from 1, ten to a picture."""
-    split, seed, index = scene.layout.split, scene.layout.seed, scene.layout.index
-    image = {
-        "id": index,
-        "file_name": f"{split}_{index:06d}.jpg",
-        "width": scene.image.width,
-        "height": scene.image.height,
-        "split": split,
-        "seed": seed,
-        "index": index,
-    }
-    instances = []
-    for i, thing in enumerate(scene.objects):
-        shape = rle.encode(np.asfortranarray(thing.mask, dtype=np.uint8))
-        shape["counts"] = shape["counts"].decode("ascii")
-        instances.append(
-            {
-                "id": 10 * index + i + 1,
-                "image_id": index,
-                "category_id": CATEGORIES[thing.category].coco_id,
-                "bbox": list(thing.box),
-                "area": int(thing.mask.sum()),
-                "segmentation": shape,
-                "iscrowd": 0,
-                "color": thing.color,
-                "size": thing.size,
-            }
-        )
-    captions = [
-        {"id": 10 * index + i + 1, "image_id": index, "caption": caption}
-        for i, caption in enumerate(scene.captions)
+            partial.replace(path)
+        width, height = scene.image.size
+        file = {"id": scene.index, "file_name": path.name, "width": width, "height": height}
+        images.append(file | name)
+        for i, caption in enumerate(scene.captions, start=10 * scene.index + 1):
+            captions.append({"id": i, "image_id": scene.index, "caption": caption})
+        for i, thing in enumerate(scene.objects, start=10 * scene.index + 1):
+            shape = rle.encode(np.asfortranarray(thing.mask, dtype=np.uint8))
+            shape["counts"] = shape["counts"].decode("ascii")
+            instances.append(
+                {
+                    "id": i,
+                    "image_id": scene.index,
+                    "category_id": CATEGORIES[thing.category].coco_id,
+                    "bbox": thing.box,
+                    "area": int(thing.mask.sum()),
+                    "segmentation": shape,
+                    "iscrowd": 0,
+                    "color": thing.color,
+                    "size": thing.size,
+                }
+            )
+    info = {"description": "Scenes, a drawn world", "split": split, "seed": seed}
+    known = {"info": info, "licenses": [], "images": images}
+    categories = [
+        {"id": category.coco_id, "name": category.name, "supercategory": category.zone}
+        for category in CATEGORIES.values()
     ]
-    return {"image": image, "instances": instances, "captions": captions}
+    for name, table in (
+        ("captions", {"annotations": captions}),
+        ("instances", {"annotations": instances, "categories": categories}),
+    ):
+        partial = folder / f"{name}.partial"
+        partial.write_text(json.dumps(known | table), encoding="utf-8")
+        partial.replace(folder / f"{name}.json")
+    return folder

@@ -1,23 +1,29 @@
-"""How a scene is drawn: a backdrop, then every object in a tile of its own, with Pillow.
+"""Scenes as pictures: a backdrop, then every object in a tile of its own, with Pillow.
 
-Everything is drawn at double size and halved at the end, which makes smooth edges. A sketch (one
-function per category) works in unit coordinates, x to the right and y down, and reaches all four
-sides of its tile: so an object fills its box, and the truth does not depend on Pillow.
+Everything is drawn at double size and halved at the end, which makes smooth edges. A sketch
+reaches all four sides of its tile: so an object fills its box, and the truth does not depend on
+Pillow.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context
 
 import numpy as np
 from jaxtyping import Bool
 from PIL import Image, ImageChops
 
-from qvision_lab.data.scenes.backdrops import BACKDROPS, SKIES
-from qvision_lab.data.scenes.pen import DARK, Pen, paint
-from qvision_lab.data.scenes.sketches import FLOATING, SKETCHES
-from qvision_lab.data.scenes.world import PICTURE, Layout, SceneObject
+from qvision_lab.data.scenes import backdrops, sketches
+from qvision_lab.data.scenes.pen import DARK, Pen
+from qvision_lab.data.scenes.telling import tell
+from qvision_lab.data.scenes.world import CATEGORIES, PICTURE, Layout, SceneObject, layout
 
 # How much darkness, 0 to 255, is laid over an object (light falls from the upper left) and at its
 # foot; and the film's grain.
@@ -26,28 +32,79 @@ SHADE = Image.fromarray((70 * np.clip(0.8 * DOWN + 0.4 * RIGHT - 0.35, 0, 1)).as
 EDGE = np.hypot(2 * DOWN - 1, 2 * RIGHT - 1)
 FOOT = Image.fromarray((110 * np.clip(1 - EDGE, 0, 1) ** 0.7).astype(np.uint8))
 GRAIN = np.random.default_rng(0).normal(0, 4, (2 * PICTURE, 2 * PICTURE, 1)).astype(np.float32)
+CHUNK = 16  # scenes that a worker process makes at a time
+FLOATING = ("airplane", "bird", "kite", "boat", "fish")  # these cast no shadow at their foot
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A drawn scene: the image, and which of its pixels show each object."""
+@dataclass(frozen=True, eq=False, repr=False)
+class DrawnObject(SceneObject):
+    """An object with the pixels that show it (others may stand before a little of it)."""
 
+    mask: Bool[np.ndarray, "224 224"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scene(Layout):
+    """The whole truth of a picture, the picture, and five captions that are true of it."""
+
+    objects: tuple[DrawnObject, ...]
     image: Image.Image  # RGB, 224 x 224
-    masks: Bool[np.ndarray, "objects 224 224"]
+    captions: tuple[str, ...]
+
+    @property
+    def masks(self) -> Bool[np.ndarray, "objects 224 224"]:
+        return np.stack([thing.mask for thing in self.objects])
 
 
-def draw(layout: Layout) -> Picture:
-    """Draw a layout. The same layout gives the same pixels under the same Pillow and numpy."""
-    rng = random.Random(f"drawing/{layout.split}/{layout.seed}/{layout.index}")
+def scene(split: str, seed: int, index: int) -> Scene:
+    """Scene `index` of a split; the truth is the same on every machine."""
+    return draw(layout(split, seed, index))
+
+
+def generate(
+    n: int, *, split: str = "train", seed: int = 0, start: int = 0, workers: int = 0
+) -> Iterator[Scene]:
+    """Scenes `start` to `start + n` of a split, in order, made as they are asked for.
+
+    `workers` > 0 draws in that many spawned processes, a few chunks ahead; as always with spawn,
+    a script that does so needs its `if __name__ == "__main__":`.
+    """
+    if n < 0 or start < 0 or workers < 0:
+        raise ValueError(f"n, start and workers count from 0, got {n}, {start} and {workers}")
+    make, indices = partial(scene, split, seed), range(start, start + n)
+    return _spread(make, indices, workers) if workers else map(make, indices)
+
+
+def _spread(make: partial[Scene], indices: range, workers: int) -> Iterator[Scene]:
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    chunks = (indices[i : i + CHUNK] for i in range(0, len(indices), CHUNK))
+    asked = (pool.submit(_several, make, chunk) for chunk in chunks)
+    try:
+        ahead = deque(islice(asked, 3 * workers))
+        while ahead:
+            done = ahead.popleft().result()
+            ahead.extend(islice(asked, 1))
+            yield from done
+    finally:  # also when the caller stops early
+        pool.shutdown(cancel_futures=True)
+
+
+def _several(make: partial[Scene], indices: range) -> list[Scene]:
+    return [make(index) for index in indices]
+
+
+def draw(truth: Layout) -> Scene:
+    """Draw and tell a layout. The same gives the same pixels under the same Pillow and numpy."""
+    rng = random.Random(f"drawing/{truth.split}/{truth.seed}/{truth.index}")
     canvas = Image.new("RGB", (2 * PICTURE, 2 * PICTURE))
-    horizon = BACKDROPS[layout.background](Pen(canvas, rng))
-    if layout.sky_box is not None:
-        x, y, width, height = layout.sky_box
+    horizon = getattr(backdrops, truth.background)(Pen(canvas, rng))
+    if truth.sky_box is not None:
+        x, y, width, height = truth.sky_box
         tile = Image.new("RGBA", (2 * width, 2 * height))
-        SKIES[layout.sky](Pen(tile, rng))
+        getattr(backdrops, truth.sky)(Pen(tile, rng))
         canvas.paste(tile, (2 * x, 2 * y), tile)
     owner = np.zeros((PICTURE, PICTURE), np.uint8)  # 1 + the index of the object that shows
-    for i, thing in enumerate(layout.objects):
+    for i, thing in enumerate(truth.objects):
         x, y, width, height = thing.box
         tile, corner = sketch(thing), (2 * x, 2 * y)
         alpha = tile.getchannel("A")
@@ -58,16 +115,18 @@ def draw(layout: Layout) -> Picture:
         canvas.paste(tile, corner, alpha)
         canvas.paste(DARK, corner, ImageChops.multiply(alpha, SHADE.resize(tile.size)))
         owner[y : y + height, x : x + width][np.asarray(alpha.reduce(2)) >= 128] = i + 1
-    masks = owner == np.arange(1, len(layout.objects) + 1, dtype=np.uint8)[:, None, None]
-    return Picture(_develop(canvas.reduce(2), rng), masks)
+    masks = owner == np.arange(1, len(truth.objects) + 1, dtype=np.uint8)[:, None, None]
+    pairs = zip(truth.objects, masks, strict=True)
+    known = {field.name: getattr(truth, field.name) for field in fields(Layout)}
+    known["objects"] = tuple(DrawnObject(**vars(thing) | {"mask": mask}) for thing, mask in pairs)
+    return Scene(**known, image=_develop(canvas.reduce(2), rng), captions=tell(truth))
 
 
 def sketch(thing: SceneObject) -> Image.Image:
     """One object by itself: an RGBA tile of twice its box."""
     rng = random.Random(thing.pose)
-    _, _, width, height = thing.box
-    tile = Image.new("RGBA", (2 * width, 2 * height))
-    SKETCHES[thing.category](Pen(tile, rng, paint(thing.color, rng)))
+    tile = Image.new("RGBA", (2 * thing.box[2], 2 * thing.box[3]))
+    getattr(sketches, CATEGORIES[thing.category].noun)(Pen(tile, rng, thing.color))
     return tile.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else tile
 
 

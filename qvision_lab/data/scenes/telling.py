@@ -30,33 +30,33 @@ FRAMES: dict[str, int] = {
     "{place} there {be} {things}": 2,
 }
 
-# Two wordings of where it is, and how the place itself is called.
-PLACES: dict[str, tuple[str, str]] = {
-    "beach": ("on a beach", "by the sea"),
-    "field": ("in a field", "on the grass"),
-    "street": ("on a street", "in the city"),
-    "room": ("in a room", "indoors"),
-    "snow": ("in the snow", "on a snowy day"),
-    "lake": ("by a lake", "at the lake"),
-    "night": ("at night", "in the dark"),
+# Wordings, of which the grammar tells the first (of places and skies, the first two), and
+# `checking` understands all. Nothing is told to be right of or below another thing: the left or
+# the upper one comes first in reading order.
+PLACES: dict[str, tuple[str, ...]] = {
+    place: tuple(wordings.split(" | "))
+    for place, wordings in {
+        "beach": "on a beach | by the sea | at the beach | on the beach | on the sand",
+        "field": "in a field | on the grass | in the field | on a field | in the grass",
+        "street": "on a street | in the city | on the street | in a city | on a road | on the road",
+        "room": "in a room | indoors | in the room | inside a room",
+        "snow": "in the snow | on a snowy day | on the snow",
+        "lake": "by a lake | at the lake | by the lake | at a lake | on a lake | on the lake",
+        "night": "at night | in the dark | in the night | under a night sky",
+    }.items()
 }
-SCENERY: dict[str, str] = {
-    "beach": "a beach",
-    "field": "a field",
-    "street": "a street",
-    "room": "a room",
-    "snow": "a snowy scene",
-    "lake": "a lake",
-    "night": "a night scene",
+SCENERY: dict[str, str] = {place: f"a {place}" for place in PLACES}
+SCENERY |= {"snow": "a snowy scene", "night": "a night scene"}
+SKIES: dict[str, tuple[str, ...]] = {
+    "sun": ("under the sun", "in the sun", "with the sun in the sky"),
+    "moon": ("under the moon", "in the moonlight", "with the moon in the sky"),
 }
-SKIES: dict[str, tuple[str, str]] = {
-    "sun": ("under the sun", "in the sun"),
-    "moon": ("under the moon", "in the moonlight"),
+RELATIONS: dict[str, tuple[str, ...]] = {
+    "left of": ("to the left of", "left of", "on the left of"),
+    "right of": ("to the right of", "right of", "on the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under", "beneath"),
 }
-
-# One wording each. Nothing is ever told to be right of or below another thing: the left or the
-# upper one comes first in reading order.
-RELATIONS: dict[str, str] = {"left of": "to the left of", "above": "above"}
 
 STATES_PLACE, STATES_SKY, STATES_RELATION = 0.85, 0.33, 0.7  # shares, of captions that could
 MOST = 12  # distinct captions that the grammar has for any scene
@@ -88,7 +88,7 @@ def relation(layout: Layout) -> str | None:
     """
     if [group.count for group in layout.groups] != [1, 1]:
         return None
-    (ax, ay), (bx, by) = (layout.objects[group.members[0]].center for group in layout.groups)
+    (ax, ay), (bx, by) = (group.center for group in layout.groups)
     across, down = abs(bx - ax), abs(by - ay)
     if max(across, down) < max(20, 1.3 * min(across, down)):
         return None
@@ -105,9 +105,9 @@ def phrase(group: Group) -> str:
 
 def _caption(rng: random.Random, layout: Layout) -> str:
     frame = rng.choices(tuple(FRAMES), FRAMES.values())[0]
-    place = rng.choice(PLACES[layout.background]) if rng.random() < STATES_PLACE else ""
+    place = rng.choice(PLACES[layout.background][:2]) if rng.random() < STATES_PLACE else ""
     tells_sky = layout.sky and rng.random() < STATES_SKY
-    sky = rng.choice(SKIES[layout.sky]) if tells_sky else ""
+    sky = rng.choice(SKIES[layout.sky][:2]) if tells_sky else ""
     text = frame.format(
         things=_things(rng, layout),
         # Agrees with the thing that follows: "there is a red car and two dogs", as people say it.
@@ -125,5 +125,5 @@ def _things(rng: random.Random, layout: Layout) -> str:
     *others, last = map(phrase, layout.groups)
     stated = relation(layout)
     if stated and rng.random() < STATES_RELATION:
-        return f"{others[0]} {RELATIONS[stated]} {last}"
+        return f"{others[0]} {RELATIONS[stated][0]} {last}"
     return f"{', '.join(others)} and {last}" if others else last

@@ -7,8 +7,12 @@ needs neither numpy nor Pillow. Pixels count from the upper left corner.
 from __future__ import annotations
 
 import random
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import permutations
+from statistics import mean, median
 
 PICTURE = 224  # side of the square picture in pixels
 MARGIN = 2  # pixels between a box and the picture's edge
@@ -17,6 +21,7 @@ SMALLEST, LARGEST = 26, 130  # shorter side of a box in pixels
 SPLITS = ("train", "val", "test", "compose", "crowd")
 SIZES = ("small", "medium", "large")
 SIZE_STEPS = (40, 68)  # shorter sides in pixels at which medium and large begin
+BACKGROUNDS = ("beach", "field", "street", "room", "snow", "lake", "night")
 SKIES = ("sun", "moon")
 PREDICATES = ("left of", "right of", "above", "below")
 
@@ -30,8 +35,8 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (244, 244, 246),
     "black": (38, 38, 44),
 }
-BACKGROUNDS = ("beach", "field", "street", "room", "snow", "lake", "night")
 
+Point = tuple[float, float]  # x, y in pixels
 Box = tuple[int, int, int, int]  # x, y, width, height in pixels
 
 
@@ -44,32 +49,32 @@ class Category:
     plural: str
     coco_id: int
     aspect: float  # width / height
-    zone: str  # 'air': its centre is in the upper 60%; 'ground': its foot is in the lower 60%
+    zone: str = "ground"  # its foot is in the lower 60%; or 'air': its centre is in the upper 60%
 
 
 CATEGORIES: dict[str, Category] = {
-    name: Category(name, noun, plural, coco_id, aspect, zone)
-    for name, noun, plural, coco_id, aspect, zone in (
-        ("car", "car", "cars", 3, 1.75, "ground"),
-        ("bus", "bus", "buses", 6, 1.55, "ground"),
-        ("train", "train", "trains", 7, 1.5, "ground"),
-        ("boat", "boat", "boats", 9, 1.1, "ground"),
+    row[0]: Category(*row)
+    for row in (
+        ("car", "car", "cars", 3, 1.75),
+        ("bus", "bus", "buses", 6, 1.55),
+        ("train", "train", "trains", 7, 1.5),
+        ("boat", "boat", "boats", 9, 1.1),
         ("airplane", "airplane", "airplanes", 5, 1.8, "air"),
-        ("cat", "cat", "cats", 17, 0.95, "ground"),
-        ("dog", "dog", "dogs", 18, 1.25, "ground"),
+        ("cat", "cat", "cats", 17, 0.95),
+        ("dog", "dog", "dogs", 18, 1.25),
         ("bird", "bird", "birds", 16, 1.3, "air"),
-        ("sports ball", "ball", "balls", 37, 1.0, "ground"),
+        ("sports ball", "ball", "balls", 37, 1.0),
         ("kite", "kite", "kites", 38, 0.72, "air"),
-        ("umbrella", "umbrella", "umbrellas", 28, 1.0, "ground"),
-        ("cup", "cup", "cups", 47, 1.1, "ground"),
-        ("apple", "apple", "apples", 53, 0.92, "ground"),
-        ("book", "book", "books", 84, 1.4, "ground"),
-        ("clock", "clock", "clocks", 85, 1.0, "ground"),
-        ("chair", "chair", "chairs", 62, 0.72, "ground"),
-        ("tree", "tree", "trees", 1001, 0.82, "ground"),
-        ("house", "house", "houses", 1002, 1.1, "ground"),
-        ("flower", "flower", "flowers", 1003, 0.72, "ground"),
-        ("fish", "fish", "fish", 1004, 1.6, "ground"),
+        ("umbrella", "umbrella", "umbrellas", 28, 1.0),
+        ("cup", "cup", "cups", 47, 1.1),
+        ("apple", "apple", "apples", 53, 0.92),
+        ("book", "book", "books", 84, 1.4),
+        ("clock", "clock", "clocks", 85, 1.0),
+        ("chair", "chair", "chairs", 62, 0.72),
+        ("tree", "tree", "trees", 1001, 0.82),
+        ("house", "house", "houses", 1002, 1.1),
+        ("flower", "flower", "flowers", 1003, 0.72),
+        ("fish", "fish", "fish", 1004, 1.6),
     )
 }
 
@@ -90,7 +95,7 @@ GROUPINGS: dict[int, dict[tuple[int, ...], float]] = {
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One drawn thing; it fills `box` (x, y, width, height in pixels)."""
+    """One drawn thing; it fills its box."""
 
     category: str  # a key of CATEGORIES
     color: str  # a key of COLORS
@@ -99,7 +104,7 @@ class SceneObject:
     pose: int  # seed of what is drawn but not told: flip, hue, details
 
     @property
-    def center(self) -> tuple[float, float]:
+    def center(self) -> Point:
         x, y, width, height = self.box
         return x + width / 2, y + height / 2
 
@@ -119,7 +124,8 @@ class Group:
 
     category: str
     color: str
-    members: tuple[int, ...]
+    members: tuple[int, ...]  # indices into the objects
+    center: Point  # the mean of theirs
 
     @property
     def count(self) -> int:
@@ -141,43 +147,38 @@ class Layout:
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """Groups in reading order: left to right, but the upper of two that stand upright."""
-        members: dict[tuple[str, str], list[int]] = {}
+        members = defaultdict(list)
         for i, thing in enumerate(self.objects):
-            members.setdefault((thing.category, thing.color), []).append(i)
-        groups = [Group(*key, tuple(indices)) for key, indices in members.items()]
-        centers = {group: self._center(group) for group in groups}
+            members[thing.category, thing.color].append(i)
+        groups = []
+        for (category, color), indices in members.items():
+            xs, ys = zip(*(self.objects[i].center for i in indices), strict=True)
+            center = sum(xs) / len(xs), sum(ys) / len(ys)
+            groups.append(Group(category, color, tuple(indices), center))
         axis = 0
         if len(groups) == 2:
-            (ax, ay), (bx, by) = centers.values()
+            (ax, ay), (bx, by) = (group.center for group in groups)
             axis = int(abs(by - ay) > abs(bx - ax))
-        return tuple(sorted(groups, key=lambda group: centers[group][axis]))
+        return tuple(sorted(groups, key=lambda group: group.center[axis]))
 
     @cached_property
     def relations(self) -> tuple[Relation, ...]:
         """Every relation that holds between two objects; on a diagonal two hold."""
         return tuple(
             Relation(a, predicate, b)
-            for a, one in enumerate(self.objects)
-            for b, other in enumerate(self.objects)
+            for (a, one), (b, other) in permutations(enumerate(self.objects), 2)
             for predicate in PREDICATES
-            if a != b and holds(predicate, one.center, other.center)
+            if holds(predicate, one.center, other.center)
         )
 
-    def _center(self, group: Group) -> tuple[float, float]:
-        xs, ys = zip(*(self.objects[i].center for i in group.members), strict=True)
-        return sum(xs) / len(xs), sum(ys) / len(ys)
 
-
-def holds(predicate: str, a: tuple[float, float], b: tuple[float, float]) -> bool:
+def holds(predicate: str, a: Point, b: Point) -> bool:
     """Whether `a` is `predicate` `b`, for centres in pixels: 20 apart, at most 55° off the axis."""
-    dx, dy = b[0] - a[0], b[1] - a[1]
-    along, across = {
-        "left of": (dx, dy),
-        "right of": (-dx, dy),
-        "above": (dy, dx),
-        "below": (-dy, dx),
-    }[predicate]
-    return along >= 20 and along >= 0.7 * abs(across)
+    if predicate in ("right of", "below"):
+        a, b = b, a
+    across, down = b[0] - a[0], b[1] - a[1]
+    along, off = (across, down) if predicate in ("left of", "right of") else (down, across)
+    return along >= 20 and along >= 0.7 * abs(off)
 
 
 def overlap(a: Box, b: Box) -> float:
@@ -208,8 +209,7 @@ def _groups(rng: random.Random, split: str) -> list[tuple[str, str, int]]:
         for _ in range(rng.randint(5, 8) - len(counts)):
             counts[rng.randrange(len(counts))] += 1
     else:
-        groupings = GROUPINGS[_choose(rng, NUMBERS)]
-        counts = list(_choose(rng, groupings))
+        counts = list(_choose(rng, GROUPINGS[_choose(rng, NUMBERS)]))
         rng.shuffle(counts)
     groups = []
     for category, count in zip(rng.sample(tuple(CATEGORIES), len(counts)), counts, strict=True):
@@ -223,10 +223,10 @@ def _arrange(
     rng: random.Random, groups: list[tuple[str, str, int]], crowded: bool
 ) -> tuple[SceneObject, ...] | None:
     """Place every object where it fits, shrinking it until it does; None if one never does."""
-    median, allowed = (40, 0.12) if crowded else (52, 0.05)
+    typical, allowed = (40, 0.12) if crowded else (52, 0.05)
     objects: list[SceneObject] = []
     for category, color, count in groups:
-        group_side = median * rng.lognormvariate(0, 0.28)
+        group_side = typical * rng.lognormvariate(0, 0.28)
         for _ in range(count):
             side = group_side * (rng.uniform(0.8, 1.2) if count > 1 else 1)
             for attempt in range(300):
@@ -271,5 +271,32 @@ def _sky(
     return None, None
 
 
-def _choose(rng: random.Random, weights: dict) -> int | tuple[int, ...]:
+def _choose(rng: random.Random, weights: Mapping) -> int | tuple[int, ...]:
     return rng.choices(tuple(weights), weights.values())[0]
+
+
+def describe(split: str, n: int = 2000, seed: int = 0) -> dict[str, float | dict[str, float]]:
+    """What a split is like, from its first n layouts: numbers, and shares (0 to 1) by name."""
+    if n < 1:
+        raise ValueError(f"a distribution needs at least one scene, got n={n}")
+    layouts = [layout(split, seed, index) for index in range(n)]
+    things = [thing for truth in layouts for thing in truth.objects]
+    sides = [min(thing.box[2:]) for thing in things]
+    counted = {
+        "number of objects": Counter(len(truth.objects) for truth in layouts),
+        "group size": Counter(group.count for truth in layouts for group in truth.groups),
+        "category": Counter(thing.category for thing in things),
+        "color": Counter(thing.color for thing in things),
+        "size": Counter(thing.size for thing in things),
+        "background": Counter(truth.background for truth in layouts),
+        "sky": Counter(truth.sky or "neither" for truth in layouts),
+    }
+    return {
+        "objects per picture": len(things) / n,
+        "shorter side, median px": median(sides),
+        "shorter side under 34 px": mean(side < 34 for side in sides),
+        **{
+            title: {str(name): counts[name] / counts.total() for name in sorted(counts)}
+            for title, counts in counted.items()
+        },
+    }
