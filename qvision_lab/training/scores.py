@@ -2,70 +2,39 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from itertools import islice
+import json
 
-from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider import Cider
 from tqdm.auto import tqdm
 
 from qvision_lab.captioning import Captioner
-from qvision_lab.data import scenes
+from qvision_lab.data.coco import open_dataset
 from qvision_lab.data.scenes.telling import tell
+from qvision_lab.evaluation import EvaluationReport, evaluate_dataset
 
-CHUNK = 250  # pictures held in memory at a time
+OVERLAP = ("bleu", "meteor", "rouge", "cider")
+OURS, SIXTH = "captioner", "a sixth caption"
+
+Scores = dict[str, dict[str, dict[str, float]]]
 
 
-def score_on_scenes(
-    captioner: Captioner, split: str, n: int, seed: int = 0, workers: int = 0
-) -> dict[str, dict[str, float]]:
+def score_on_scenes(captioner: Captioner, split: str, n: int, seed: int = 0) -> Scores:
     """Caption the first `n` scenes of a split with the model's own settings, and judge them.
 
     Returns:
-        `truth`: every rate of `scenes.score` as `value` (0 to 1), `hits` and `total`.
-        `overlap`: BLEU-4 and CIDEr (both times 100) against the five captions of each scene, and
-        those of a sixth caption by the same grammar, which show how far true captions can differ.
+        By whose captions they are (the captioner's, and a sixth one of each scene by the grammar
+        that told its five references, which shows how far true captions differ), by the score's
+        name: `score`, `low` and `high` of its 95% interval, and what it is `of`.
     """
-    checks, captions, references, sixth = [], [], [], []
-    drawn = scenes.generate(n, split=split, seed=seed, workers=workers)
-    with tqdm(desc=f"captioning {split}", total=n, unit="picture") as progress:
-        while chunk := list(islice(drawn, CHUNK)):
-            told = captioner.caption([scene.image for scene in chunk], batch_size=50)
-            captions += [caption.text for caption in told]
-            references += [scene.captions for scene in chunk]
-            sixth += [tell(scene, 6)[5] for scene in chunk]
-            checks += [
-                scenes.check(caption.text, scene)
-                for caption, scene in zip(told, chunk, strict=True)
-            ]
-            progress.update(len(chunk))
-    truth = {
-        name: {"value": rate.value, "hits": rate.hits, "total": rate.total}
-        for name, rate in scenes.score(checks).items()
+    dataset = open_dataset(f"scenes:{split}", n=n, seed=seed)
+    pictures = (image.picture for image in tqdm(dataset, f"captioning {split}", unit="picture"))
+    told = captioner.caption(pictures, batch_size=50)
+    ours = {i: caption.text for i, caption in zip(dataset.ids, told, strict=True)}
+    sixth = {image.image_id: tell(image.scene, 6)[5] for image in dataset}
+    return {
+        OURS: _rows(evaluate_dataset(ours, dataset, ("scenes", *OVERLAP))),
+        SIXTH: _rows(evaluate_dataset(sixth, dataset, OVERLAP)),
     }
-    overlap = {
-        f"{name}{suffix}": value
-        for texts, suffix in ((captions, ""), (sixth, ", a sixth caption"))
-        for name, value in overlap_scores(texts, references).items()
-    }
-    return {"truth": truth, "overlap": overlap}
 
 
-def overlap_scores(
-    captions: Sequence[str], references: Sequence[Sequence[str]]
-) -> dict[str, float]:
-    """BLEU-4 (Papineni et al. 2002) and CIDEr-D (Vedantam et al. 2015) of a corpus, times 100.
-
-    Words are lower-cased and stripped of punctuation, which for Scenes is what COCO's own
-    tokeniser does.
-    """
-    told = {i: [_words(caption)] for i, caption in enumerate(captions)}
-    wanted = {i: [_words(text) for text in texts] for i, texts in enumerate(references)}
-    bleu, _ = Bleu(4).compute_score(wanted, told, verbose=0)
-    cider, _ = Cider().compute_score(wanted, told)
-    return {"BLEU-4": 100 * bleu[3], "CIDEr": 100 * float(cider)}
-
-
-def _words(caption: str) -> str:
-    return " ".join(re.findall(r"[a-z0-9]+", caption.lower()))
+def _rows(report: EvaluationReport) -> dict[str, dict[str, float]]:
+    return json.loads(report.table.to_json(orient="index", double_precision=6))
