@@ -17,13 +17,17 @@ ALLOWED = {
     "captioning": {"model", "generation", "images"},
     "plots": {"images"},
     "interpretation": {"model", "data", "captioning", "evaluation", "images", "interpretation"},
-    "training": {"model", "data", "captioning", "evaluation", "training"},
+    "training": {"model", "data", "images", "captioning", "evaluation", "training"},
     "compiled": {"model", "generation", "captioning"},
     "benchmark": {
         *("model", "data", "images", "captioning", "compiled"),
         *("evaluation", "interpretation", "training", "benchmark"),
     },
     "demo": {"captioning", "data", "plots"},
+    "widgets": {
+        *("model", "data", "images", "captioning"),
+        *("compiled", "interpretation", "plots"),
+    },
     "cli": {
         *("model", "data", "images", "captioning", "evaluation"),
         *("training", "benchmark", "demo", "plots"),

@@ -57,7 +57,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> dict:
 
 
 def run_recipe(name: str, output: str | Path, overrides: Sequence[str] = ()) -> Path:
-    """Train a captioner on Scenes from random weights; run again, it resumes where it stopped.
+    """Carry out a recipe; run again, it resumes where it stopped.
+
+    A recipe of `kind: finetune` tunes a checkpoint (see `run_finetune`); the others train a
+    captioner on Scenes from random weights.
 
     Returns:
         The folder of the finished checkpoint, which `qvision_lab.load` takes.
@@ -66,10 +69,14 @@ def run_recipe(name: str, output: str | Path, overrides: Sequence[str] = ()) -> 
         ValueError: if `output` holds a run of another recipe.
     """
     recipe = load_recipe(name, overrides)
+    if recipe.get("kind") == "finetune":
+        from qvision_lab.training.finetune import run_finetune  # which records runs as this does
+
+        return run_finetune(recipe, output)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
-        _record(output, recipe)
+        record_run(output, recipe)
     captions = (
         caption
         for index in range(recipe["tokenizer"]["pictures"])
@@ -112,13 +119,23 @@ def _ship(
         write_whole(dest / name, text)
 
 
-def _record(output: Path, recipe: dict) -> None:
-    """Keep the recipe beside its run with what it ran on; refuse to mix two recipes."""
+def record_run(output: Path, recipe: dict, data: dict[str, str] | None = None) -> None:
+    """Keep a recipe beside its run, with the data's fingerprints and what it ran on.
+
+    Raises:
+        ValueError: if `output` holds a run of another recipe or other data, naming the difference.
+    """
     path = output / "run.yaml"
     if path.exists():
-        earlier = yaml.safe_load(path.read_text())["recipe"]
-        if earlier != recipe:
-            changed = [key for key in recipe if recipe[key] != earlier.get(key)]
+        run = yaml.safe_load(path.read_text())
+        then = _leaves({"recipe": run["recipe"], "data": run.get("data")})
+        now = _leaves({"recipe": recipe, "data": data})
+        changed = [
+            f"{key.removeprefix('recipe.')} ({then.get(key)}, not {now.get(key)})"
+            for key in {**then, **now}
+            if then.get(key) != now.get(key)
+        ]
+        if changed:
             raise ValueError(
                 f"{output} holds a run with other settings of {', '.join(changed)}; choose another "
                 "output folder, or delete this one."
@@ -126,6 +143,7 @@ def _record(output: Path, recipe: dict) -> None:
         return
     run = {
         "recipe": recipe,
+        **({"data": data} if data else {}),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
@@ -134,6 +152,15 @@ def _record(output: Path, recipe: dict) -> None:
         },
     }
     write_whole(path, yaml.safe_dump(run, sort_keys=False))
+
+
+def _leaves(settings: dict, name: str = "") -> dict[str, object]:
+    """Settings without their nesting: `training.learning_rate`."""
+    leaves = {}
+    for key, value in settings.items():
+        path = f"{name}{key}"
+        leaves |= _leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return leaves
 
 
 def _commit() -> str | None:

@@ -1,0 +1,170 @@
+"""How captions are learned from pictures: samples, steps that stop in time, and validation."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Seq2SeqTrainer, TrainerCallback, TrainerState
+
+from qvision_lab.captioning import Captioner
+from qvision_lab.data.coco import CaptionDataset, CaptionedImage, ImageId
+from qvision_lab.evaluation import evaluate
+from qvision_lab.images import open_image
+from qvision_lab.model.captioner import QVisionForConditionalGeneration
+from qvision_lab.model.processor import QVisionProcessor
+from qvision_lab.training.features import FeatureCache
+from qvision_lab.training.finetune_recipe import Training
+
+TIMED_STEPS = 20  # after so many it is told how long the rest takes
+
+
+@dataclass
+class CaptionedPictures(Dataset):
+    """Training samples: what is known of a picture, with some of its captions.
+
+    Args:
+        captions_per_image: rows of each sample. Of more captions, a choice by `seed`, `epoch` and
+            place is made; of fewer, rows without a target fill up, so that all weigh the same.
+        cache, rows: the pictures' states; without them samples have pixels.
+    """
+
+    images: CaptionDataset
+    processor: QVisionProcessor
+    captions_per_image: int
+    max_tokens: int
+    seed: int
+    cache: FeatureCache | None = None
+    rows: dict[ImageId, int] | None = None
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | list[Tensor]]:
+        image = self.images[index]
+        draw = np.random.default_rng((self.seed, self.epoch, index))
+        chosen = draw.permutation(image.references)[: self.captions_per_image].tolist()
+        captions = [self.processor.encode(caption, self.max_tokens) for caption in chosen]
+        captions += [captions[0][:1]] * (self.captions_per_image - len(captions))
+        return {**self._look(image), "captions": captions}
+
+    def _look(self, image: CaptionedImage) -> dict[str, Tensor]:
+        if self.cache is not None:
+            return {"vision_states": self.cache[self.rows[image.image_id]]}  # [P,C]
+        picture = open_image(image.picture)
+        return {"pixel_values": self.processor(images=picture)["pixel_values"][0]}  # [3,H,W]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What captions of held-out pictures are worth, made as a user would get them.
+
+    The captions come from the Captioner, which is shown pictures and nothing else; transformers'
+    `predict_with_generate` would prompt with the reference. Processes share the work.
+    """
+
+    images: CaptionDataset
+    processor: QVisionProcessor
+    batch_size: int
+
+    def captions(self, model: QVisionForConditionalGeneration) -> dict[ImageId, str]:
+        """A greedy caption of each picture."""
+        captioner = Captioner(model, self.processor)
+        with PartialState().split_between_processes(list(self.images)) as mine:
+            pictures = (image.picture for image in mine)
+            settings = {"batch_size": self.batch_size, "preset": "greedy"}
+            told = captioner.caption(pictures, **settings) if mine else []
+        texts = gather_object([caption.text for caption in told])
+        return dict(zip(self.images.ids, texts, strict=True))
+
+    def __call__(self, model: QVisionForConditionalGeneration) -> float:
+        """CIDEr-D of the captions, times 100."""
+        report = evaluate(self.captions(model), self.images.references, metrics=("cider",))
+        return 100 * report.scores["CIDEr"]
+
+
+class CaptionTrainer(Seq2SeqTrainer):
+    """transformers' trainer, which also scores captions, and saves nothing that is not whole.
+
+    Evaluation leaves the random numbers of training alone, so that the number of evaluations
+    changes no weight.
+    """
+
+    def __init__(self, *args, validation: Validation, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.validation = validation
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not loss.isfinite():
+            raise self._diverged(f"the loss is {loss.item()}", self.state.global_step + 1)
+        return loss
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output.metrics[f"{metric_key_prefix}_cider"] = self.validation(self.model)
+        return output
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
+            raise self._diverged("weights are no numbers any more", step)
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # torch, safetensors and the file system raise their own
+            shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
+            raise OSError(
+                f"step {step} could not be saved in {folder} ({error}). What was saved before is "
+                "whole: make room, and run the same command again."
+            ) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.validation.processor.save_pretrained(output_dir)  # so that `ql.load` takes it
+
+    def _diverged(self, problem: str, step: int) -> ValueError:
+        return ValueError(
+            f"{problem} at step {step} of {self.args.output_dir}: training stops, and what was "
+            "saved before stays. Lower the learning rate or `clip`, in another output folder."
+        )
+
+
+class Pace(TrainerCallback):
+    """Draws the captions of each epoch, ends a phase that no longer improves, tells the time."""
+
+    def __init__(self, settings: Training):
+        self.settings = settings
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first, self.begun = state.global_step, perf_counter()
+
+    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
+        train_dataloader.dataset.epoch = int(state.epoch)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.first + TIMED_STEPS and state.is_world_process_zero:
+            step = (perf_counter() - self.begun) / TIMED_STEPS
+            left = step * (state.max_steps - state.global_step) / 60
+            print(f"{step:.2f} s a step: {left:.0f} minutes to go, and those of validation")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        control.should_training_stop |= is_exhausted(state, self.settings)
+
+
+def is_exhausted(state: TrainerState, settings: Training) -> bool:
+    """Whether the last `patience` evaluations brought nothing better than the one before them."""
+    key, sign = f"eval_{settings.best_by}", 1 if settings.best_by == "cider" else -1
+    scores = [sign * row[key] for row in state.log_history if key in row]
+    since = len(scores) - 1 - int(np.argmax(scores)) if scores else 0
+    return settings.patience is not None and since >= settings.patience

@@ -1,0 +1,117 @@
+"""What is trained: the original's tensors and gradients, the card's numbers."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qvision_lab.model.captioner import QVisionForConditionalGeneration
+from qvision_lab.model.checkpoint import load_checkpoint
+from qvision_lab.model.config import QVisionConfig
+from qvision_lab.model.published import stored_name
+from qvision_lab.training import freezing
+from qvision_lab.training.freezing import POLICIES, Policy
+
+QUERY_PROJ = 1024 * 1024 + 1024  # a layer that the card counts and nothing uses
+
+
+def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def model(tiny) -> QVisionForConditionalGeneration:
+    return copy.deepcopy(tiny)
+
+
+@pytest.mark.parametrize("name", ["published_a", "published_b"])
+@pytest.mark.parametrize("policy", ["published", "phase1", "phase2"])
+def test_trained_tensors_are_the_originals(shared, name, policy):
+    folder = shared / "reference" / name
+    expected = json.loads((folder / "expected.json").read_text())["trainable"]
+    model = load_checkpoint(folder).model
+    freezing.apply(model, policy)
+    ours = {stored_name(name) for name in trained(model)}
+    theirs = expected[str(POLICIES[policy].freeze_ratio)]
+    assert ours == {name for name in theirs if not name.startswith("query_proj")}
+
+
+@pytest.mark.parametrize("name", ["published_a", "published_b"])
+def test_gradients_are_the_originals(shared, name):
+    folder = shared / "reference" / name
+    expected = json.loads((folder / "expected.json").read_text())["gradient_norms_freeze_0.4"]
+    tensors = load_file(folder / "expected.safetensors")
+    model = load_checkpoint(folder).model
+    freezing.apply(model, "published")
+    ids = tensors["input_ids"]
+    words = (ids != model.config.pad_token_id).long()
+    model(
+        input_ids=ids, pixel_values=tensors["pixel_values"], attention_mask=words, labels=ids
+    ).loss.backward()
+    norms = {stored_name(name): p.grad.norm().item() for name, p in trained(model).items()}
+    assert norms == pytest.approx(
+        {name: norm for name, norm in expected.items() if not name.startswith("query_proj")},
+        rel=1e-4,
+        abs=1e-7,
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "gpt_neo"),
+    [("published", 240_364_544), ("phase1", 152_212_480), ("phase2", 202_585_088)],
+)
+def test_counts_at_full_size_are_the_cards(policy, gpt_neo):
+    with torch.device("meta"):
+        model = QVisionForConditionalGeneration(QVisionConfig())
+    report = freezing.apply(model, policy)
+    counted = {part.part: part.trained for part in report.parts}
+    assert counted["GPT-Neo"] == gpt_neo
+    assert counted["Q-Former"] + counted["bridge"] + QUERY_PROJ == 66_196_481
+    assert counted["CLIP vision tower"] == counted["image projection"] == 0
+    assert report.total == 509_190_401
+    if policy == "published":
+        assert report.trained == 305_511_425 == 306_561_025 - QUERY_PROJ
+        assert "305,511,425" in str(report).splitlines()[-1]
+
+
+def test_policies_train_what_they_name(model):
+    frozen_tower = set(dict(model.vision.tower.named_parameters(prefix="vision.tower")))
+    freezing.apply(model, "bridge")
+    assert all(name.startswith("decoder.bridge.") for name in trained(model))
+    freezing.apply(model, "qformer")
+    parts = {name.split(".")[0] + "." + name.split(".")[1] for name in trained(model)}
+    assert {"vision.projection", "decoder.bridge"} <= parts
+    assert not any("language_model" in name or name in frozen_tower for name in trained(model))
+    everything = freezing.apply(model, "everything")
+    unread = sum(p.numel() for p in model.vision.tower.post_layernorm.parameters())
+    assert everything.trained == everything.total - unread
+    freezing.apply(model, 1.0)
+    assert not any(".h." in name for name in trained(model))
+    freezing.apply(model, Policy(("vision.projection",)))
+    assert set(trained(model)) == {"vision.projection.weight", "vision.projection.bias"}
+
+
+def test_everything_that_is_trained_gets_a_gradient(model):
+    """Else data-parallel training waits for it in vain."""
+    for policy in (*POLICIES, 0.0):
+        freezing.apply(model, policy, thaw_projection=True)
+        model.zero_grad()
+        ids = torch.tensor([[257, 3, 4, 258]])
+        model(input_ids=ids, pixel_values=torch.randn(1, 3, 32, 32), labels=ids).loss.backward()
+        assert not [name for name, p in trained(model).items() if p.grad is None]
+
+
+def test_the_projection_can_be_thawed(model):
+    before = freezing.apply(model, "published")
+    after = freezing.apply(model, "published", thaw_projection=True)
+    projection = sum(p.numel() for p in model.vision.projection.parameters())
+    assert after.trained == before.trained + projection
+
+
+def test_unknown_policies_are_refused(model):
+    with pytest.raises(ValueError, match="did you mean 'published'"):
+        freezing.apply(model, "publishd")
+    with pytest.raises(ValueError, match=r"freeze_ratio=1\.5 is no share"):
+        freezing.apply(model, 1.5)
