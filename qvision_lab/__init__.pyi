@@ -7,7 +7,11 @@ from .data import scenes as scenes
 from .evaluation import EvaluationReport as EvaluationReport
 from .evaluation import compare as compare
 from .evaluation import evaluate as evaluate
+from .interpretation import interventions as interventions
+from .interpretation.trace import Trace as Trace
+from .interpretation.trace import trace as trace
 from .model.captioner import QVisionForConditionalGeneration as QVisionForConditionalGeneration
 from .model.checkpoint import convert as convert
 from .model.config import QVisionConfig as QVisionConfig
 from .model.processor import QVisionProcessor as QVisionProcessor
+from .widgets import explore as explore

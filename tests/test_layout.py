@@ -23,7 +23,7 @@ ALLOWED = {
         *("model", "data", "images", "captioning", "compiled"),
         *("evaluation", "interpretation", "training", "benchmark"),
     },
-    "demo": {"captioning", "data", "plots"},
+    "demo": {"captioning", "data", "evaluation", "interpretation", "plots"},
     "widgets": {
         *("model", "data", "images", "captioning"),
         *("compiled", "interpretation", "plots"),
