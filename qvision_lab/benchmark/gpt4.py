@@ -1,0 +1,64 @@
+"""GPT-4 and its like as a peer: a captioner over any endpoint that speaks OpenAI's protocol."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+
+from qvision_lab.images import Picture, open_image
+
+PROMPT = "Describe this picture in one short sentence."
+
+
+class EndpointError(OSError):
+    """The endpoint did not give a caption: it hangs, fails, or answers without text."""
+
+
+class Gpt4Captioner:
+    """Asks a chat model for captions; needs the extra `qvision-lab[gpt4]`.
+
+    The key is read from `OPENAI_API_KEY`, an endpoint other than OpenAI's from `OPENAI_BASE_URL`.
+
+    Args:
+        model: any chat model of the endpoint that takes pictures.
+        timeout: seconds to wait for each answer; nothing is asked twice.
+
+    Raises:
+        EndpointError: if no key is set.
+    """
+
+    def __init__(self, model: str = "gpt-4o", timeout: float = 60.0):
+        from openai import OpenAI
+
+        if not os.environ.get("OPENAI_API_KEY"):
+            raise EndpointError("no endpoint: set OPENAI_API_KEY (and perhaps OPENAI_BASE_URL).")
+        self.model, self.timeout = model, timeout
+        self.client = OpenAI(timeout=timeout, max_retries=0)
+
+    def caption(self, image: Picture, max_new_tokens: int = 20) -> str:
+        """Caption one picture, sent as a PNG.
+
+        Raises:
+            EndpointError: if the endpoint hangs, answers with an error, or returns no text.
+        """
+        from openai import APITimeoutError, OpenAIError
+
+        buffer = io.BytesIO()
+        open_image(image).save(buffer, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        asked = [{"type": "text", "text": PROMPT}, {"type": "image_url", "image_url": {"url": url}}]
+        try:
+            answer = self.client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": asked}],
+                max_tokens=max_new_tokens,
+            )
+        except APITimeoutError as error:
+            raise EndpointError(f"{self.model} gave no answer in {self.timeout:g} s.") from error
+        except OpenAIError as error:
+            raise EndpointError(f"{self.model} could not be asked: {error}") from error
+        text = answer.choices[0].message.content if answer.choices else None
+        if not (text or "").strip():
+            raise EndpointError(f"{self.model} answered without text; try another model.")
+        return text.strip()

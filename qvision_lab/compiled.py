@@ -1,0 +1,162 @@
+"""Captions from a compiled step: the same model and weights, one token at a time, faster."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import StaticCache
+
+from qvision_lab.model.attention import MultiHeadAttention
+from qvision_lab.model.captioner import QVisionForConditionalGeneration
+from qvision_lab.model.decoder import Decoder, DecoderOutput
+
+# Weights become constants, packed for the processor; the kernels to choose from are timed on it.
+INDUCTOR = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+
+
+class CompiledQVision(QVisionForConditionalGeneration):
+    """A captioner whose decoding step is compiled; it shares the weights of the one it is given.
+
+    All settings of `generate` work as before. The first caption compiles, a minute or so at the
+    published size; so does the first with another number of rows (images times beams).
+
+    Args:
+        length: positions of the cache; a caption has at most so many tokens, `<START>` included.
+        int8: round the decoder's matrices to 8 bits, with a scale a row: a token then reads half of
+            what it reads in bfloat16, and words may change.
+    """
+
+    def __init__(
+        self, model: QVisionForConditionalGeneration, length: int = 64, int8: bool = False
+    ):
+        super(QVisionForConditionalGeneration, self).__init__(model.config)  # builds no parts
+        self.vision, self.qformer = model.vision, model.qformer
+        self.decoder = CompiledDecoder(model.decoder, int8)
+        self.generation_config, self.length = model.generation_config, length
+        self.eval()
+
+    def generate(self, inputs: Int[Tensor, "R T"] | None = None, **settings):
+        """As the eager model does.
+
+        Raises:
+            ValueError: if a caption outgrows the cache.
+        """
+        cache = StaticCache(self.config.text_config, max_cache_len=self.length)
+        settings |= {"past_key_values": cache, "disable_compile": True}  # the step is compiled
+        return super().generate(inputs, **settings)
+
+
+class CompiledDecoder(Decoder):
+    """A `Decoder` that goes one compiled step at a time where its cache is of fixed size.
+
+    GPT-Neo in transformers cannot: its local layers cut their masks to the length of the cache.
+    Here all positions have the same shapes, and the bridge's keys and values are made once a
+    caption.
+    """
+
+    def __init__(self, decoder: Decoder, int8: bool):
+        nn.Module.__init__(self)
+        decoder = with_int8_weights(decoder) if int8 else decoder
+        self.language_model, self.bridge = decoder.language_model, decoder.bridge
+        self.lm_head, self.dropout = decoder.lm_head, decoder.dropout
+        self.compiled = torch.compile(self.step, fullgraph=True, dynamic=False, options=INDUCTOR)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "R T"],
+        visual_tokens: Float[Tensor, "R N D"],
+        *,
+        past_key_values: StaticCache | None = None,
+        **settings,
+    ) -> DecoderOutput:
+        cache = past_key_values
+        if not isinstance(cache, StaticCache):
+            return super().forward(input_ids, visual_tokens, past_key_values=cache, **settings)
+        if not cache.is_initialized:
+            rows, _, width = visual_tokens.shape
+            heads = self.language_model.config.num_heads
+            place = {"dtype": visual_tokens.dtype, "device": visual_tokens.device}
+            cache.early_initialization(rows, heads, width // heads, **place)
+            attention = self.bridge.attention
+            cache.seen = [_project(attention, visual_tokens, part) for part in (1, 2)]
+        length = cache.layers[0].max_cache_len
+        if cache.get_seq_length() + input_ids.shape[1] > length:
+            raise ValueError(
+                f"the caption outgrew its cache of {length} positions; compile with a "
+                "larger length."
+            )
+        for ids in input_ids.split(1, dim=1):
+            logits = self.compiled(ids, cache)
+        return DecoderOutput(logits, past_key_values=cache)
+
+    def step(self, input_ids: Int[Tensor, "R 1"], cache: StaticCache) -> Float[Tensor, "R 1 V"]:
+        """Score the next word after one more word, which joins those in the cache."""
+        text, bridge = self.language_model, self.bridge
+        position = cache.layers[0].cumulative_length.clone()  # []
+        places = torch.arange(cache.layers[0].max_cache_len, device=position.device)  # [S]
+        past = places <= position
+        masks = {"global": past, "local": past & (places > position - text.config.window_size)}
+        states = text.wte(input_ids) + text.wpe(position)  # [R,1,D]
+        for block, layer in zip(text.h, cache.layers, strict=True):
+            attention, normed = block.attn.attention, block.ln_1(states)
+            query, key, value = (
+                _split(project(normed), attention.num_heads)  # [R,G,1,E]
+                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            keys, values = layer.update(key, value)  # [R,G,S,E] each
+            scores = query.float() @ keys.float().mT  # [R,G,1,S]; GPT-Neo does not scale them
+            scores = scores.masked_fill(~masks[attention.attention_type], -torch.inf)
+            read = scores.softmax(-1).to(values.dtype) @ values  # [R,G,1,E]
+            states = states + attention.out_proj(_join(read))
+            states = states + block.mlp(block.ln_2(states))
+        states = text.ln_f(states)
+        query = _project(bridge.attention, bridge.attention_norm(states), 0)
+        read = F.scaled_dot_product_attention(query, *cache.seen)  # [R,H,1,C]
+        states = states + bridge.scale * bridge.attention.out_proj(_join(read))
+        states = states + bridge.ffn(bridge.ffn_norm(states))
+        return self.lm_head(states)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with weights of 8 bits: whole numbers, and a scale for each row."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        scale = weight.abs().amax(dim=1).clamp(min=1e-8) / 127
+        rounded = (weight / scale[:, None]).round().to(torch.int8)
+        self.weight = nn.Parameter(rounded, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
+        y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+def with_int8_weights(decoder: Decoder) -> Decoder:
+    """A copy of a decoder whose linear layers, the tied head among them, are `Int8Linear`."""
+    decoder = copy.deepcopy(decoder)
+    for module in list(decoder.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Int8Linear(child))
+    return decoder
+
+
+def _project(attention: MultiHeadAttention, x: Float[Tensor, "R T D"], part: int) -> Tensor:
+    """Queries (part 0), keys (1) or values (2) of an attention with joint weights, [R,H,T,C]."""
+    weight, bias = attention.in_proj_weight.chunk(3)[part], attention.in_proj_bias.chunk(3)[part]
+    return _split(F.linear(x, weight, bias), attention.num_heads)
+
+
+def _split(x: Float[Tensor, "R T D"], num_heads: int) -> Float[Tensor, "R H T C"]:
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _join(x: Float[Tensor, "R H T C"]) -> Float[Tensor, "R T D"]:
+    return x.transpose(1, 2).flatten(2)
