@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from qvision_lab.captioning import load
 from qvision_lab.data import scenes
 from qvision_lab.data.scenes.checking import RATES, Rate
-from qvision_lab.plots import caption_sheet, plot_training_curves
+from qvision_lab.data.scenes.world import COLORS
+from qvision_lab.evaluation.chair import scenes_vocabulary
+from qvision_lab.interpretation.faithfulness import removal_curves
+from qvision_lab.interpretation.maps import METHODS, PatchMap
+from qvision_lab.interpretation.queries import profile_queries
+from qvision_lab.interpretation.trace import Trace, Word, trace_all
+from qvision_lab.plots import (
+    caption_sheet,
+    map_sheet,
+    plot_removal_curves,
+    plot_training_curves,
+    query_sheet,
+)
 
 SHEET = 24  # scenes that are drawn on the contact sheet
+LOOKED_INTO = 5  # the test scene whose words and queries are drawn
 CURVES = {"vision": "Learning to see", "captioner": "Learning to tell"}
 
 
@@ -66,6 +81,62 @@ def draw_curves(output: str | Path = "figures/training.png") -> None:
         with (files("qvision_lab") / "scenes_checkpoint" / f"{stage}.csv").open() as file:
             plot_training_curves(pd.read_csv(file), ax).set_title(title, loc="left")
     _write(figure, Path(output))
+
+
+def draw_inside(
+    folder: str | Path = "figures", n: int = 48, seed: int = 0, model: str | None = None
+) -> None:
+    """Draw what the model looks at: `words.png`, `queries.png` and `deletion.png`.
+
+    Args:
+        n: scenes of the split `test`, of which queries and removal curves are means; at least 6.
+        model: folder or Hub id; by default the embedded checkpoint.
+    """
+    if n <= LOOKED_INTO:
+        raise ValueError(f"n={n} scenes are too few; choose at least {LOOKED_INTO + 1}.")
+    folder, captioner = Path(folder), load(model)
+    images = [scene.image for scene in scenes.generate(n, split="test", seed=seed)]
+    traces = list(trace_all(captioner, images))
+    shown = traces[LOOKED_INTO]
+    told = {word for word in shown.words if word.text in COLORS}.union(_objects(shown))
+    places = [i for i, word in enumerate(shown.words) if word in told]
+    maps = {name: shown.word_maps(name) for name in METHODS}
+    rows = {name: [_as_shares(of_words[i]) for i in places] for name, of_words in maps.items()}
+    _write(map_sheet(shown.image, rows), folder / "words.png")
+
+    profiles = zip(profile_queries(traces), shown.query_maps(), strict=True)
+    here = [replace(profile, map=of_picture) for profile, of_picture in profiles]
+    _write(query_sheet(here, shown.image), folder / "queries.png")
+
+    rng = np.random.default_rng(seed)
+    orders = {
+        **METHODS,
+        "chance": lambda trace, words: rng.random((len(words), len(trace.image_tokens))),
+    }
+    runs = []
+    for trace in traces:
+        if words := _objects(trace):
+            values = np.stack([order(trace, words) for order in orders.values()])
+            runs.append(removal_curves(trace, words, values))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+    for ax, kind in zip(axes, ("deletion", "insertion"), strict=True):
+        curves = np.concatenate([getattr(run, kind) for run in runs], axis=1)  # [M,W,S]
+        plot_removal_curves(runs[0].kept, dict(zip(orders, curves, strict=True)), ax)
+        ax.set_title(kind, loc="left")
+    axes[0].invert_xaxis()
+    _write(figure, folder / "deletion.png")
+
+
+def _objects(trace: Trace) -> list[Word]:
+    """Words that name an object, be it there or not."""
+    ends = {mention.span[1] for mention in scenes_vocabulary().mentions(trace.caption)}
+    return [word for word in trace.words if word.span[1] in ends]
+
+
+def _as_shares(patch_map: PatchMap) -> PatchMap:
+    """Positive values as shares of their sum: where a map points, whatever its unit."""
+    positive = patch_map.values.clip(0)
+    return replace(patch_map, values=positive / (positive.sum() or 1))
 
 
 def _write(figure: Figure, output: Path) -> None:

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Float
+from PIL import ImageOps
 
 from qvision_lab.images import Picture, open_image
 
@@ -19,6 +22,9 @@ RIGHT, WRONG, INK = "#1a7f37", "#c4314b", "#24292f"
 CELL = 2.7  # inches a picture is wide
 LINE = 28  # characters that fit below it
 SHOWN = 320  # pixels of the longer side
+HEAT = "magma"  # colours of maps, perceptually uniform
+VEIL = 0.25, 0.85  # their opacity on a photo, from 0 to the brightest
+TILE = 1.5  # inches a map is wide on a sheet
 
 
 class Captioned(Protocol):
@@ -26,6 +32,30 @@ class Captioned(Protocol):
 
     text: str
     source: str
+
+
+class Mapped(Protocol):
+    """A value for every patch of a picture, such as `interpretation.maps.PatchMap`."""
+
+    values: Float[np.ndarray, "rows columns"]
+    label: str
+    method: str
+
+
+class Profiled(Protocol):
+    """What a query does, such as `interpretation.queries.QueryProfile`."""
+
+    map: Mapped
+    words: Sequence[str]
+    cost: float
+
+
+class Affected(Protocol):
+    """What an intervention does to words, such as `interpretation.interventions.Effect`."""
+
+    label: str
+    words: Sequence[Captioned]
+    change: Float[np.ndarray, " W"]
 
 
 def caption_sheet(
@@ -125,3 +155,140 @@ def plot_scores(
     if len(tables) > 1:
         ax.legend(frameon=False, fontsize=8)
     return ax
+
+
+def plot_patch_map(
+    image: Picture | None,
+    patch_map: Mapped,
+    ax: Axes | None = None,
+    vmax: float | None = None,
+    grid: bool = False,
+) -> Axes:
+    """A map over its picture, which turns grey: colours are the map's. A patch has one flat colour.
+
+    Args:
+        image: None for a map of no one picture, such as a mean.
+        vmax: the value of the brightest colour (None: the map's largest); 0 and less is darkest.
+        grid: draw the borders of the patches.
+    """
+    ax = ax or plt.subplots(layout="constrained")[1]
+    rows, columns = patch_map.values.shape
+    width, height = columns, rows
+    if image is not None:
+        photo = ImageOps.autocontrast(open_image(image).convert("L"))  # dark ones stay readable
+        photo.thumbnail((SHOWN, SHOWN))
+        width, height = photo.size
+        ax.imshow(photo, "gray", extent=(0, width, height, 0), vmin=-128, vmax=255)  # pale
+    values = patch_map.values
+    vmax = values.max() if vmax is None else vmax
+    ax.imshow(
+        values,
+        HEAT,
+        extent=(0, width, height, 0),
+        alpha=None if image is None else np.interp(values, (0, vmax), VEIL),
+        interpolation="nearest",
+        vmin=0,
+        vmax=vmax,
+    )
+    if grid:
+        style = {"color": "white", "lw": 0.5}
+        ax.vlines(np.linspace(0, width, columns + 1), 0, height, **style)
+        ax.hlines(np.linspace(0, height, rows + 1), 0, width, **style)
+    ax.set_title(patch_map.label, fontsize=9, color=INK)
+    ax.set_axis_off()
+    return ax
+
+
+def map_sheet(
+    image: Picture | None, rows: Mapping[str, Sequence[Mapped]], grid: bool = False
+) -> Figure:
+    """Maps of one picture in named rows: words by methods, or heads by blocks.
+
+    Maps of one method share a colour scale, which stands beside them.
+
+    Raises:
+        ValueError: if there is no map.
+    """
+    methods: dict[str, list[Mapped]] = {}
+    for patch_map in (patch_map for row in rows.values() for patch_map in row):
+        methods.setdefault(patch_map.method, []).append(patch_map)
+    if not methods:
+        raise ValueError("no map to draw; pass at least one.")
+    vmax = {name: max(each.values.max() for each in maps) for name, maps in methods.items()}
+    figure, axes = _tiles(len(rows), max(map(len, rows.values())))
+    drawn: dict[str, list[Axes]] = {}
+    for line, (name, row) in zip(axes, rows.items(), strict=True):
+        for ax, patch_map in zip(line, row, strict=False):
+            method = patch_map.method
+            plot_patch_map(image, patch_map, ax, vmax[method], grid)
+            drawn.setdefault(method, []).append(ax)
+        beside = {"transform": line[0].transAxes, "ha": "right", "va": "center", "rotation": 90}
+        line[0].text(-0.06, 0.5, name.replace("_", " "), color=INK, fontsize=9, **beside)
+    for those in drawn.values():
+        height = len({ax.get_subplotspec().rowspan.start for ax in those})
+        bar = figure.colorbar(those[0].images[-1], ax=those, aspect=12 * height, pad=0.01)
+        bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def query_sheet(
+    profiles: Sequence[Profiled], image: Picture | None = None, ncols: int = 5
+) -> Figure:
+    """Where queries look, on one colour scale; below, whom they serve and what muting them costs.
+
+    Args:
+        image: the picture, where the profiles hold maps of a single one.
+    """
+    vmax = max(profile.map.values.max() for profile in profiles)
+    figure, axes = _tiles(-(-len(profiles) // ncols), ncols, below=0.75)
+    for ax, profile in zip(axes.flat, profiles, strict=False):
+        plot_patch_map(image, profile.map, ax, vmax)
+        words = textwrap.fill(", ".join(profile.words), LINE)
+        below = {"transform": ax.transAxes, "va": "top", "fontsize": 7, "color": INK}
+        ax.text(0, -0.04, f"{words}\ncost {profile.cost:.2f}", **below)
+    return figure
+
+
+def plot_removal_curves(
+    kept: Float[np.ndarray, " S"],
+    curves: Mapping[str, Float[np.ndarray, "W S"]],
+    ax: Axes | None = None,
+) -> Axes:
+    """How probable words are, on average, while patches leave or come in the order of maps.
+
+    Args:
+        kept: shares of the patches that are there, 0 to 1.
+        curves: by what chose the order: probabilities of W words; the legend adds the areas.
+    """
+    ax = ax or plt.subplots(layout="constrained")[1]
+    for name, probabilities in curves.items():
+        mean = probabilities.mean(0)
+        area = np.trapezoid(mean, kept) / (kept[-1] - kept[0])
+        ax.plot(kept, mean, "o-", ms=3, lw=1.4, label=f"{name.replace('_', ' ')} ({area:.2f})")
+    ax.set(xlabel="share of patches there", ylabel="probability of the word", ylim=(0, None))
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def plot_effects(effects: Sequence[Affected], ax: Axes | None = None) -> Axes:
+    """Change of each word's log-probability, in nats: a bar for every intervention."""
+    words = [word.text for word in effects[0].words]
+    ax = ax or plt.subplots(figsize=(1 + 0.7 * len(words), 2.8), layout="constrained")[1]
+    places, width = np.arange(len(words)), 0.8 / len(effects)
+    for i, effect in enumerate(effects):
+        middle = places + width * (i - (len(effects) - 1) / 2)
+        ax.bar(middle, effect.change, width, label=effect.label)
+    ax.axhline(0, color=INK, lw=0.8)
+    ax.set_xticks(places, words, rotation=30, ha="right")
+    ax.set_ylabel("change (nats)")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def _tiles(nrows: int, ncols: int, below: float = 0.25) -> tuple[Figure, np.ndarray]:
+    """Empty axes for maps, with `below` inches for text."""
+    size = (ncols * TILE + 0.9, nrows * (TILE + below))
+    figure, axes = plt.subplots(nrows, ncols, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat:
+        ax.set_axis_off()
+    return figure, axes

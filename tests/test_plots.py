@@ -1,13 +1,22 @@
 """Plots say what was handed in, and leave showing and saving to the caller."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
-from qvision_lab.plots import caption_sheet, plot_training_curves
+from qvision_lab.plots import (
+    caption_sheet,
+    map_sheet,
+    plot_effects,
+    plot_patch_map,
+    plot_removal_curves,
+    plot_training_curves,
+    query_sheet,
+)
 
 
 @dataclass
@@ -43,3 +52,89 @@ def test_training_curves_draw_every_column():
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), [3.0, 2.0])
     _, shares = ax.figure.axes
     np.testing.assert_array_equal(shares.lines[0].get_ydata(), [0.5])
+
+
+@dataclass
+class Map:
+    values: np.ndarray
+    label: str = "dog"
+    method: str = "attention"
+
+
+PHOTO = np.full((28, 56, 3), 128, np.uint8)  # twice as wide as high
+
+
+def peaked(row, column, height=1.0, **named):
+    values = np.zeros((7, 7))
+    values[row, column] = height
+    return Map(values, **named)
+
+
+def test_patch_maps_lie_flat_on_the_patches_of_a_grey_photo():
+    ax = plot_patch_map(PHOTO, peaked(1, 5), grid=True)
+    photo, heat = ax.images
+    assert photo.get_array().ndim == 2
+    assert list(photo.get_extent()) == list(heat.get_extent()) == [0, 56, 28, 0]
+    assert heat.get_interpolation() == "nearest"
+    assert 0 < heat.get_alpha().min() < heat.get_alpha().max() < 1
+    vertical, horizontal = ax.collections
+    np.testing.assert_allclose([s[0, 0] for s in vertical.get_segments()], np.arange(0, 57, 8))
+    np.testing.assert_allclose([s[0, 1] for s in horizontal.get_segments()], np.arange(0, 29, 4))
+    ax.figure.set_dpi(100)
+    ax.figure.canvas.draw()
+    pixels = np.asarray(ax.figure.canvas.buffer_rgba())[::-1]
+    x, y = ax.transData.transform((5.5 * 8, 1.5 * 4)).astype(int)  # the middle of the peak
+    elsewhere = ax.transData.transform((1.5 * 8, 1.5 * 4)).astype(int)
+    assert pixels[y, x, :3].sum() > pixels[elsewhere[1], elsewhere[0], :3].sum() + 200
+
+
+def test_maps_without_a_photo_are_opaque():
+    (heat,) = plot_patch_map(None, peaked(0, 0), vmax=4.0).images
+    assert heat.get_alpha() is None
+    assert heat.get_clim() == (0, 4)
+
+
+def test_sheets_share_a_scale_within_a_method():
+    rows = {
+        "weak": [peaked(0, 0, 0.2, method="a"), peaked(0, 0, 0.4, method="a")],
+        "strong": [peaked(0, 0, 30, method="b")],
+    }
+    figure = map_sheet(PHOTO, rows)
+    maps = [ax.images[-1] for ax in figure.axes[:3]]
+    assert [heat.get_clim() for heat in maps] == [(0, 0.4), (0, 0.4), (0, 30)]
+    assert len(figure.axes) == 4 + 2  # tiles and colour bars
+    with pytest.raises(ValueError, match="no map"):
+        map_sheet(PHOTO, {"empty": []})
+
+
+@pytest.mark.parametrize("suffix", ["pdf", "svg", "png"])
+def test_sheets_are_written_in_every_format(suffix, tmp_path):
+    file = tmp_path / f"sheet.{suffix}"
+    map_sheet(PHOTO, {"block 0": [peaked(0, 0)]}, grid=True).savefig(file)
+    assert file.stat().st_size > 1000
+
+
+def test_query_sheet_names_whom_a_query_serves():
+    profiles = [SimpleNamespace(map=peaked(0, i), words=("dog", "red"), cost=i) for i in range(3)]
+    figure = query_sheet(profiles, PHOTO, ncols=2)
+    assert [[t.get_text() for t in ax.texts] for ax in figure.axes] == [
+        *([f"dog, red\ncost {i}.00"] for i in range(3)),
+        [],
+    ]
+
+
+def test_removal_curves_are_means_with_their_area():
+    kept = np.array([0.0, 0.5, 1.0])
+    ax = plot_removal_curves(kept, {"by_chance": np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0]])})
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [0, 0.5, 1])
+    assert ax.get_legend().texts[0].get_text() == "by chance (0.50)"
+
+
+def test_effects_stand_side_by_side_at_their_words():
+    words = [Said("a"), Said("dog")]
+    both = [SimpleNamespace(label=name, words=words, change=[-1, i]) for i, name in enumerate("xy")]
+    ax = plot_effects(both)
+    assert [[bar.get_height() for bar in bars] for bars in ax.containers] == [[-1, 0], [-1, 1]]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "dog"]
+    centres = [[bar.get_center()[0] for bar in bars] for bars in ax.containers]
+    np.testing.assert_allclose(np.mean(centres, axis=0), [0, 1], atol=1e-9)

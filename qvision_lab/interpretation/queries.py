@@ -41,7 +41,7 @@ class QueryProfile:
     entropy: float  # of its map in a picture, in nats; at most log P
     attention: float  # share of the bridge's attention that it gets, over all words
     words: tuple[str, ...]  # that read it most, against how much other words do
-    cluster: int  # queries of one number look at the same places
+    cluster: int  # tokens of one number look at the same places
     cost: float  # fall of the words' log-probability (nats a caption) when it is muted
 
 
@@ -78,6 +78,7 @@ def profile_queries(traces: Iterable[Trace]) -> list[QueryProfile]:
     entropy = -(maps * np.log(maps.clip(np.finfo(maps.dtype).tiny))).sum(-1).mean(0)
     alike = np.corrcoef(maps.swapaxes(0, 1).reshape(len(means), -1)) > REDUNDANT  # [N,N]
     linked = np.linalg.matrix_power(alike.astype(float), len(means)) > 0  # over others, too
+    clusters = np.unique(linked.argmax(1), return_inverse=True)[1]
 
     words = [(trace, word) for trace in traces for word in trace.words]
     read = [trace.bridge_attentions[:, list(word.tokens)].mean((0, 1)) for trace, word in words]
@@ -94,7 +95,7 @@ def profile_queries(traces: Iterable[Trace]) -> list[QueryProfile]:
             entropy=float(entropy[i]),
             attention=float(attention[i]),
             words=tuple(by_word.index[served[i]]),
-            cluster=int(linked[i].argmax()),
+            cluster=int(clusters[i]),
             cost=float(costs[i]),
         )
         for i, label in enumerate(visual_token_labels(len(means)))
