@@ -177,6 +177,14 @@ def curves(options: argparse.Namespace) -> int:
     return 0
 
 
+def look(options: argparse.Namespace) -> int:
+    """Draw what the model looks at: word maps, queries, and what removing patches does."""
+    from qvision_lab.demo import draw_inside
+
+    draw_inside(options.folder, options.n, options.seed, options.model)
+    return 0
+
+
 def scenes_write(options: argparse.Namespace) -> int:
     """Write scenes as pictures with COCO's annotation files."""
     from qvision_lab.data.scenes import write_coco
@@ -300,6 +308,12 @@ def _parser() -> argparse.ArgumentParser:
 
     add = _command(commands, "curves", curves)
     add("--output", default="figures/training.png", metavar="FILE", help="picture (%(default)s)")
+
+    add = _command(commands, "look", look)
+    add("--folder", default="figures", metavar="DIR", help="of the pictures (%(default)s)")
+    add("--n", type=int, default=48, help="scenes that are looked into (%(default)s)")
+    add("--seed", type=int, default=0, help="of the scenes (%(default)s)")
+    add("--model", help="folder or Hub id (default: the embedded checkpoint)")
 
     scenes = commands.add_parser("scenes", help="the drawn world: write it, or describe it")
     kinds = scenes.add_subparsers(required=True, metavar="write|stats")

@@ -46,7 +46,7 @@ def test_help_is_light():
 
 
 def test_every_command_has_help(capsys):
-    commands = ["caption", "info", "convert", "demo", "scenes", "train", "bench", "eval"]
+    commands = ["caption", "info", "convert", "demo", "scenes", "train", "bench", "eval", "look"]
     for words in ([], *([name] for name in commands), ["scenes", "write"], ["scenes", "stats"]):
         with pytest.raises(SystemExit) as stop:
             main([*words, "--help"])
