@@ -54,7 +54,7 @@ def test_gradients_are_the_originals(shared, name):
     assert norms == pytest.approx(
         {name: norm for name, norm in expected.items() if not name.startswith("query_proj")},
         rel=1e-4,
-        abs=1e-7,
+        abs=1e-6,  # a bias of keys moves nothing: its gradient is rounding alone
     )
 
 
