@@ -311,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = _command(commands, "look", look)
     add("--folder", default="figures", metavar="DIR", help="of the pictures (%(default)s)")
-    add("--n", type=int, default=48, help="scenes that are looked into (%(default)s)")
+    add("--n", type=int, default=16, help="scenes that are looked into (%(default)s)")
     add("--seed", type=int, default=0, help="of the scenes (%(default)s)")
     add("--model", help="folder or Hub id (default: the embedded checkpoint)")
 

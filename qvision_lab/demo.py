@@ -84,7 +84,7 @@ def draw_curves(output: str | Path = "figures/training.png") -> None:
 
 
 def draw_inside(
-    folder: str | Path = "figures", n: int = 48, seed: int = 0, model: str | None = None
+    folder: str | Path = "figures", n: int = 16, seed: int = 0, model: str | None = None
 ) -> None:
     """Draw what the model looks at: `words.png`, `queries.png` and `deletion.png`.
 
