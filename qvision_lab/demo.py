@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.resources import files
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 
 from qvision_lab.captioning import load
 from qvision_lab.data import scenes
+from qvision_lab.data.coco import open_dataset
 from qvision_lab.data.scenes.checking import RATES, Rate
 from qvision_lab.data.scenes.world import COLORS
 from qvision_lab.evaluation.chair import scenes_vocabulary
@@ -58,11 +58,11 @@ def run_demo(
     captioner = load(model)
     with nullcontext(folder) if folder else TemporaryDirectory() as place:
         place = scenes.write_coco(place, n, split="test", seed=seed)
-        images = json.loads((place / "captions.json").read_text(encoding="utf-8"))["images"]
-        captions = captioner.caption([place / "images" / image["file_name"] for image in images])
+        written = open_dataset(place)
+        captions = captioner.caption([image.image for image in written])
         checks = [
-            scenes.check(caption.text, scenes.layout(image["split"], image["seed"], image["index"]))
-            for caption, image in zip(captions, images, strict=True)
+            scenes.check(caption.text, image.scene)
+            for caption, image in zip(captions, written, strict=True)
         ]
         marks = [check.true for check in checks[:SHEET]]
         _write(caption_sheet(captions[:SHEET], ncols=6, marks=marks), Path(output))

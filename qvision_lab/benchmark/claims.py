@@ -11,6 +11,7 @@ from qvision_lab.benchmark.harness import RESULTS
 from qvision_lab.benchmark.original import LatencyRow
 from qvision_lab.benchmark.parameters import parameter_table
 from qvision_lab.benchmark.peers import PeerRow
+from qvision_lab.data.whole_files import write_whole
 from qvision_lab.model.config import QVisionConfig
 
 CARD_PARTS = {
@@ -44,10 +45,8 @@ def save_rows(
     """Write rows as `<name>.json`, by default among the package's results."""
     folder = Path(folder or RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    return partial.replace(path)
+    told = json.dumps({"rows": [asdict(row) for row in rows]}, indent=1)
+    return write_whole(folder / f"{name}.json", told + "\n")
 
 
 def check_claims(folder: str | Path | None = None) -> list[Claim]:

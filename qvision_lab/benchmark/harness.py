@@ -16,6 +16,8 @@ from time import perf_counter
 import numpy as np
 import torch
 
+from qvision_lab.data.whole_files import write_whole
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("qvision-lab", "torch", "transformers", "numpy", "pillow")
 
@@ -76,10 +78,7 @@ class Comparison:
             "candidate_seconds": asdict(Spread.of(self.candidate)),
             "speedup": asdict(self.speedup),
         }
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({**summary, **asdict(self)}, indent=1) + "\n")
-        partial.replace(path)
-        return path
+        return write_whole(path, json.dumps({**summary, **asdict(self)}, indent=1) + "\n")
 
 
 def compare(

@@ -10,9 +10,16 @@ from transformers import CLIPConfig, CLIPModel
 
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
+from qvision_lab.training import freezing
 
 PUBLISHED_TOTAL = 509_190_401  # what captioning needs of the published model
-PUBLISHED_FREEZE_RATIO = 0.4  # share of GPT-Neo's blocks that the published run left as they were
+GROUPS = {  # rows of the published table, part by part
+    "CLIP vision tower": "image encoder",
+    "image projection": "image encoder",
+    "GPT-Neo": "GPT-Neo",
+    "Q-Former": "Q-Former and bridge",
+    "bridge": "Q-Former and bridge",
+}
 
 
 @dataclass(frozen=True)
@@ -31,22 +38,17 @@ def parameter_table(config: QVisionConfig) -> list[PartSize]:
 
     For the published sizes two parts that captioning does without are listed too, so that the sums
     are those of the model card: CLIP's text tower with both projections and the temperature, and
-    the layer `query_proj`. The published run trained the Q-Former, the bridge, and of GPT-Neo the
-    upper blocks, the final norm and the tied token embedding; its image projection stayed random.
+    the layer `query_proj`. What the published run trained is the freezing policy "published".
     """
     with torch.device("meta"):
         model = QVisionForConditionalGeneration(config)
-    vision, text = model.vision, model.decoder.language_model
-    frozen = int(PUBLISHED_FREEZE_RATIO * len(text.h))
-    qformer, bridge = _count(model.qformer), _count(model.decoder.bridge)
+    published = freezing.apply(model, "published")
+    counts = {count.part: count for count in published.parts}
     table = [
-        PartSize("image encoder", "CLIP vision tower", _count(vision.tower), 0),
-        PartSize("image encoder", "image projection", _count(vision.projection), 0),
-        PartSize("GPT-Neo", "GPT-Neo", _count(text), _count(text.h[frozen:], text.ln_f, text.wte)),
-        PartSize("Q-Former and bridge", "Q-Former", qformer, qformer),
-        PartSize("Q-Former and bridge", "bridge", bridge, bridge),
+        PartSize(group, part, counts[part].total, counts[part].trained)
+        for part, group in GROUPS.items()
     ]
-    if _count(model) != PUBLISHED_TOTAL:
+    if published.total != PUBLISHED_TOTAL:
         return table
     with torch.device("meta"):
         clip = CLIPModel(CLIPConfig())  # ViT-B/32
@@ -59,5 +61,5 @@ def parameter_table(config: QVisionConfig) -> list[PartSize]:
     ]
 
 
-def _count(*modules: nn.Module) -> int:
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -20,6 +20,7 @@ from PIL import Image
 from qvision_lab.data.scenes.drawing import draw
 from qvision_lab.data.scenes.telling import tell
 from qvision_lab.data.scenes.world import Layout, layout
+from qvision_lab.data.whole_files import write_whole
 
 ImageId: TypeAlias = int | str
 
@@ -119,11 +120,7 @@ class CaptionDataset(Sequence[CaptionedImage]):
             captions += [(image.image_id, caption) for caption in image.references]
         rows = [{"id": n, "image_id": i, "caption": c} for n, (i, c) in enumerate(captions, 1)]
         content = {"info": {"name": self.name}, "images": images, "annotations": rows}
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        partial.replace(path)
-        return path
+        return write_whole(Path(path), json.dumps(content))
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from qvision_lab.data import scenes
+from qvision_lab.data.coco import ImageId
 from qvision_lab.data.scenes.checking import RATES
 from qvision_lab.evaluation.chair import Vocabulary, chair
 from qvision_lab.evaluation.java import Meteor, spice, spice_obstacle
-
-ImageId = int | str
 
 
 class UnavailableError(Exception):

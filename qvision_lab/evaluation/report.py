@@ -17,13 +17,14 @@ import pandas as pd
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
+from qvision_lab.data.coco import ImageId
+from qvision_lab.data.whole_files import write_whole
 from qvision_lab.evaluation.bootstrap import bootstrap_interval, paired_difference
 from qvision_lab.evaluation.chair import Vocabulary
 from qvision_lab.evaluation.java import Meteor, tokenize
 from qvision_lab.evaluation.metrics import (
     METRICS,
     Evidence,
-    ImageId,
     UnavailableError,
     ratio_formula,
 )
@@ -121,13 +122,8 @@ class EvaluationReport:
             "notes": dict(self.notes),
         }
         images = self.per_image.join(self.counts)
-        for name, text in (
-            ("images.csv", images.to_csv(index_label="image_id")),
-            ("scores.json", json.dumps(told, indent=1)),
-        ):
-            partial = folder / f"{name}.partial"
-            partial.write_text(text, encoding="utf-8", newline="")
-            partial.replace(folder / name)
+        write_whole(folder / "images.csv", images.to_csv(index_label="image_id"))
+        write_whole(folder / "scores.json", json.dumps(told, indent=1))
         return folder
 
     @classmethod
@@ -178,7 +174,7 @@ def evaluate(
     truths = {"objects": objects, "layouts": layouts}
     _refuse_unknown(metrics, truths)
     _refuse_mismatch(predictions, references, "references")
-    ids = list(predictions)
+    ids, metrics = list(predictions), tuple(dict.fromkeys(metrics))
     if without := [i for i in ids if not references[i] or isinstance(references[i], str)]:
         raise ValueError(f"{some('image', without)} without a list of references.")
     for truth, of_images in truths.items():
@@ -205,7 +201,7 @@ def evaluate(
             except UnavailableError as reason:
                 notes[" ".join(METRICS[metric].scores)] = str(reason)
             progress.update()
-    kept = tuple(metric for metric in dict.fromkeys(metrics) if metric in counts)
+    kept = tuple(metric for metric in metrics if metric in counts)
     columns = [name for metric in kept for name in METRICS[metric].counts]
     rows = np.concatenate([np.empty((len(ids), 0)), *(counts[metric] for metric in kept)], 1)
     table = pd.DataFrame(rows, pd.Index(ids, name="image_id"), columns)

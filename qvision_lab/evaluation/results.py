@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qvision_lab.data.coco import CaptionDataset
+from qvision_lab.data.coco import CaptionDataset, ImageId
+from qvision_lab.data.whole_files import write_whole
 from qvision_lab.evaluation.chair import coco_vocabulary, scenes_vocabulary
-from qvision_lab.evaluation.metrics import ImageId
 from qvision_lab.evaluation.report import COCO_METRICS, EvaluationReport, evaluate, some
 
 
@@ -34,12 +34,8 @@ def read_results(path: str | Path) -> dict[ImageId, str]:
 
 def write_results(captions: Mapping[ImageId, str], path: str | Path) -> Path:
     """Write captions in COCO's results format, which evaluation servers take."""
-    path = Path(path)
     rows = [{"image_id": image_id, "caption": text} for image_id, text in captions.items()]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(rows), encoding="utf-8")
-    partial.replace(path)
-    return path
+    return write_whole(Path(path), json.dumps(rows))
 
 
 def read_captions(path: str | Path, dataset: CaptionDataset) -> dict[ImageId, str]:

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qvision_lab.captioning import Captioner
 from qvision_lab.images import Picture, open_image
-from qvision_lab.interpretation.maps import word_logprobs
+from qvision_lab.interpretation.maps import to_model, word_logprobs
 from qvision_lab.interpretation.trace import Word, trace
 from qvision_lab.model.attention import MultiHeadAttention
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
@@ -318,7 +318,7 @@ def effects(
     if not traced.words:
         raise ValueError(f"there is no word in the caption {traced.caption!r}; write one.")
     model, rows = captioner.model, 1 + len(interventions)
-    image_tokens = torch.from_numpy(traced.image_tokens).to(model.device, model.dtype)  # [P,D]
+    image_tokens = to_model(traced, traced.image_tokens)  # [P,D]
     with stack([mute(model), *interventions]):
         logprobs = word_logprobs(traced, traced.words, image_tokens.expand(rows, -1, -1))
     before, *after = logprobs.cpu().numpy()  # [1+V,W]

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from qvision_lab.captioning import Captioner
+from qvision_lab.data.whole_files import write_whole
 from qvision_lab.images import Picture, open_image, picture_name
 from qvision_lab.interpretation.maps import DEFAULT_METHOD, PatchMap, query_maps, word_maps
 
@@ -77,8 +78,7 @@ class Trace:
         partial = path.with_name(path.name + ".partial")
         save_file(arrays, partial)
         partial.replace(path)
-        partial.write_text(json.dumps(rest, default=vars, indent=1), encoding="utf-8")
-        partial.replace(path.with_suffix(".json"))
+        write_whole(path.with_suffix(".json"), json.dumps(rest, default=vars, indent=1))
 
     @classmethod
     def load(cls, path: str | Path, captioner: Captioner | None = None) -> Trace:

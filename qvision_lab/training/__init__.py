@@ -1,5 +1,7 @@
 """Training: recipes that make checkpoints, on transformers' Trainer."""
 
-from qvision_lab.training.recipe import run_recipe
+import lazy_loader
 
-__all__ = ["run_recipe"]
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submod_attrs={"recipe": ["run_recipe"]}
+)

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from qvision_lab.data.coco import CaptionDataset, CaptionedImage, ImageId
+from qvision_lab.data.whole_files import write_whole
 from qvision_lab.images import ImageError, open_image
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.processor import QVisionProcessor
-from qvision_lab.training.trainer import write_whole
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FORMAT = 1  # to be raised when the `training` preprocessing or the files of a cache change

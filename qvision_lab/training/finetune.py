@@ -32,7 +32,7 @@ from qvision_lab.training.caption_trainer import (
 from qvision_lab.training.features import FeatureCache
 from qvision_lab.training.finetune_recipe import FinetuneRecipe, Phase, Training
 from qvision_lab.training.recipe import record_run
-from qvision_lab.training.trainer import CurveWriter, MuonAdamW, last_checkpoint
+from qvision_lab.training.trainer import CurveWriter, MuonAdamW, batch_share, last_checkpoint
 
 CARD = """---
 library_name: qvision_lab
@@ -138,11 +138,7 @@ def run_finetune(values: dict, output: str | Path) -> Path:
     settings = recipe.training
     if settings.precision == "float16" and state.device.type == "cpu":
         raise ValueError("training.precision='float16' needs a GPU; use bfloat16 or float32.")
-    if settings.batch_size % state.num_processes:
-        raise ValueError(
-            f"training.batch_size={settings.batch_size} cannot be shared by {state.num_processes} "
-            "processes; choose a multiple of them."
-        )
+    batch_share(settings.batch_size, "training.batch_size")  # refused before the work, if at all
     data = _open(recipe)
     output.mkdir(parents=True, exist_ok=True)
     with state.main_process_first():
@@ -283,7 +279,7 @@ def _run_phase(
 def _arguments(
     settings: Training, phase: Phase, seed: int, pictures: int, folder: Path
 ) -> Seq2SeqTrainingArguments:
-    share = settings.batch_size // PartialState().num_processes
+    share = batch_share(settings.batch_size, "training.batch_size")
     epoch = ceil(pictures // settings.batch_size / settings.accumulation)
     steps = max(1, round(phase.epochs * epoch))
     every = ceil(steps / settings.evaluations)

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from qvision_lab.captioning import load
 from qvision_lab.data.scenes.telling import tell
 from qvision_lab.data.scenes.world import layout
+from qvision_lab.data.whole_files import write_whole
 from qvision_lab.model.captioner import QVisionForConditionalGeneration, generation_preset
 from qvision_lab.model.checkpoint import Checkpoint, Provenance, save_checkpoint
 from qvision_lab.model.config import QVisionConfig
@@ -25,7 +26,6 @@ from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.training.caption_stage import learn_to_tell, train_tokenizer
 from qvision_lab.training.card import scenes_card
 from qvision_lab.training.scores import score_on_scenes
-from qvision_lab.training.trainer import write_whole
 from qvision_lab.training.vision_stage import learn_to_see
 
 RECIPES = files("qvision_lab.training") / "recipes"

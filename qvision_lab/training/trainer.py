@@ -13,6 +13,8 @@ from accelerate import PartialState
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from qvision_lab.data.whole_files import write_whole
+
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the matrices of a network and AdamW for everything else, as one optimizer.
@@ -118,25 +120,13 @@ class CurveWriter(TrainerCallback):
             write_whole(self.path, pd.DataFrame(state.log_history).to_csv(index=False))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under another name first, so that it is never there by halves."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def stage_arguments(folder: Path, seed: int, stage: dict) -> TrainingArguments:
     """Trainer settings of a recipe's stage: one warm-up, one cosine, checkpoints to resume."""
-    steps, processes = stage["steps"], PartialState().num_processes
-    if stage["batch_size"] % processes:
-        raise ValueError(
-            f"batch_size={stage['batch_size']} cannot be shared by {processes} processes; choose a "
-            "multiple of them."
-        )
+    steps = stage["steps"]
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=stage["batch_size"] // processes,
+        per_device_train_batch_size=batch_share(stage["batch_size"], "batch_size"),
         gradient_accumulation_steps=stage.get("accumulation", 1),
         learning_rate=stage["learning_rate"],
         weight_decay=stage["weight_decay"],
@@ -155,6 +145,21 @@ def stage_arguments(folder: Path, seed: int, stage: dict) -> TrainingArguments:
         remove_unused_columns=False,
         report_to=[],
     )
+
+
+def batch_share(batch_size: int, name: str) -> int:
+    """What each process gets of a batch; `name` is what a recipe calls it.
+
+    Raises:
+        ValueError: if it cannot be shared out evenly.
+    """
+    share, rest = divmod(batch_size, PartialState().num_processes)
+    if rest:
+        raise ValueError(
+            f"{name}={batch_size} cannot be shared by {PartialState().num_processes} processes; "
+            "choose a multiple of them."
+        )
+    return share
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from qvision_lab.data.scenes.drawing import generate
 from qvision_lab.data.scenes.world import CATEGORIES
+from qvision_lab.data.whole_files import write_whole
 
 
 def write_coco(
@@ -73,7 +74,5 @@ def write_coco(
         ("captions", {"annotations": captions}),
         ("instances", {"annotations": instances, "categories": categories}),
     ):
-        partial = folder / f"{name}.partial"
-        partial.write_text(json.dumps(known | table), encoding="utf-8")
-        partial.replace(folder / f"{name}.json")
+        write_whole(folder / f"{name}.json", json.dumps(known | table))
     return folder
