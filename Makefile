@@ -1,4 +1,4 @@
-.PHONY: demo test setup lab figures
+.PHONY: demo test test-browser setup lab figures
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -9,6 +9,11 @@ test: setup  ## lint, tests, and every notebook
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+test-browser: setup  ## the explorer in Chromium (from Debian), and figures/explorer.png of it
+	command -v chromium || { apt-get update && apt-get install -y --no-install-recommends chromium; }
+	$(BIN)/python -m pip install --quiet playwright==1.65.2
+	EXPLORER_SCREENSHOT=figures/explorer.png $(BIN)/python -m pytest tests/browser
 
 setup: .venv/installed
 

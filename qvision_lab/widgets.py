@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import copy
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -51,7 +51,7 @@ class Question:
     picture: Shown
     search: tuple[tuple[str, object], ...]  # arguments of `Captioner.caption`
     muted: tuple[str, ...] = ()  # labels of interventions
-    word: tuple[str, int] | None = None  # a caption and which of its words; else the longest
+    word: tuple[str, int] | None = None  # of a caption; else the longest, mostly a thing
     method: str = maps.DEFAULT_METHOD
     token: int = 0  # of the visual tokens; 0 is the global one
     block: int | None = None  # None: the mean of all, as for `head`
@@ -81,6 +81,12 @@ class Answer:
     muted: Reading | None  # None where nothing is
     word: int | None  # which of the trace's words the maps are of
 
+    @property
+    def vmax(self) -> list[float]:
+        """Of each map, the value of the brightest colour: readings are drawn on one scale."""
+        maps = [reading.maps for reading in (self.whole, self.muted) if reading]
+        return [max(0, *(m.values.max() for m in same)) for same in zip(*maps, strict=True)]
+
 
 class Bench:
     """Runs what is asked, and remembers captions and traces.
@@ -91,9 +97,7 @@ class Bench:
 
     def __init__(self, captioner: Captioner):
         if isinstance(captioner.model, CompiledQVision):
-            raise ValueError(
-                "a compiled captioner passes over what is muted; explore the one it was made from."
-            )
+            raise ValueError("a compiled captioner ignores mutes; explore what it was made from.")
         tensors = [*captioner.model.parameters(), *captioner.model.buffers()]
         model = copy.deepcopy(captioner.model, {id(tensor): tensor for tensor in tensors})
         self.captioner = replace(captioner, model=model)
@@ -106,10 +110,9 @@ class Bench:
         """Raises ImageError for a bad picture, and ValueError if no visual token is left."""
         caption = self._caption(question.picture, question.search, ())
         words = self._trace(question.picture, caption, ()).words
+        word = max(range(len(words)), key=lambda i: len(words[i].text), default=None)
         if question.word and question.word[0] == caption:
             word = question.word[1]
-        else:  # the longest mostly names a thing
-            word = max(range(len(words)), key=lambda i: len(words[i].text), default=None)
         muted = self._read(question, caption, word, question.muted) if question.muted else None
         return Answer(self._read(question, caption, word, ()), muted, word)
 
@@ -156,24 +159,24 @@ def parts(model: QVisionForConditionalGeneration) -> dict[str, dict[str, Interve
     return {**found, "Whole": {**whole, "bridge": mute(model, bridge=True)}}
 
 
-def draw(reading: Reading) -> bytes:
-    """The maps on the picture, side by side, as PNG."""
+def draw(reading: Reading, vmax: Sequence[float]) -> bytes:
+    """The maps on the picture, side by side, as PNG; `vmax` as in `Answer`."""
     figure = Figure(figsize=(3 * len(reading.maps), 3.3), dpi=110, layout="constrained")
     axes = figure.subplots(1, len(reading.maps), squeeze=False)[0]
-    for ax, patch_map in zip(axes, reading.maps, strict=True):
-        plot_patch_map(reading.trace.image, patch_map, ax)
+    for patch_map, ax, brightest in zip(reading.maps, axes, vmax, strict=True):
+        plot_patch_map(reading.trace.image, patch_map, ax, brightest)
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
 
 
-def tell(reading: Reading, title: str) -> str:
+def tell(reading: Reading, vmax: Sequence[float], title: str) -> str:
     """HTML of a reading: what it is of, the caption, and the maps with a text in their place."""
     peaks = [f"{m.label} ({m.method}): highest in patch {m.peak}" for m in reading.maps]
     return (
         f"<b>{escape(title)}</b><br><big>{escape(reading.said) or '(no word)'}</big><br>"
         f'<img style="width:100%" alt="{escape("; ".join(peaks))}" '
-        f'src="data:image/png;base64,{base64.b64encode(draw(reading)).decode()}">'
+        f'src="data:image/png;base64,{base64.b64encode(draw(reading, vmax)).decode()}">'
     )
 
 
@@ -183,7 +186,7 @@ def tell_probabilities(answer: Answer) -> str:
     values = {f"probability, {name}": reading.probabilities for name, reading in rows.items()}
     words = [word.text for word in answer.whole.trace.words]
     table = pd.DataFrame.from_dict(values, orient="index", columns=words)
-    return table.to_html(border=0, float_format="{:.0%}".format)
+    return table.to_html(border=0, col_space=50, justify="left", float_format="{:.0%}".format)
 
 
 class Explorer(w.VBox):
@@ -198,7 +201,8 @@ class Explorer(w.VBox):
         style = {"style": {"description_width": "initial"}}
         late = {"continuous_update": False, **style}  # a question when the handle is let go
         self.picture = w.Dropdown(description="Picture", options=samples)
-        self.upload = w.FileUpload(description="Upload a picture", accept="image/*")
+        auto = {"layout": {"width": "auto"}}
+        self.upload = w.FileUpload(description="Upload a picture", accept="image/*", **auto)
         self.folder = w.Text(description="Folder", placeholder="or a file, or a URL", **late)
         self.search = w.Dropdown(description="Search", options=["greedy", "beams", "sampling"])
         self.beams = w.IntSlider(3, 2, 8, description="Beams", **late)
@@ -210,17 +214,14 @@ class Explorer(w.VBox):
         methods = {"options": list(maps.METHODS), "value": maps.DEFAULT_METHOD}
         self.method = w.Dropdown(description="Map of the word", **methods, **style)
         labels = maps.visual_token_labels(1 + config.num_query_tokens)
-        self.token = w.SelectionSlider(
-            description="Visual token", options=[(x, i) for i, x in enumerate(labels)], **late
-        )
+        tokens = {"options": [(x, i) for i, x in enumerate(labels)], "layout": {"width": "380px"}}
+        self.token = w.SelectionSlider(description="Visual token", **tokens, **late)
         self.block, self.head = (
-            w.Dropdown(description=name, options=[("all", None), *((str(i), i) for i in range(n))])
+            w.Dropdown(description=name, options=["all", *map(str, range(n))])
             for name, n in (("Block", blocks), ("Head", config.num_attention_heads))
         )
         self.parts = {
-            part.label: w.ToggleButton(
-                description=name, tooltip=f"mute {part.label}", layout={"width": "auto"}
-            )
+            part.label: w.ToggleButton(description=name, tooltip=f"mute {part.label}", **auto)
             for group in self.bench.parts.values()
             for name, part in group.items()
         }
@@ -229,10 +230,10 @@ class Explorer(w.VBox):
         half = {"width": "50%", "padding": "4px"}
         self.whole, self.muted = w.HTML(layout=half), w.HTML(layout=half)
         self.status, self.probabilities = w.HTML(), w.HTML()
-        super().__init__(self._arrange())
-        asking = (self.picture, self.search, self.beams, self.temperature, self.top_p, self.seed)
-        asking += (self.penalty, self.method, self.token, self.block, self.head)
-        for control in (*asking, *self.parts.values()):
+        searching = (self.search, self.beams, self.temperature, self.top_p, self.seed, self.penalty)
+        reading = (self.picture, self.method, self.token, self.block, self.head)
+        super().__init__(self._arrange(searching))
+        for control in (*searching, *reading, *self.parts.values()):
             control.observe(self.ask, "value")
         self.upload.observe(self._add_upload, "value")
         self.folder.observe(self._add_folder, "value")
@@ -245,10 +246,10 @@ class Explorer(w.VBox):
         for control in (self.temperature, self.top_p, self.seed):
             control.disabled = self.search.value != "sampling"
         muted = tuple(label for label, button in self.parts.items() if button.value)
-        asked = (self.picture.value, self._settings(), muted, self.words.value)
-        question = Question(
-            *asked, self.method.value, self.token.value, self.block.value, self.head.value
-        )
+        asked = (self.picture.value, self._settings(), muted)
+        read = (self.words.value, self.method.value, self.token.value)
+        of = (None if c.value == "all" else int(c.value) for c in (self.block, self.head))
+        question = Question(*asked, *read, *of)
         if question != self._asked:
             self._asked = question
             self.pending = self._worker.submit(self._answer, question)
@@ -283,10 +284,11 @@ class Explorer(w.VBox):
             self.words.observe(self.ask, "value")
             self._words.children = (self.words,)
             old.close()
-        self.whole.value = tell(answer.whole, "The model says")
-        silent = f"With {', '.join(question.muted)} muted"
-        nothing = "<b>Nothing is muted.</b> Press what to mute below."
-        self.muted.value = tell(answer.muted, silent) if answer.muted else nothing
+        self.whole.value = tell(answer.whole, answer.vmax, "The model says")
+        self.muted.value = "<b>Nothing is muted.</b> Press what to mute below."
+        if answer.muted:
+            title = f"With {', '.join(question.muted)} muted"
+            self.muted.value = tell(answer.muted, answer.vmax, title)
         self.probabilities.value = tell_probabilities(answer)
 
     def _complain(self, error: Exception) -> None:
@@ -298,11 +300,9 @@ class Explorer(w.VBox):
 
     def _add_folder(self, change: object) -> None:
         try:
-            found = find_pictures(self.folder.value)
+            self._add((name, path) for path, name in find_pictures(self.folder.value).items())
         except ValueError as error:
             self._complain(error)
-        else:
-            self._add((name, path) for path, name in found.items())
 
     def _add(self, pictures: Iterable[tuple[str, Picture]]) -> None:
         """In front, since the first of new options is picked."""
@@ -313,13 +313,12 @@ class Explorer(w.VBox):
         for part in self.parts.values():
             part.value = False
 
-    def _arrange(self) -> list[w.Widget]:
+    def _arrange(self, searching: Sequence[w.Widget]) -> list[w.Widget]:
         wrap = w.Layout(flex_flow="row wrap")
         mutes = [self.unmute]
         for kind, group in self.bench.parts.items():
             buttons = [self.parts[part.label] for part in group.values()]
             mutes.append(w.HBox([w.Label(kind, layout={"width": "230px"}), *buttons], layout=wrap))
-        searching = (self.search, self.beams, self.temperature, self.top_p, self.seed, self.penalty)
         return [
             w.HBox([self.picture, self.upload, self.folder], layout=wrap),
             w.HBox(searching, layout=wrap),

@@ -86,6 +86,7 @@ def test_whole_and_muted_readings_are_those_of_the_package(captioner, bench, que
     with same:
         assert answer.muted.said == captioner.caption(picture, preset="greedy").text
     assert not np.array_equal(answer.muted.maps[0].values, of_word.values)
+    assert answer.vmax[0] == max(of_word.values.max(), answer.muted.maps[0].values.max())
 
 
 def test_the_bench_keeps_its_mutes_to_itself_and_shares_the_weights(captioner, bench):
@@ -104,7 +105,7 @@ def test_every_part_can_be_muted_once(captioner, bench):
 
 
 def test_a_compiled_captioner_is_refused(captioner):
-    with pytest.raises(ValueError, match="explore the one it was made from"):
+    with pytest.raises(ValueError, match="explore what it was made from"):
         explore(replace(captioner, model=CompiledQVision(captioner.model)))
 
 
@@ -113,14 +114,14 @@ def test_a_drawing_follows_its_map_and_has_a_text(bench, question):
         bench.answer(replace(question, word=(bench.answer(question).whole.said, i))).whole
         for i in (0, -1)
     )
-    assert not np.array_equal(pixels(draw(first)), pixels(draw(last)))
-    told = tell(replace(first, said="<b>"), "a < b")
+    assert not np.array_equal(pixels(draw(first, [1, 1])), pixels(draw(last, [1, 1])))
+    told = tell(replace(first, said="<b>"), [1, 1], "a < b")
     assert "a &lt; b" in told
     assert "&lt;b&gt;" in told
     assert (
         f'alt="{first.maps[0].label} (composition): highest in patch {first.maps[0].peak}' in told
     )
-    np.testing.assert_array_equal(drawn(told), pixels(draw(first)))
+    np.testing.assert_array_equal(drawn(told), pixels(draw(first, [1, 1])))
 
 
 def test_a_caption_without_a_word_is_answered(bench, question, monkeypatch):
@@ -128,7 +129,7 @@ def test_a_caption_without_a_word_is_answered(bench, question, monkeypatch):
     answer = bench.answer(question)
     assert answer.word is None
     assert [m.label for m in answer.whole.maps] == ["global token"]
-    assert "(no word)" in tell(answer.whole, "whole")
+    assert "(no word)" in tell(answer.whole, answer.vmax, "whole")
 
 
 def test_clicks_change_what_is_shown(explorer):
@@ -138,6 +139,11 @@ def test_clicks_change_what_is_shown(explorer):
     explorer.words.index = int(explorer.words.index == 0)
     explorer.pending.result()
     assert not np.array_equal(drawn(explorer.whole.value), picture)
+    for block, head in (("1", "all"), ("1", "2"), ("all", "all")):
+        previous = explorer.whole.value
+        explorer.block.value, explorer.head.value = block, head
+        explorer.pending.result()
+        assert explorer.whole.value != previous
     press(explorer, "query 3", "bridge")
     assert "With query 3, bridge muted" in explorer.muted.value
     assert caption in explorer.whole.value

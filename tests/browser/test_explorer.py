@@ -1,0 +1,150 @@
+"""The explorer in Chromium, on a JupyterLab of its own; `make test-browser` installs what it needs.
+
+EXPLORER_SCREENSHOT in the environment is where a picture of it is kept.
+"""
+
+import io
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+from qvision_lab.captioning import load
+from qvision_lab.data import scenes
+from qvision_lab.interpretation.interventions import mute
+from qvision_lab.interpretation.trace import trace
+from qvision_lab.plots import HEAT
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright; make test-browser")
+expect = playwright.expect
+if CHROMIUM is None:
+    pytest.skip("no Chromium; run make test-browser", allow_module_level=True)
+
+PATIENCE = 180  # seconds, of a machine that has other things to do
+QUIET = ("--no-sandbox", "--disable-background-networking", "--disable-component-update")
+QUIET += ("--disable-quic", "--disable-sync", "--no-first-run")
+TOKEN = secrets.token_hex()
+LAB = ("--no-browser", "--allow-root", "--ip=127.0.0.1", f"--IdentityProvider.token={TOKEN}")
+LAB += ("--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> str:
+    """Address of a notebook that shows the explorer, once its cell is run."""
+    folder = tmp_path_factory.mktemp("lab")
+    cell = nbformat.v4.new_code_cell("import qvision_lab as ql\nql.explore(ql.load())")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), folder / "x.ipynb")
+    news = folder / "CONFIG/lab/user-settings/@jupyterlab/apputils-extension"
+    news.mkdir(parents=True)
+    (news / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {f"JUPYTER_{kind}_DIR": str(folder / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *LAB, f"--port={port}"],
+            **{"cwd": folder, "env": {**os.environ, **own}, "stdout": log, "stderr": log},
+        )
+    try:
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=5).close()
+                break
+            except OSError:
+                running = server.poll() is None and time.monotonic() < until
+                assert running, (folder / "log").read_text()
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/lab/tree/x.ipynb?token={TOKEN}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture
+def page(lab):
+    with playwright.sync_playwright() as runner:
+        browser = runner.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        page = browser.new_page(viewport={"width": 1600, "height": 1300})
+        page.set_default_timeout(1000 * PATIENCE)
+        expect.set_options(timeout=1000 * PATIENCE)
+        page.goto(lab)
+        page.locator(".jp-Notebook .jp-CodeCell").first.click()
+        page.keyboard.press("Shift+Enter")
+        yield page
+        browser.close()
+
+
+def peak_on_screen(image, patch_grid: tuple[int, int]) -> tuple[int, int]:
+    """Row and column of the patch in the brightest colour, on the left picture of two."""
+    shot = np.asarray(Image.open(io.BytesIO(image.screenshot())).convert("RGB"))
+    left = shot[:, : shot.shape[1] // 2]
+    inked = (left < 250).any(-1)
+    inside = left[inked.mean(1) > 0.5][:, inked.mean(0) > 0.5]  # not the title, nor the margins
+    patches = np.asarray(Image.fromarray(inside).resize(patch_grid[::-1], Image.Resampling.BOX))
+    brightest = 255 * np.array(plt.get_cmap(HEAT)(1.0)[:3])
+    distances = np.linalg.norm(patches - brightest, axis=-1)
+    return tuple(int(i) for i in np.unravel_index(distances.argmin(), patch_grid))
+
+
+def find_example(captioner):
+    """A scene, and a query whose muting changes what is said of it."""
+    for scene in scenes.generate(20, split="test", start=30):
+        said = captioner.caption(scene.image, preset="greedy").text
+        for query in range(captioner.model.config.num_query_tokens):
+            with mute(captioner.model, queries=[query]):
+                if captioner.caption(scene.image, preset="greedy").text != said:
+                    return scene.image, query
+    pytest.fail("no query matters to a caption")
+
+
+def test_upload_click_and_mute(page, tmp_path):
+    captioner = load()
+    picture, query = find_example(captioner)
+    picture.save(tmp_path / "mine.png")
+    traced = trace(captioner, picture)
+    longest = max(traced.word_maps(), key=lambda m: len(m.label))
+    other = next(m for m in traced.word_maps() if m.peak != longest.peak)
+    with mute(captioner.model, queries=[query]):
+        muted = captioner.caption(picture, preset="greedy").text
+    images = page.locator("img[alt*='highest in patch']")
+
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Upload a picture").click()
+    chooser.value.set_files(tmp_path / "mine.png")
+    expect(page.get_by_text(traced.caption, exact=True)).to_be_visible()
+    for patch_map in (longest, other, longest):
+        page.get_by_role("button", name=patch_map.label, exact=True).first.press("Enter")
+        told = f"{patch_map.label} ({patch_map.method}): highest in patch {patch_map.peak}"
+        expect(images).to_have_attribute("alt", re.compile(f"^{re.escape(told)}"))
+        assert peak_on_screen(images, traced.patch_grid) == patch_map.peak
+
+    expect(page.get_by_text("Nothing is muted")).to_be_visible()
+    page.get_by_role("button", name=str(query), exact=True).first.click()
+    expect(page.get_by_text(f"With query {query} muted")).to_be_visible()
+    expect(page.get_by_text(muted, exact=True)).to_be_visible()
+    expect(page.get_by_text(traced.caption, exact=True)).to_be_visible()
+    expect(page.get_by_text("Ready.")).to_be_visible()
+    assert images.count() == 2
+    if place := os.environ.get("EXPLORER_SCREENSHOT"):
+        page.locator(".jp-OutputArea-output").first.screenshot(path=place)
+
+    assert page.get_by_role("combobox", name="Block").input_value() == "all"
+    folder = page.get_by_role("textbox", name="Folder")
+    folder.fill(str(tmp_path / "missing.png"))
+    folder.press("Enter")
+    expect(page.get_by_role("alert").get_by_text("cannot read")).to_be_visible()
