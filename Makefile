@@ -12,7 +12,6 @@ test: setup  ## lint, tests, and every notebook
 
 test-browser: setup  ## the explorer in Chromium (from Debian), and figures/explorer.png of it
 	command -v chromium || { apt-get update && apt-get install -y --no-install-recommends chromium; }
-	$(BIN)/python -m pip install --quiet playwright==1.65.2
 	EXPLORER_SCREENSHOT=figures/explorer.png $(BIN)/python -m pytest tests/browser
 
 setup: .venv/installed

@@ -1,4 +1,4 @@
-"""The explorer in Chromium, on a JupyterLab of its own; `make test-browser` installs what it needs.
+"""The explorer in Chromium, on a JupyterLab of its own; `make test-browser` installs Chromium.
 
 EXPLORER_SCREENSHOT in the environment is where a picture of it is kept.
 """
@@ -17,6 +17,7 @@ import urllib.request
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
+import playwright.sync_api as playwright
 import pytest
 from PIL import Image
 
@@ -27,7 +28,6 @@ from qvision_lab.interpretation.trace import trace
 from qvision_lab.plots import HEAT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright; make test-browser")
 expect = playwright.expect
 if CHROMIUM is None:
     pytest.skip("no Chromium; run make test-browser", allow_module_level=True)
