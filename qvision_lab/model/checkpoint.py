@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -150,9 +150,8 @@ def convert(
     else:
         present = [folder / name for name in COMPANIONS if (folder / name).exists()]
         companions = {path.name: path.read_text(encoding="utf-8") for path in present}
-    checkpoint = load_checkpoint(folder, dtype=dtype or "auto", device="cpu")
-    origin = replace(checkpoint.provenance, source=str(source), revision=commit)
-    dest = save_checkpoint(replace(checkpoint, provenance=origin), dest, companions)
+    checkpoint = load_checkpoint(source, commit, dtype or "auto", device="cpu")
+    dest = save_checkpoint(checkpoint, dest, companions)
     if push_to is not None:
         HfApi().create_repo(push_to, exist_ok=True)
         HfApi().upload_folder(repo_id=push_to, folder_path=dest)
