@@ -1,8 +1,7 @@
 """The cache of what the tower sees: right, shared, resumed, and refused where it is not."""
 
 import copy
-import json
-import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,59 +41,51 @@ def see(cache, pictures, tiny, processor, **settings):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_states_are_the_towers(tmp_path, tiny, pictures, processor, dtype):
-    cache = FeatureCache(tmp_path / "cache", tiny, dtype)
-    seen = see(cache, pictures, tiny, processor)
-    assert seen.added == 6
-    assert seen.rows["0.png"] == seen.rows["6.png"]
+    seen = see(FeatureCache(tmp_path / "cache", tiny, dtype), pictures, tiny, processor)
+    assert len(set(seen.places.values())) == 6
+    assert seen.places["0.png"] == seen.places["6.png"]
     assert not seen.failed
     for image in pictures:
         pixels = processor(images=Image.open(image.image))["pixel_values"]
         with torch.no_grad():
             states = tiny.vision.see(pixels)[0].to(features.DTYPES[dtype])
-        torch.testing.assert_close(cache[seen.rows[image.image_id]], states, atol=1e-5, rtol=1e-2)
+        torch.testing.assert_close(seen[image.image_id], states, atol=1e-5, rtol=1e-2)
 
 
 def test_what_was_seen_is_not_seen_again(tmp_path, tiny, pictures, processor, monkeypatch):
     folder = tmp_path / "cache"
     first = see(FeatureCache(folder, tiny, "float32"), pictures, tiny, processor)
     cache = FeatureCache(folder, tiny, "float32")
-    with monkeypatch.context() as patched:  # nor read again
-        patched.setattr(features, "_read", lambda image: pytest.fail("read a known file"))
-        again = see(cache, pictures.subset(3), tiny, processor)
-    assert again.added == 0
-    assert again.rows == {key: first.rows[key] for key in again.rows}
-    moved = tmp_path / "moved"
-    (tmp_path / "pictures").rename(moved)
-    there = CaptionDataset(
-        "moved", tuple(CaptionedImage(i.image_id, moved / i.image.name, ("c",)) for i in pictures)
-    )
-    assert see(cache, there, tiny, processor).rows == first.rows
+    with monkeypatch.context() as patched:
+        patched.setattr(tiny.vision, "see", lambda pixels: pytest.fail("saw a known picture"))
+        with patched.context() as unread:
+            unread.setattr(Path, "read_bytes", lambda path: pytest.fail("read a known file"))
+            again = see(cache, pictures.subset(3), tiny, processor)
+        assert again.places == {key: first.places[key] for key in again.places}
+        moved = tmp_path / "moved"
+        (tmp_path / "pictures").rename(moved)
+        images = (replace(image, image=moved / image.image.name) for image in pictures)
+        there = CaptionDataset("moved", tuple(images))
+        assert see(cache, there, tiny, processor).places == first.places
     draw(moved / "2.png", seed=99)
     changed = see(cache, there, tiny, processor)
-    assert changed.added == 1
-    assert changed.rows["2.png"] == 6
-    torch.testing.assert_close(pickle.loads(pickle.dumps(cache))[6], cache[6])
+    assert {key for key in first.places if changed.places[key] != first.places[key]} == {"2.png"}
 
 
 def test_an_interrupted_build_goes_on(tmp_path, tiny, pictures, processor, monkeypatch):
-    whole = FeatureCache(tmp_path / "whole", tiny, "float32")
-    see(whole, pictures, tiny, processor)
+    whole = see(FeatureCache(tmp_path / "whole", tiny, "float32"), pictures, tiny, processor)
     torn = FeatureCache(tmp_path / "torn", tiny, "float32")
     looks = iter([torch.ones(3, 4, 16)])
     with monkeypatch.context() as patched:
         patched.setattr(tiny.vision, "see", lambda pixels: next(looks))
         with pytest.raises(StopIteration):
             see(torn, pictures, tiny, processor)
-    with open(tmp_path / "torn/states.bin", "ab") as data:
-        data.write(b"half a row")
-    with open(tmp_path / "torn/index.jsonl", "ab") as index:
-        index.write(b'{"name": "half a li')
+    (tmp_path / "torn/half.123").write_bytes(b"half a file")
     resumed = FeatureCache(tmp_path / "torn", tiny, "float32")
     seen = see(resumed, pictures, tiny, processor, workers=1)
-    assert seen.added == 3
-    assert len(seen.rows) == 7
-    for row in range(3, 6):
-        torch.testing.assert_close(resumed[row], whole[row], atol=0, rtol=0)
+    assert (seen["2.png"] == 1).all()
+    for name in ("3.png", "4.png", "5.png"):
+        torch.testing.assert_close(seen[name], whole[name], atol=0, rtol=0)
 
 
 def test_bad_pictures_are_reported_and_stop_nothing(tmp_path, tiny, pictures, processor):
@@ -105,7 +96,7 @@ def test_bad_pictures_are_reported_and_stop_nothing(tmp_path, tiny, pictures, pr
         seen = see(cache, pictures, tiny, processor)
         assert seen.failed.keys() == {"1.png", "4.png"}
         assert "1.png" in seen.failed["1.png"]
-        assert len(seen.rows) == 5
+        assert len(seen.places) == 5
 
 
 def test_a_stale_cache_is_refused_with_the_reason(tmp_path, tiny, pictures, processor):
@@ -122,24 +113,15 @@ def test_a_stale_cache_is_refused_with_the_reason(tmp_path, tiny, pictures, proc
         FeatureCache(tmp_path / "none", tiny, "int8")
 
 
-def test_a_damaged_cache_is_refused_with_the_reason(tmp_path, tiny, pictures, processor):
+def test_a_torn_cache_is_refused_with_the_reason(tmp_path, tiny, pictures, processor):
     folder = tmp_path / "cache"
-    cache = FeatureCache(folder, tiny, "float32")
-    seen = see(cache, pictures, tiny, processor)
-    states = folder / "states.bin"
-    content = bytearray(states.read_bytes())
-    content[cache.row_bytes + 5] ^= 1
-    states.write_bytes(content)
-    damaged = FeatureCache(folder, tiny, "float32")
-    assert damaged[seen.rows["0.png"]].shape == (4, 16)
-    with pytest.raises(ValueError, match=r"row 1 of .* is damaged"):
-        damaged[1]
-    states.write_bytes(content[:-1])
-    with pytest.raises(ValueError, match="torn"):
-        FeatureCache(folder, tiny, "float32")
-    (folder / "index.jsonl").write_text('{"name": 1}\n')
-    with pytest.raises(ValueError, match=r"index\.jsonl is damaged"):
-        FeatureCache(folder, tiny, "float32")
+    see(FeatureCache(folder, tiny, "float32"), pictures, tiny, processor)
+    file = next(folder.glob("*.safetensors"))
+    content = file.read_bytes()
+    for torn in (content[:-1], content[:20], b""):
+        file.write_bytes(torn)
+        with pytest.raises(ValueError, match=rf"{file.name} is torn .*: delete it"):
+            FeatureCache(folder, tiny, "float32")
 
 
 def test_no_room_is_said_before_anything_is_seen(tmp_path, tiny, pictures, processor, monkeypatch):
@@ -150,15 +132,9 @@ def test_no_room_is_said_before_anything_is_seen(tmp_path, tiny, pictures, proce
         see(cache, pictures, tiny, processor)
 
 
-def test_scenes_are_known_by_name_and_checked_by_drawing(tmp_path, tiny, processor):
-    folder = tmp_path / "cache"
+def test_scenes_are_told_by_what_is_drawn(tmp_path, tiny, processor, monkeypatch):
     scenes = open_dataset("scenes:val", n=3, seed=4)
-    cache = FeatureCache(folder, tiny, "float32")
+    cache = FeatureCache(tmp_path / "cache", tiny, "float32")
     seen = see(cache, scenes, tiny, processor)
-    assert see(cache, scenes, tiny, processor).rows == seen.rows
-    index = folder / "index.jsonl"
-    lines = [json.loads(line) for line in index.read_text().splitlines()]
-    lines[0]["content"] = "other"
-    index.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(ValueError, match="drawn otherwise"):
-        see(FeatureCache(folder, tiny, "float32"), scenes, tiny, processor)
+    monkeypatch.setattr(tiny.vision, "see", lambda pixels: pytest.fail("saw a known scene"))
+    assert see(cache, scenes, tiny, processor) == seen

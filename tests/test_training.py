@@ -28,7 +28,7 @@ from qvision_lab.training.caption_stage import (
     train_tokenizer,
 )
 from qvision_lab.training.recipe import load_recipe, run_recipe
-from qvision_lab.training.trainer import MuonAdamW, StageTrainer, last_checkpoint, stage_arguments
+from qvision_lab.training.trainer import MuonAdamW, StageTrainer, last_checkpoint, run_stage
 from qvision_lab.training.vision_stage import (
     SHOWN,
     SeeingModel,
@@ -145,7 +145,8 @@ def test_accumulation_changes_neither_loss_nor_gradients(tmp_path, captioner_con
     states = np.random.default_rng(0).normal(size=(8, 49, 32)).astype(np.float16)
     processor = QVisionProcessor.from_config(captioner_config, tokenizer)
     captioned = CaptionedStates(SeenScenes("train", 0, states), processor, captions_per_visit=2)
-    stage = {"steps": 1, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup_steps": 0}
+    rates = {"learning_rate": 1e-3, "matrix_learning_rate": 0.01, "weight_decay": 0.0}
+    stage = {**rates, "steps": 1, "warmup_steps": 0, "bf16": False}
 
     class KeepGradients(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
@@ -158,18 +159,16 @@ def test_accumulation_changes_neither_loss_nor_gradients(tmp_path, captioner_con
         model = QVisionForConditionalGeneration(captioner_config)
         folder = tmp_path / str(accumulation)
         kept = KeepGradients()
-        sizes = {"batch_size": batch_size, "accumulation": accumulation, "bf16": False}
-        trainer = StageTrainer(
+        trainer = run_stage(
             model,
-            stage_arguments(folder, 0, stage | sizes),
-            data_collator=CaptionCollator(captioner_config.pad_token_id),
-            train_dataset=captioned,
-            eval_dataset=captioned,
-            callbacks=[kept],
+            {**stage, "batch_size": batch_size, "accumulation": accumulation},
+            0,
+            folder,
             measure=lambda model: {},
-            matrix_learning_rate=0.01,
+            data_collator=CaptionCollator(captioner_config.pad_token_id),
+            dataset=captioned,
+            callbacks=[kept],
         )
-        trainer.train()
         loss = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
         results.append((loss, kept.gradients))
     (loss, gradients), (accumulated_loss, accumulated_gradients) = results
@@ -222,7 +221,7 @@ def test_optimizer_gives_matrices_to_muon_and_survives_saving(captioner_config):
 
 
 def test_a_torn_checkpoint_is_passed_over(tmp_path):
-    for step, state in ((5, "{}"), (10, '{"epoch": 1'), (15, None)):
+    for step, state in ((5, '{"global_step": 5}'), (10, '{"epoch": 1'), (15, None)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         if state is not None:

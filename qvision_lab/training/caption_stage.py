@@ -32,7 +32,7 @@ from qvision_lab.model.captioner import (
 )
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.processor import QVisionProcessor
-from qvision_lab.training.trainer import CurveWriter, StageTrainer, last_checkpoint, stage_arguments
+from qvision_lab.training.trainer import run_stage
 from qvision_lab.training.vision_stage import filled_once, normalise
 
 SPECIAL_TOKENS = {"pad_token": "<PAD>", "bos_token": "<START>", "eos_token": "<END>"}
@@ -87,13 +87,9 @@ class CaptionedStates(Dataset):
     def __init__(self, seen: SeenScenes, processor: QVisionProcessor, captions_per_visit: int):
         self.states = seen.states
         self.captions_per_visit = captions_per_visit
-        self.captions = [
-            [
-                processor.encode(caption)
-                for caption in tell(layout(seen.split, seed=seen.seed, index=i))
-            ]
-            for i in tqdm(range(len(seen.states)), "telling", unit="scene")
-        ]
+        told = (tell(layout(seen.split, seen.seed, i)) for i in range(len(seen.states)))
+        bar = tqdm(told, "telling", total=len(seen.states), unit="scene")
+        self.captions = [[processor.encode(caption) for caption in captions] for captions in bar]
 
     def __len__(self) -> int:
         return len(self.states) * len(self.captions[0])
@@ -163,15 +159,13 @@ def learn_to_tell(
     model = QVisionForConditionalGeneration(config)
     model.vision.tower.load_state_dict(tower.state_dict())
     model.vision.tower.requires_grad_(False)
-    trainer = StageTrainer(
+    run_stage(
         model,
-        stage_arguments(folder, seed, stage),
-        data_collator=CaptionCollator(config.pad_token_id),
-        train_dataset=captioned,
-        eval_dataset=captioned,
-        callbacks=[CurveWriter(folder / "curve.csv")],
+        stage,
+        seed,
+        folder,
         measure=lambda model: measure_truth(model, tokenizer, held_out),
-        matrix_learning_rate=stage["matrix_learning_rate"],
+        data_collator=CaptionCollator(config.pad_token_id),
+        dataset=captioned,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     return model.eval()

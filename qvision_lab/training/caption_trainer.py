@@ -21,7 +21,7 @@ from qvision_lab.evaluation import evaluate
 from qvision_lab.images import open_image
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.processor import QVisionProcessor
-from qvision_lab.training.features import FeatureCache
+from qvision_lab.training.features import SeenPictures
 from qvision_lab.training.finetune_recipe import Training
 
 TIMED_STEPS = 20  # after so many it is told how long the rest takes
@@ -34,7 +34,7 @@ class CaptionedPictures(Dataset):
     Args:
         captions_per_image: rows of each sample. Of more captions, a choice by `seed`, `epoch` and
             place is made; of fewer, rows without a target fill up, so that all weigh the same.
-        cache, rows: the pictures' states; without them samples have pixels.
+        seen: the pictures' states; without them samples have pixels.
     """
 
     images: CaptionDataset
@@ -42,8 +42,7 @@ class CaptionedPictures(Dataset):
     captions_per_image: int
     max_tokens: int
     seed: int
-    cache: FeatureCache | None = None
-    rows: dict[ImageId, int] | None = None
+    seen: SeenPictures | None = None
     epoch: int = 0
 
     def __len__(self) -> int:
@@ -58,8 +57,8 @@ class CaptionedPictures(Dataset):
         return {**self._look(image), "captions": captions}
 
     def _look(self, image: CaptionedImage) -> dict[str, Tensor]:
-        if self.cache is not None:
-            return {"vision_states": self.cache[self.rows[image.image_id]]}  # [P,C]
+        if self.seen is not None:
+            return {"vision_states": self.seen[image.image_id]}  # [P,C]
         picture = open_image(image.picture)
         return {"pixel_values": self.processor(images=picture)["pixel_values"][0]}  # [3,H,W]
 

@@ -1,75 +1,64 @@
-"""The model card of a captioner that was trained on Scenes: what it is, its scores, its limits."""
+"""What a captioner is worth on Scenes, where every truth is known, and the card that tells it."""
 
 from __future__ import annotations
 
+import json
+from importlib.resources import files
+
+from tqdm.auto import tqdm
+
+from qvision_lab.captioning import Captioner
+from qvision_lab.data.coco import open_dataset
 from qvision_lab.data.scenes.checking import RATES
-from qvision_lab.training.scores import OURS, SIXTH, Scores
+from qvision_lab.data.scenes.telling import tell
+from qvision_lab.evaluation import EvaluationReport, evaluate_dataset
 
+METRICS = ("bleu", "meteor", "rouge", "cider")
 OVERLAPS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+OURS, SIXTH = "captioner", "a sixth caption"
+CARD = (files("qvision_lab.training") / "cards/scenes.md").read_text(encoding="utf-8")
 
-CARD = """---
-library_name: qvision_lab
-pipeline_tag: image-to-text
-license: mit
----
-# QVision, small, trained on Scenes
+Scores = dict[str, dict[str, dict[str, float]]]
 
-A captioner of QVision's architecture (frozen vision tower, Q-Former, GPT-Neo with a bridge),
-{parameters:.1f} million parameters, trained from random weights on Scenes, the drawn world of
-`qvision_lab`, by `qvision train {name}`. It makes every notebook, test and demo run without
-network. It knows nothing of photographs.
 
-## How it was trained
+def score_on_scenes(captioner: Captioner, split: str, n: int, seed: int = 0) -> Scores:
+    """Caption the first `n` scenes of a split with the model's own settings, and judge them.
 
-1. The vision tower learned to see: for every patch the object, its colour and its box, from the
-   scene's own truth. This stands in for CLIP's pre-training. It means that where this captioner
-   looks did **not** emerge from captions alone.
-2. The tower was frozen, and the Q-Former, the bridge and GPT-Neo learned to tell, from captions.
+    Returns:
+        By whose captions they are (the captioner's, and a sixth one of each scene by the grammar
+        that told its five references, which shows how far true captions differ), by the score's
+        name: `score`, `low` and `high` of its 95% interval, and what it is `of`.
+    """
+    dataset = open_dataset(f"scenes:{split}", n=n, seed=seed)
+    pictures = (image.picture for image in tqdm(dataset, f"captioning {split}", unit="picture"))
+    told = captioner.caption(pictures, batch_size=50)
+    ours = {i: caption.text for i, caption in zip(dataset.ids, told, strict=True)}
+    sixth = {image.image_id: tell(image.scene, 6)[5] for image in dataset}
+    return {
+        OURS: _rows(evaluate_dataset(ours, dataset, ("scenes", *METRICS))),
+        SIXTH: _rows(evaluate_dataset(sixth, dataset, METRICS)),
+    }
 
-`run.yaml` beside this card holds every setting, seed and version.
 
-## Scores
-
-Greedy captions of scenes that training never saw: `test` like the training pictures, `compose`
-with colours that these objects never had in training, `crowd` with five to eight objects, of which
-no caption was ever trained on. All times 100; in brackets 95% intervals, from a bootstrap over
-scenes.
-
-{table}
-
-BLEU-4 to CIDEr compare with five captions of each scene. A sixth caption by the grammar that told
-them shows how far true captions can differ.
-
-## Limits
-
-It speaks the language of Scenes, about ninety words, and says things of any picture in them.
-"""
+def _rows(report: EvaluationReport) -> dict[str, dict[str, float]]:
+    return json.loads(report.table.to_json(orient="index", double_precision=6))
 
 
 def scenes_card(run: dict, scores: dict[str, Scores], parameters: int) -> str:
     """The card of one run, with the scores of each split side by side."""
-    splits = list(scores)
-    lines = [
-        "| | " + " | ".join(f"{split} ({_captions(scores[split]):,})" for split in splits) + " |",
-        "|---|" + "---:|" * len(splits),
-    ]
+    heads = [f"{split} ({told[OURS]['true']['of']:,})" for split, told in scores.items()]
     rows = [(f"{name}, of {RATES[name]}", OURS, name) for name in RATES]
     rows += [(name, OURS, name) for name in OVERLAPS]
     rows += [(f"{name}, {SIXTH}", SIXTH, name) for name in OVERLAPS]
-    for label, whose, name in rows:
-        cells = (_cell(scores[split][whose][name]) for split in splits)
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return CARD.format(
-        name=run["recipe"]["name"], parameters=parameters / 1e6, table="\n".join(lines)
-    )
-
-
-def _captions(scores: Scores) -> int:
-    return scores[OURS]["true"]["of"]
+    lines = [["", *heads], ["---", *["---:"] * len(heads)]]
+    for label, by, name in rows:
+        lines.append([label, *(_cell(told[by][name]) for told in scores.values())])
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return CARD.format(name=run["recipe"]["name"], parameters=parameters / 1e6, table=table)
 
 
 def _cell(row: dict[str, float]) -> str:
-    """A score with its interval; a dash where the split has nothing to count."""
+    """A score with its interval, times 100; a dash where the split has nothing to count."""
     if not row["of"]:
         return "-"
     score, low, high = (100 * row[name] for name in ("score", "low", "high"))

@@ -7,6 +7,7 @@ import json
 import warnings
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
+from importlib.resources import files
 from math import ceil
 from pathlib import Path
 
@@ -32,43 +33,15 @@ from qvision_lab.training.caption_trainer import (
 from qvision_lab.training.features import FeatureCache
 from qvision_lab.training.finetune_recipe import FinetuneRecipe, Phase, Training
 from qvision_lab.training.recipe import record_run
-from qvision_lab.training.trainer import CurveWriter, MuonAdamW, batch_share, last_checkpoint
+from qvision_lab.training.trainer import (
+    CurveWriter,
+    MuonAdamW,
+    batch_share,
+    last_checkpoint,
+    training_arguments,
+)
 
-CARD = """---
-library_name: qvision_lab
-pipeline_tag: image-to-text
----
-# {recipe.name}
-
-A QVision captioner, fine-tuned from {origin} with `qvision train`. `run.yaml` beside this card
-holds every setting, seed and version and the fingerprints of the data; `captioner.csv` is the log.
-
-## Data
-
-- learned from: {data[train]}
-- chosen by: {data[validation]}
-
-## Training
-
-{phases}
-
-Started from random weights: {reinitialised}. Each picture came with up to
-{recipe.training.captions_per_image} of its captions at a time, {recipe.training.batch_size}
-pictures a batch, {recipe.training.accumulation} batches a step, in {recipe.training.precision}.
-
-## Scores
-
-Greedy captions of the validation pictures: CIDEr-D {scores[CIDEr]:.1f} (times 100), loss
-{scores[loss]:.3f} a token, at step {scores[step]} of the last phase, which was the best by
-{recipe.training.best_by}.
-
-## Limits
-
-The checkpoint was chosen by these very pictures, so on others expect a little less: score it on a
-test set of its own. What the checkpoint that it was tuned from had seen before, test pictures
-perhaps included, it has seen too. It says what its captions taught, of any picture, and its
-mistakes and prejudices are theirs.
-"""
+CARD = (files("qvision_lab.training") / "cards/finetune.md").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -89,33 +62,29 @@ class MemoryEstimate:
 def estimate_memory(
     model: QVisionForConditionalGeneration, settings: Training, pictures: int
 ) -> MemoryEstimate:
-    """Estimate a step's memory from what is trained of the model.
+    """Estimate a step's memory, with `pictures` a batch on one device.
 
     Weights, gradients and AdamW's two moments are 4 bytes a parameter. What a transformer layer
     keeps for its gradient are 34 + 5 * heads * length / width bytes a value in half precision and
     twice that in single (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2); the logits are held
     three times in single precision. GPT-Neo's layers keep nothing where none of it is trained,
     since pictures come in behind it.
-
-    Args:
-        pictures: of a batch, on one device.
     """
     config, text = model.config, model.decoder.language_model
     rows, length = pictures * settings.captions_per_image, settings.max_tokens
     width, heads = config.hidden_size, config.num_attention_heads
-    scale = 2 if settings.precision == "float32" else 1
 
     def layer(sequences: int, length: int, heads: int) -> float:
+        scale = 2 if settings.precision == "float32" else 1
         return sequences * length * (34 * width + 5 * heads * length) * scale
 
-    reads = any(parameter.requires_grad for parameter in text.parameters())
-    layers = len(text.h) * reads * layer(rows, length, config.text_config.num_heads)
+    reads = len(text.h) if text.num_parameters(only_trainable=True) else 0
+    layers = reads * layer(rows, length, config.text_config.num_heads)
     looks = 2 * config.num_qformer_blocks * layer(pictures, 1 + config.num_query_tokens, heads)
     logits = 3 * 4 * rows * length * config.vocab_size
-    trained = freezing.report(model).trained
+    trained = model.num_parameters(only_trainable=True)
     activations = int(layers + looks + layer(rows, length, heads) + logits)
-    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
-    return MemoryEstimate(weights, 4 * trained, 8 * trained, activations)
+    return MemoryEstimate(4 * model.num_parameters(), 4 * trained, 8 * trained, activations)
 
 
 def run_finetune(values: dict, output: str | Path) -> Path:
@@ -145,7 +114,7 @@ def run_finetune(values: dict, output: str | Path) -> Path:
         fingerprints = {name: fingerprint(images) for name, images in data.items()}
         record_run(output, json.loads(json.dumps(asdict(recipe))), fingerprints)
     checkpoint = load_checkpoint(recipe.checkpoint, recipe.revision, device=state.device)
-    _reinitialise(checkpoint.model, recipe.reinitialise, recipe.seed)
+    reinitialise(checkpoint.model, recipe.reinitialise, recipe.seed)
     pictures = _prepare(recipe, checkpoint, data, output)
     for number, phase in enumerate(settings.phases, start=1):
         seed, folder = recipe.seed + number, output / f"phase-{number}"
@@ -184,16 +153,20 @@ def _describe(images: CaptionDataset) -> str:
     return f"{images.name}: {len(images):,} pictures, {captions:,} captions"
 
 
-def _reinitialise(
+def reinitialise(
     model: QVisionForConditionalGeneration, modules: tuple[str, ...], seed: int
 ) -> None:
-    """Give modules new random weights, as the model's own start has them."""
+    """Give modules of these names new random weights, as the model's own start has them.
+
+    Raises:
+        ValueError: for a name that is none, naming the nearest.
+    """
     known = dict(model.named_modules())
-    if unknown := [name for name in modules if name not in known]:
-        near = get_close_matches(unknown[0], known, n=1, cutoff=0)[0]
-        raise ValueError(f"reinitialise: no module {unknown[0]!r}; did you mean {near!r}?")
     set_seed(seed)
     for name in modules:
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise ValueError(f"reinitialise: no module {name!r}; did you mean {near!r}?")
         known[name].apply(model._init_weights)
 
 
@@ -207,15 +180,15 @@ def _prepare(
         raise ValueError(
             f"training.max_tokens={settings.max_tokens} must be from 3 to {positions}."
         )
-    cache, prepared = None, {}
+    prepared = {}
     for name, images in data.items():
-        rows, failed = {}, dict.fromkeys(images.missing(), "there is no such file")
+        seen, failed = None, dict.fromkeys(images.missing(), "there is no such file")
         if recipe.features is not None:
             with PartialState().main_process_first():
                 folder = recipe.features.folder or output / "features"
-                cache = cache or FeatureCache(folder, model, recipe.features.dtype)
+                cache = FeatureCache(folder, model, recipe.features.dtype)
                 seen = cache.see(images, model, processor, workers=recipe.features.workers)
-            rows, failed = seen.rows, seen.failed
+            failed = seen.failed
         if failed:
             listed = "; ".join(f"{key}: {why}" for key, why in list(failed.items())[:5])
             told = f"{len(failed):,} of {_describe(images)}, cannot be read ({listed})"
@@ -228,15 +201,9 @@ def _prepare(
             raise ValueError(
                 f"{_describe(images)}: less than training.batch_size={settings.batch_size}."
             )
-        most = max(len(image.references) for image in images)
+        captions = min(settings.captions_per_image, max(len(i.references) for i in images))
         prepared[name] = CaptionedPictures(
-            images,
-            processor,
-            min(settings.captions_per_image, most),
-            settings.max_tokens,
-            recipe.seed,
-            cache,
-            rows,
+            images, processor, captions, settings.max_tokens, recipe.seed, seen
         )
     return prepared
 
@@ -279,37 +246,31 @@ def _run_phase(
 def _arguments(
     settings: Training, phase: Phase, seed: int, pictures: int, folder: Path
 ) -> Seq2SeqTrainingArguments:
-    share = batch_share(settings.batch_size, "training.batch_size")
     epoch = ceil(pictures // settings.batch_size / settings.accumulation)
     steps = max(1, round(phase.epochs * epoch))
     every = ceil(steps / settings.evaluations)
-    arguments = Seq2SeqTrainingArguments(
-        output_dir=str(folder),
+    arguments = training_arguments(
+        folder,
+        seed,
+        batch_size=settings.batch_size,
+        name="training.batch_size",
         max_steps=steps,
-        per_device_train_batch_size=share,
-        per_device_eval_batch_size=share,
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=phase.learning_rate or settings.learning_rate,
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup,
-        lr_scheduler_type="cosine",
         max_grad_norm=settings.clip,
         bf16=settings.precision == "bfloat16",
         fp16=settings.precision == "float16",
         logging_steps=max(1, min(50, steps // 20)),
         logging_nan_inf_filter=False,
-        eval_strategy="steps",
         eval_steps=every,
         save_steps=every,
         save_total_limit=2,  # the best, and the last
         metric_for_best_model=settings.best_by,
         greater_is_better=settings.best_by == "cider",
-        seed=seed,
-        use_cpu=not torch.cuda.is_available(),
         dataloader_num_workers=settings.workers,
         dataloader_drop_last=True,  # else processes share out an epoch's last batch unevenly
-        ddp_find_unused_parameters=False,
-        remove_unused_columns=False,
         report_to=["tensorboard"] if settings.tensorboard else [],
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # more GPUs are for more processes

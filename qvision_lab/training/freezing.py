@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
-from torch import nn
-
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 
 PARTS = {  # of the model, and of the report
@@ -117,19 +115,9 @@ def apply(
     for module in trained:
         module.requires_grad_(True)
     model.vision.tower.post_layernorm.requires_grad_(False)  # behind the states that are read
-    return report(model)
-
-
-def report(model: QVisionForConditionalGeneration) -> FreezingReport:
-    """Count what `requires_grad` says of each part."""
-    modules = {part: model.get_submodule(name) for part, name in PARTS.items()}
-    return FreezingReport(
-        tuple(
-            PartCount(part, _count(module, trained=False), _count(module, trained=True))
-            for part, module in modules.items()
-        )
-    )
-
-
-def _count(module: nn.Module, trained: bool) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+    counts = []
+    for part, name in PARTS.items():
+        weights = list(model.get_submodule(name).parameters())
+        learned = sum(weight.numel() for weight in weights if weight.requires_grad)
+        counts.append(PartCount(part, sum(weight.numel() for weight in weights), learned))
+    return FreezingReport(tuple(counts))

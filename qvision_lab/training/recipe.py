@@ -24,8 +24,7 @@ from qvision_lab.model.checkpoint import Checkpoint, Provenance, save_checkpoint
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.training.caption_stage import learn_to_tell, train_tokenizer
-from qvision_lab.training.card import scenes_card
-from qvision_lab.training.scores import score_on_scenes
+from qvision_lab.training.card import scenes_card, score_on_scenes
 from qvision_lab.training.vision_stage import learn_to_see
 
 RECIPES = files("qvision_lab.training") / "recipes"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import Dataset
+from transformers import Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from qvision_lab.data.whole_files import write_whole
 
@@ -30,18 +32,13 @@ class MuonAdamW(torch.optim.Optimizer):
         matrix_learning_rate: float,
         weight_decay: float,
     ):
-        embeddings = {
-            id(parameter)
-            for module in model.modules()
-            if isinstance(module, nn.Embedding)
-            for parameter in module.parameters()
-        }
+        modules = (module for module in model.modules() if isinstance(module, nn.Embedding))
+        embeddings = {id(module.weight) for module in modules}
         matrices, others = [], []
         for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
             hidden = parameter.ndim == 2 and "head" not in name and id(parameter) not in embeddings
-            (matrices if hidden else others).append(parameter)
+            if parameter.requires_grad:
+                (matrices if hidden else others).append(parameter)
         self.muon = torch.optim.Muon(
             matrices, lr=matrix_learning_rate, weight_decay=weight_decay, momentum=0.95
         )
@@ -70,33 +67,15 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 class StageTrainer(Trainer):
-    """A Trainer that uses `MuonAdamW` and whose evaluation is the stage's own measure.
+    """A Trainer whose evaluation is the stage's own measure.
 
     Args:
         measure: gets the model in evaluation mode, returns numbers to be logged.
-        matrix_learning_rate: peak rate of Muon; AdamW's is `args.learning_rate`.
     """
 
-    def __init__(
-        self,
-        *args,
-        measure: Callable[[nn.Module], dict[str, float]],
-        matrix_learning_rate: float,
-        **kwargs,
-    ):
+    def __init__(self, *args, measure: Callable[[nn.Module], dict[str, float]], **kwargs):
         super().__init__(*args, **kwargs)
         self.measure = measure
-        self.matrix_learning_rate = matrix_learning_rate
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            self.optimizer = MuonAdamW(
-                model or self.model,
-                learning_rate=self.args.learning_rate,
-                matrix_learning_rate=self.matrix_learning_rate,
-                weight_decay=self.args.weight_decay,
-            )
-        return self.optimizer
 
     def evaluate(self, *_args, **_kwargs) -> dict[str, float]:
         self.model.eval()
@@ -120,30 +99,73 @@ class CurveWriter(TrainerCallback):
             write_whole(self.path, pd.DataFrame(state.log_history).to_csv(index=False))
 
 
-def stage_arguments(folder: Path, seed: int, stage: dict) -> TrainingArguments:
-    """Trainer settings of a recipe's stage: one warm-up, one cosine, checkpoints to resume."""
+def run_stage(
+    model: nn.Module,
+    stage: dict,
+    seed: int,
+    folder: Path,
+    measure: Callable[[nn.Module], dict[str, float]],
+    data_collator: Callable[[list], dict[str, torch.Tensor]],
+    dataset: Dataset,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> StageTrainer:
+    """Train what a recipe's stage says, or take it up where it stopped; the log is `curve.csv`."""
     steps = stage["steps"]
-    return TrainingArguments(
-        output_dir=str(folder),
+    arguments = training_arguments(
+        folder,
+        seed,
+        batch_size=stage["batch_size"],
         max_steps=steps,
-        per_device_train_batch_size=batch_share(stage["batch_size"], "batch_size"),
         gradient_accumulation_steps=stage.get("accumulation", 1),
         learning_rate=stage["learning_rate"],
         weight_decay=stage["weight_decay"],
         warmup_steps=min(stage["warmup_steps"], steps // 4),
-        lr_scheduler_type="cosine",
         max_grad_norm=1.0,
         bf16=stage.get("bf16", True),
         logging_steps=max(1, min(50, steps // 10)),
-        eval_strategy="steps",
         eval_steps=max(1, steps // stage.get("measurements", 8)),
         save_steps=max(1, steps // 8),
         save_total_limit=1,
+    )
+    rates = stage["learning_rate"], stage["matrix_learning_rate"], stage["weight_decay"]
+    trainer = StageTrainer(
+        model,
+        arguments,
+        data_collator=data_collator,
+        train_dataset=dataset,
+        eval_dataset=dataset,  # never read: the measure has its own
+        callbacks=[CurveWriter(folder / "curve.csv"), *callbacks],
+        optimizers=(MuonAdamW(model, *rates), None),
+        measure=measure,
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    return trainer
+
+
+def training_arguments(
+    folder: Path, seed: int, *, batch_size: int, name: str = "batch_size", **settings
+) -> Seq2SeqTrainingArguments:
+    """Trainer settings that all runs share: one cosine, checkpoints, batches shared by processes.
+
+    Args:
+        batch_size: over all processes; `name` is what the recipe calls it.
+        settings: further ones, by the names that the Trainer has for them.
+
+    Raises:
+        ValueError: if a batch cannot be shared out evenly.
+    """
+    share = batch_share(batch_size, name)
+    return Seq2SeqTrainingArguments(
+        output_dir=str(folder),
         seed=seed,
+        per_device_train_batch_size=share,
+        per_device_eval_batch_size=share,
+        lr_scheduler_type="cosine",
+        eval_strategy="steps",
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
-        report_to=[],
+        **{"report_to": [], **settings},
     )
 
 
@@ -167,13 +189,8 @@ def last_checkpoint(folder: Path) -> str | None:
 
     The Trainer writes `trainer_state.json` last, so a folder in which it parses is whole.
     """
-    found = {}
-    for path in folder.glob("checkpoint-*"):
-        step = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        if step:
-            found[int(step[1])] = str(path)
-    return found[max(found)] if found else None
+    whole = []
+    for state in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
+        with suppress(ValueError):
+            whole.append((json.loads(state.read_text())["global_step"], str(state.parent)))
+    return max(whole)[1] if whole else None

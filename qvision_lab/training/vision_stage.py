@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from qvision_lab.data import scenes
 from qvision_lab.data.scenes.world import BACKGROUNDS, CATEGORIES, COLORS, PICTURE, SKIES
-from qvision_lab.training.trainer import CurveWriter, StageTrainer, last_checkpoint, stage_arguments
+from qvision_lab.training.trainer import run_stage
 
 SHOWN, GLIMPSED = 0.12, 0.02  # shares of a patch from which an object counts, or leaves doubt
 SKY = (None, *SKIES)
@@ -121,18 +122,13 @@ class Sights(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         record = self.records[index % len(self.records)]
-        mirrored = index >= len(self.records)
-        sample = {}
-        for name in record.dtype.names:
-            value = np.array(record[name])
-            if mirrored and name == "pixels":
-                value = value[:, ::-1]
-            elif mirrored and value.ndim:
-                by_row = value.reshape(self.grid, self.grid, -1)[:, ::-1]
-                value = by_row.reshape(value.shape)
-                if name == "box":
-                    value[:, 0] = self.grid - value[:, 0]
-            sample[name] = value
+        sample = {name: np.array(record[name]) for name in record.dtype.names}
+        if index >= len(self.records):
+            sample["pixels"] = sample["pixels"][:, ::-1]
+            for name in ("category", "color", "coverage", "box", "center", "number"):
+                by_row = sample[name].reshape(self.grid, self.grid, -1)
+                sample[name] = by_row[:, ::-1].reshape(sample[name].shape)
+            sample["box"][:, 0] = self.grid - sample["box"][:, 0]
         return sample
 
 
@@ -140,11 +136,9 @@ def collate(samples: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
     """Stack samples; pixels become normalised `pixel_values`, everything else tensors."""
     batch = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
     pixel_values = normalise(batch.pop("pixels"))
-    tensors = {
-        name: torch.from_numpy(value.astype("f4" if value.dtype.kind == "f" else "i8"))
-        for name, value in batch.items()
-    }
-    return {"pixel_values": pixel_values, **tensors}
+    kinds = {name: "f4" if value.dtype.kind == "f" else "i8" for name, value in batch.items()}
+    truth = {name: torch.from_numpy(batch[name].astype(kind)) for name, kind in kinds.items()}
+    return {"pixel_values": pixel_values, **truth}
 
 
 class SeeingModel(nn.Module):
@@ -255,9 +249,7 @@ def low_frequencies(width: int, patch: int) -> Float[Tensor, "width 3 patch patc
     opponents = opponents / opponents.norm(dim=1, keepdim=True)
     order = sorted(
         (math.hypot(u + 0.5, v + 0.5) * (1 if channel == 0 else 2), channel, u, v)
-        for channel in range(3)
-        for u in range(patch)
-        for v in range(patch)
+        for channel, u, v in product(range(3), range(patch), range(patch))
     )
     return torch.stack(
         [
@@ -314,15 +306,13 @@ def learn_to_see(config: CLIPVisionConfig, stage: dict, seed: int, folder: Path)
     held_out = drawn("val", stage["held_out"], 0)
     torch.manual_seed(seed)
     model = SeeingModel(config, stage["told"])
-    trainer = StageTrainer(
+    run_stage(
         model,
-        stage_arguments(folder, seed, stage),
-        data_collator=collate,
-        train_dataset=ConcatDataset(pictures),
-        eval_dataset=held_out,
-        callbacks=[CurveWriter(folder / "curve.csv")],
+        stage,
+        seed,
+        folder,
         measure=lambda model: measure_sight(model, held_out),
-        matrix_learning_rate=stage["matrix_learning_rate"],
+        data_collator=collate,
+        dataset=ConcatDataset(pictures),
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     return model.tower.eval()

@@ -1,0 +1,149 @@
+"""How fast captions are learned: our way in turn with the original's, at the published sizes."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from qvision_lab.benchmark.harness import RESULTS, Comparison, compare
+from qvision_lab.captioning import Captioner
+from qvision_lab.data.whole_files import write_whole
+from qvision_lab.model.captioner import IGNORED_LABEL, QVisionForConditionalGeneration
+from qvision_lab.model.config import QVisionConfig
+from qvision_lab.training import freezing
+from qvision_lab.training.caption_stage import CaptionCollator
+
+IMAGES = 8  # of a step, in both ways
+CAPTIONS = {"original": 1, "ours": 5}  # of each of them
+LENGTH = 20  # tokens to which the original pads and cuts
+COCO_LENGTH = 14.5, 3.0  # mean and deviation of its captions' tokens, <START>, space and <END> too
+
+
+@dataclass(frozen=True)
+class TrainingRate:
+    """What each way learns in a second, by its name, and the memory that its process needed."""
+
+    ratio: float  # captions a second, ours over the original's: median over the rounds
+    captions_per_second: dict[str, float]
+    images_per_second: dict[str, float]
+    peak_gigabytes: dict[str, float]
+    comparison: Comparison  # of a step's seconds
+
+    def __str__(self) -> str:
+        lines = [f"training: {self.ratio:.3g} times as many captions a second as the original's"]
+        lines += [
+            f"  {way}: {self.captions_per_second[way]:.3g} captions and "
+            f"{self.images_per_second[way]:.3g} images a second, {self.peak_gigabytes[way]:.3g} GB"
+            for way in CAPTIONS
+        ]
+        return "\n".join(lines)
+
+    def save(self, folder: str | Path | None = None) -> Path:
+        """Write all of it as `training.json`, by default among the package's results."""
+        folder = Path(folder or RESULTS)
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_whole(folder / "training.json", json.dumps(asdict(self), indent=1) + "\n")
+
+
+def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[TrainingRate]:
+    """Compare training steps of two processes, with random weights, on the CPU, in float32.
+
+    The original's way: pixels through CLIP at each step, one caption an image, padded to 20 tokens.
+    Ours: CLIP's states as a cache holds them, five captions an image, padded to the longest. Both
+    take 8 images a step, and AdamW trains what the published run trained.
+
+    Args:
+        captioner: of its sizes `quick` takes some steps, instead of the published ones.
+    """
+    config = captioner.model.config if quick else QVisionConfig()
+    with _process("original", config) as original, _process("ours", config) as ours:
+        settings = {"images": IMAGES, "captions": CAPTIONS, "policy": "published"}
+        comparison = compare(
+            original,
+            ours,
+            name="original vs our training",
+            rounds=10,
+            quick=quick,
+            settings={**settings, "dtype": "fp32", "coco_length": COCO_LENGTH},
+        )
+        peaks = {"original": original() / 1e9, "ours": ours() / 1e9}
+    seconds = {"original": comparison.baseline, "ours": comparison.candidate}
+    images = {way: IMAGES * len(taken) / sum(taken) for way, taken in seconds.items()}
+    yield TrainingRate(
+        comparison.speedup.median * CAPTIONS["ours"] / CAPTIONS["original"],
+        {way: rate * CAPTIONS[way] for way, rate in images.items()},
+        images,
+        peaks,
+        comparison,
+    )
+
+
+@contextmanager
+def _process(way: str, config: QVisionConfig) -> Iterator[Callable[[], int]]:
+    """A process of its own, so that its peak is its own; a call takes one step and tells it."""
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_train, args=(there, way, config), daemon=True)
+    process.start()
+    there.close()  # so that a process that dies is noticed
+
+    def step() -> int:
+        here.send(None)
+        return here.recv()
+
+    yield step
+    process.terminate()
+
+
+def _train(asked: Connection, way: str, config: QVisionConfig) -> None:
+    """Take a step whenever asked, and answer with the largest memory until now, in bytes."""
+    torch.manual_seed(0)
+    model = QVisionForConditionalGeneration(config).train()
+    freezing.apply(model, "published")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, fused=True)
+    while True:
+        asked.recv()
+        batch = random_batch(way, config)
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        clip_grad_norm_(trained, 5.0)
+        optimizer.step()
+        unit = 1 if sys.platform == "darwin" else 1024
+        asked.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def random_batch(way: str, config: QVisionConfig) -> dict[str, Tensor]:
+    """Random pictures with random captions as long as COCO's, in the form that a way has them."""
+    mean, deviation = COCO_LENGTH
+    lengths = torch.normal(mean, deviation, (IMAGES, CAPTIONS[way])).round().clamp(9, 40).int()
+    above = config.vocab_size - 3  # special tokens are the first or the last three
+    words = [[torch.randint(3, above, (n,)) for n in few] for few in lengths.tolist()]
+    vision = config.vision_config
+    if way == "ours":
+        patches = math.prod(config.patch_grid)
+        states = torch.randn(IMAGES, patches, vision.hidden_size).bfloat16()  # [B,P,C]
+        samples = zip(states, words, strict=True)
+        collate = CaptionCollator(config.pad_token_id)
+        return collate([{"vision_states": seen, "captions": told} for seen, told in samples])
+    ids = torch.full((IMAGES, LENGTH), config.pad_token_id)
+    for row, (told,) in zip(ids, words, strict=True):
+        row[: len(told)] = told[:LENGTH]
+    return {
+        "pixel_values": torch.randn(IMAGES, 3, vision.image_size, vision.image_size),
+        "input_ids": ids,
+        "attention_mask": (ids != config.pad_token_id).long(),
+        "labels": ids.masked_fill(ids == config.pad_token_id, IGNORED_LABEL),
+    }
