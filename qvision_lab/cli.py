@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qvision_lab.benchmark.parameters import PartSize
 
-SUITES = ("latency", "scoring", "training")  # modules of benchmark/
+SUITES = ("latency", "scoring", "interpret", "training")  # modules of benchmark/
 Run = Callable[[argparse.Namespace], int]
 Add = Callable[..., argparse.Action]
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from qvision_lab import plots
 from qvision_lab.captioning import load
 from qvision_lab.data import scenes
 from qvision_lab.data.coco import open_dataset
@@ -23,13 +24,6 @@ from qvision_lab.interpretation.faithfulness import removal_curves
 from qvision_lab.interpretation.maps import METHODS, PatchMap
 from qvision_lab.interpretation.queries import profile_queries
 from qvision_lab.interpretation.trace import Trace, Word, trace_all
-from qvision_lab.plots import (
-    caption_sheet,
-    map_sheet,
-    plot_removal_curves,
-    plot_training_curves,
-    query_sheet,
-)
 
 SHEET = 24  # scenes that are drawn on the contact sheet
 LOOKED_INTO = 5  # the test scene whose words and queries are drawn
@@ -65,7 +59,7 @@ def run_demo(
             for caption, image in zip(captions, written, strict=True)
         ]
         marks = [check.true for check in checks[:SHEET]]
-        _write(caption_sheet(captions[:SHEET], ncols=6, marks=marks), Path(output))
+        _write(plots.caption_sheet(captions[:SHEET], ncols=6, marks=marks), Path(output))
     rates = scenes.score(checks)
     print(f"\n{n} scenes that training never saw, captioned from disk:\n")
     for name, rate in rates.items():
@@ -79,7 +73,7 @@ def draw_curves(output: str | Path = "figures/training.png") -> None:
     figure, axes = plt.subplots(2, 1, figsize=(9, 8), layout="constrained")
     for ax, (stage, title) in zip(axes, CURVES.items(), strict=True):
         with (files("qvision_lab") / "scenes_checkpoint" / f"{stage}.csv").open() as file:
-            plot_training_curves(pd.read_csv(file), ax).set_title(title, loc="left")
+            plots.plot_training_curves(pd.read_csv(file), ax).set_title(title, loc="left")
     _write(figure, Path(output))
 
 
@@ -97,22 +91,19 @@ def draw_inside(
     folder, captioner = Path(folder), load(model)
     images = [scene.image for scene in scenes.generate(n, split="test", seed=seed)]
     traces = list(trace_all(captioner, images))
+
     shown = traces[LOOKED_INTO]
-    told = {word for word in shown.words if word.text in COLORS}.union(_objects(shown))
-    places = [i for i, word in enumerate(shown.words) if word in told]
-    maps = {name: shown.word_maps(name) for name in METHODS}
-    rows = {name: [_as_shares(of_words[i]) for i in places] for name, of_words in maps.items()}
-    _write(map_sheet(shown.image, rows), folder / "words.png")
+    told = [w for w in shown.words if w.text in COLORS or w in _objects(shown)]
+    rows = {name: [_as_shares(m) for m in shown.word_maps(name, words=told)] for name in METHODS}
+    _write(plots.map_sheet(shown.image, rows), folder / "words.png")
 
     profiles = zip(profile_queries(traces), shown.query_maps(), strict=True)
     here = [replace(profile, map=of_picture) for profile, of_picture in profiles]
-    _write(query_sheet(here, shown.image), folder / "queries.png")
+    _write(plots.query_sheet(here, shown.image), folder / "queries.png")
 
     rng = np.random.default_rng(seed)
-    orders = {
-        **METHODS,
-        "chance": lambda trace, words: rng.random((len(words), len(trace.image_tokens))),
-    }
+    size = len(shown.image_tokens)
+    orders = METHODS | {"chance": lambda trace, words: rng.random((len(words), size))}
     runs = []
     for trace in traces:
         if words := _objects(trace):
@@ -121,7 +112,7 @@ def draw_inside(
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
     for ax, kind in zip(axes, ("deletion", "insertion"), strict=True):
         curves = np.concatenate([getattr(run, kind) for run in runs], axis=1)  # [M,W,S]
-        plot_removal_curves(runs[0].kept, dict(zip(orders, curves, strict=True)), ax)
+        plots.plot_removal_curves(runs[0].kept, dict(zip(orders, curves, strict=True)), ax)
         ax.set_title(kind, loc="left")
     axes[0].invert_xaxis()
     _write(figure, folder / "deletion.png")

@@ -14,24 +14,21 @@ from transformers.generation import logits_process
 
 from qvision_lab.model.captioner import PLAIN, QVisionForConditionalGeneration, generation_preset
 
-WARPERS = {  # settings of sampling, in transformers' order, and what applies them
-    "temperature": logits_process.TemperatureLogitsWarper,
-    "top_h": logits_process.TopHLogitsWarper,
-    "top_k": logits_process.TopKLogitsWarper,
-    "top_p": logits_process.TopPLogitsWarper,
-    "min_p": logits_process.MinPLogitsWarper,
-    "typical_p": logits_process.TypicalLogitsWarper,
-    "epsilon_cutoff": logits_process.EpsilonLogitsWarper,
-    "eta_cutoff": logits_process.EtaLogitsWarper,
+WARPERS = {  # settings of sampling, in transformers' order: what applies them, where they are off
+    "temperature": (logits_process.TemperatureLogitsWarper, 1.0),
+    "top_h": (logits_process.TopHLogitsWarper, None),
+    "top_k": (logits_process.TopKLogitsWarper, 0),
+    "top_p": (logits_process.TopPLogitsWarper, 1.0),
+    "min_p": (logits_process.MinPLogitsWarper, None),
+    "typical_p": (logits_process.TypicalLogitsWarper, 1.0),
+    "epsilon_cutoff": (logits_process.EpsilonLogitsWarper, 0.0),
+    "eta_cutoff": (logits_process.EtaLogitsWarper, 0.0),
 }
-OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0}  # as None is
-OFF |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-NOT_SAMPLING = {**OFF, "do_sample": False, "top_k": 50, "min_p": None, "top_h": None}  # no warnings
-LIVE_SETTINGS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer")
-UNSAID = (
-    *("transformers_version", "return_dict_in_generate"),
-    *("bos_token_id", "eos_token_id", "pad_token_id"),
-)
+# Where nothing is sampled, transformers warns about any other value; off is 50 for its top_k.
+NOT_SAMPLING = {name: off for name, (_, off) in WARPERS.items()} | {"top_k": 50, "do_sample": False}
+LIVE_SETTINGS = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer"}
+UNSAID = {"transformers_version", "return_dict_in_generate"}
+UNSAID |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 class SeededSampling(LogitsProcessor):
@@ -46,8 +43,8 @@ class SeededSampling(LogitsProcessor):
     def __init__(self, config: GenerationConfig, keys: list[str]):
         self.warpers = LogitsProcessorList(
             warper(value)
-            for name, warper in WARPERS.items()
-            if (value := getattr(config, name)) not in (None, OFF.get(name))
+            for name, (warper, off) in WARPERS.items()
+            if (value := getattr(config, name)) not in (None, off)
         )
         self.generators = [torch.Generator().manual_seed(_hash(key)) for key in keys]
 
@@ -83,22 +80,18 @@ class Search:
         Raises:
             ValueError: if a setting does not exist or does not fit the others.
         """
-        if preset is None:
-            config = copy.deepcopy(model.generation_config)
-        else:
-            config = generation_preset(preset, model.config)
-        live = {name: settings[name] for name in LIVE_SETTINGS if settings.get(name) is not None}
-        settings = {name: value for name, value in settings.items() if name not in LIVE_SETTINGS}
-        if "do_sample" not in settings:
-            if any(settings.get(name) is not None for name in WARPERS):
-                settings["do_sample"] = True
-            elif (settings.get("num_beams") or 1) > 1:
-                settings["do_sample"] = False
-        if unknown := config.update(**settings, return_dict_in_generate=False):
+        own = model.generation_config
+        config = copy.deepcopy(own) if preset is None else generation_preset(preset, model.config)
+        draws = any(settings.get(name) is not None for name in WARPERS)
+        if draws or (settings.get("num_beams") or 1) > 1:
+            settings = {"do_sample": draws, **settings}
+        rest = config.update(**settings, return_dict_in_generate=False)
+        if unknown := sorted(rest.keys() - LIVE_SETTINGS):
             raise ValueError(
                 f"no generation setting {', '.join(map(repr, unknown))}; see transformers' "
                 "GenerationConfig for those there are."
             )
+        live = {name: value for name, value in rest.items() if value is not None}
         if config.do_sample and (config.num_beams or 1) > 1:
             raise ValueError(
                 f"num_beams={config.num_beams} and sampling: choose one of them (num_beams=1 or "
@@ -121,7 +114,7 @@ class Search:
 
     def describe(self) -> dict:
         """Settings that are not the plain ones, as far as JSON can say them."""
-        hidden = {*UNSAID, *(() if self.config.do_sample else WARPERS)}
+        hidden = UNSAID if self.config.do_sample else UNSAID | WARPERS.keys()
         said = {
             name: value
             for name, value in self.config.to_diff_dict().items()

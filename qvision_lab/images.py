@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeAlias, Union
 
 import numpy as np
 from PIL import Image, ImageOps
-from PIL.JpegImagePlugin import JpegImageFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +19,6 @@ Picture: TypeAlias = Union[str, os.PathLike, bytes, Image.Image, np.ndarray, "Te
 
 URL_TIMEOUT = 20  # seconds without an answer
 URL_LIMIT = 64 * 2**20  # bytes
-REDUCED_SIDE = 1024  # a JPEG beyond Pillow's limit is decoded at the scale just above this
 SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 CHANNELS = (1, 3, 4)  # grey, RGB, RGB with alpha
 
@@ -33,8 +31,8 @@ def open_image(picture: Picture, name: str | None = None) -> Image.Image:
     """Open a picture as RGB, the way a viewer shows it.
 
     EXIF orientation is respected, transparency laid on white, 16-bit grey scaled to 8; of an
-    animation the first frame is taken. Beyond twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million
-    pixels) a JPEG is decoded at a smaller scale and any other format refused.
+    animation the first frame is taken. More than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million
+    pixels) are refused.
 
     Args:
         picture: a path; an http(s) URL of at most 64 MiB; an encoded file as bytes; a PIL image; an
@@ -53,13 +51,22 @@ def open_image(picture: Picture, name: str | None = None) -> Image.Image:
         tensor = picture.detach().cpu()
         tensor = tensor.float() if tensor.is_floating_point() else tensor  # numpy has no bfloat16
         return _from_array(tensor.numpy(), name, channels_first=True)
-    encoded = b"" if isinstance(picture, Image.Image) else _encoded(picture, name)
+    file = None if isinstance(picture, Image.Image) else io.BytesIO(_encoded(picture, name))
     try:
-        image = _identify(encoded, name) if encoded else picture
+        image = Image.open(file) if file else picture
         image.load()
         return _as_rgb(ImageOps.exif_transpose(image), name)
     except ImageError:
         raise
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(
+            f"{name} is no picture in a format known here; convert it to JPEG or PNG."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"{name} has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; shrink it first, or "
+            "raise PIL.Image.MAX_IMAGE_PIXELS."
+        ) from error
     except Exception as error:  # a decoder fails with whatever it stumbles upon
         raise ImageError(
             f"{name} is truncated or damaged ({error}); copy or download it again."
@@ -80,7 +87,7 @@ def find_pictures(
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     found: dict[str, str] = {}
     for path in paths:
-        if is_url(path):
+        if _is_url(path):
             found[path] = path
             continue
         path = Path(path).expanduser()
@@ -99,11 +106,6 @@ def find_pictures(
     return dict(sorted(found.items()))
 
 
-def is_url(picture: Picture) -> bool:
-    """Whether a picture has to be fetched."""
-    return isinstance(picture, str) and picture.startswith(("http://", "https://"))
-
-
 def picture_name(picture: Picture) -> str | None:
     """Path or URL of a picture; None where it has none."""
     if isinstance(picture, Image.Image):
@@ -111,64 +113,37 @@ def picture_name(picture: Picture) -> str | None:
     return os.fspath(picture) if isinstance(picture, str | os.PathLike) else None
 
 
+def _is_url(path: str | os.PathLike) -> bool:
+    return str(path).startswith(("http://", "https://"))
+
+
 def _encoded(picture: str | os.PathLike | bytes, name: str) -> bytes:
     """What a picture's file holds, wherever it is; at least one byte."""
-    if isinstance(picture, bytes):
-        encoded = picture
-    elif is_url(picture):
-        encoded = _download(picture)
-    elif isinstance(picture, str | os.PathLike):
-        path = Path(picture).expanduser()
-        if path.is_dir():
-            raise ImageError(f"{path} is a folder; caption_folder captions the pictures in it.")
-        try:
-            encoded = path.read_bytes()
-        except OSError as error:
-            raise ImageError(f"cannot read {path}: {error.strerror}; check the path.") from error
-    else:
+    if not isinstance(picture, str | os.PathLike | bytes):
         raise TypeError(
             f"a {type(picture).__name__} is no picture; pass a path, URL, bytes, PIL image, array "
             "or tensor."
         )
+    try:
+        if isinstance(picture, bytes):
+            encoded = picture
+        elif _is_url(picture):
+            request = urllib.request.Request(picture, headers={"User-Agent": "qvision-lab"})
+            with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response:
+                encoded = response.read(URL_LIMIT + 1)
+            if len(encoded) > URL_LIMIT:
+                raise ValueError(f"it is larger than {URL_LIMIT / 2**20:.0f} MiB")
+        else:
+            encoded = Path(picture).expanduser().read_bytes()
+    except IsADirectoryError as error:
+        raise ImageError(f"{name} is a folder; caption_folder captions what is in it.") from error
+    except (OSError, ValueError) as error:  # HTTP errors and time-outs are OSErrors
+        raise ImageError(
+            f"cannot read {name}: {error}; check it, or download the picture and pass its path."
+        ) from error
     if not encoded:
         raise ImageError(f"{name} is empty (0 bytes); write or download it again.")
     return encoded
-
-
-def _download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "qvision-lab"})
-    try:
-        with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response:
-            encoded = response.read(URL_LIMIT + 1)
-    except (OSError, ValueError) as error:  # HTTP errors and time-outs are OSErrors
-        raise ImageError(
-            f"cannot fetch {url}: {error}; check it, or download the picture and pass its path."
-        ) from error
-    if len(encoded) > URL_LIMIT:
-        raise ImageError(
-            f"{url} is larger than {URL_LIMIT / 2**20:.0f} MiB; download it and pass its path."
-        )
-    return encoded
-
-
-def _identify(encoded: bytes, name: str) -> Image.Image:
-    """Find out the format; the pixels stay encoded."""
-    try:
-        return Image.open(io.BytesIO(encoded))
-    except Image.UnidentifiedImageError as error:
-        raise ImageError(
-            f"{name} is no picture in a format known here; convert it to JPEG or PNG."
-        ) from error
-    except Image.DecompressionBombError as error:
-        try:
-            image = JpegImageFile(io.BytesIO(encoded))
-        except SyntaxError:
-            raise ImageError(
-                f"{name} has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, and only JPEG can be "
-                "decoded at a smaller scale; shrink it first, or raise PIL.Image.MAX_IMAGE_PIXELS."
-            ) from error
-        image.draft("RGB", (REDUCED_SIDE, REDUCED_SIDE))
-        return image
 
 
 def _as_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -194,7 +169,7 @@ def _from_array(values: np.ndarray, name: str, channels_first: bool = False) -> 
         )
     if values.dtype == np.uint16:
         values = np.rint(values / 257)  # 65535 -> 255
-    elif values.dtype == bool or np.issubdtype(values.dtype, np.floating):
+    elif values.dtype.kind in "bf":  # bool or float
         low, high = values.min(), values.max()  # nan fails the comparison too
         if not (low >= 0 and high <= 1):
             raise ImageError(

@@ -258,7 +258,7 @@ WRONG = {
     ),
     "tensor of integers": (
         lambda f: edit_tensors(f / "decoder.safetensors", img_context=torch.ones(1, 1, 32).long()),
-        r"tensor img_context .* is stored in a dtype other than float32",
+        r"tensor img_context .* has shape \[1, 1, 32\] in I64, .*in F32 or F16 or BF16",
     ),
     "unknown tensor": (
         lambda f: edit_tensors(f / "encoder.safetensors", surprise=torch.ones(1)),
@@ -304,7 +304,7 @@ WRONG = {
     ),
     "another vocabulary": (
         lambda f: edit_json(f / "config.json", vocab_size=260),
-        r"wte.weight .* has shape \[259, 32\], but config.json asks for \[260, 32\]",
+        r"wte.weight .* has shape \[259, 32\] .*but config.json asks for \[260, 32\]",
     ),
 }
 
@@ -351,9 +351,9 @@ def test_wrong_arguments_raise(native):
     for dtype in ("float33", torch.int8, "int8"):
         with pytest.raises(CheckpointError, match=r"dtype=.*does not exist here; use float32"):
             load_checkpoint(native, dtype=dtype)
-    with pytest.raises(CheckpointError, match="device='gpu' does not exist; use cpu, cuda"):
+    with pytest.raises(CheckpointError, match=r"device='gpu' is not available .*; use cpu"):
         load_checkpoint(native, device="gpu")
-    with pytest.raises(CheckpointError, match=r"device='cuda:64' is not available.*Use cpu"):
+    with pytest.raises(CheckpointError, match=r"device='cuda:64' is not available .*; use cpu"):
         load_checkpoint(native, device="cuda:64")
 
 
@@ -496,31 +496,24 @@ def test_gpt2_tokenizer_comes_from_the_hub_or_a_warning_does(hub, byte_tokenizer
 # --- memory --------------------------------------------------------------------------------------
 
 MEASURE = """
+import re
 import sys
 from pathlib import Path
-from threading import Event, Thread
-import torch
 from qvision_lab.model.checkpoint import load_checkpoint
 
-def resident():
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return 4096 * pages
+def resident(field):
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{field}:\\s+(\\d+) kB", status)[1])
 
 load_checkpoint(sys.argv[1])  # all imports
-done, peak, before = Event(), 0, resident()
-def watch():
-    global peak
-    while not done.wait(0.002):
-        peak = max(peak, resident())
-watcher = Thread(target=watch); watcher.start()
+before = resident("VmRSS")
 model = load_checkpoint(sys.argv[2], dtype=sys.argv[3]).model
-done.set(); watcher.join()
-loaded = max(peak, resident())  # the peak, also during the load
+loaded = resident("VmHWM")  # the peak, also during the load
 for parameter in model.parameters():
     parameter.sum()  # brings mapped pages in
 needed = 4 * sum(p.numel() for p in model.parameters())
 assert needed == 4 * 509_190_401
-print((loaded - before) / needed, (max(loaded, resident()) - before) / needed)
+print((loaded - before) / needed, (resident("VmHWM") - before) / needed)
 """
 
 

@@ -125,16 +125,9 @@ def test_demo_judges_what_it_captions(checkpoint, tmp_path, capsys):
     assert "(0/3)" in capsys.readouterr().out  # random weights say nothing true
 
 
-def test_bench_writes_its_results(checkpoint, tmp_path, capsys):
-    words = [
-        "bench",
-        "latency",
-        "--quick",
-        "--model",
-        str(checkpoint),
-        "--output",
-        str(tmp_path / "results"),
-    ]
-    assert main(words) == 0
+@pytest.mark.parametrize("suite", ["latency", "interpret"])
+def test_bench_writes_its_results(suite, checkpoint, tmp_path, capsys):
+    output = str(tmp_path / "results")
+    assert main(["bench", suite, "--quick", "--model", str(checkpoint), "--output", output]) == 0
     assert "times as fast" in capsys.readouterr().out
     assert len(list((tmp_path / "results").glob("*.json"))) == 2

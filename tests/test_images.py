@@ -62,7 +62,7 @@ def test_url(picture, tmp_path, monkeypatch):
         with pytest.raises(ImageError, match="larger than"):
             open_image(f"{url}/picture.png")
         server.shutdown()
-    with pytest.raises(ImageError, match="cannot fetch"):
+    with pytest.raises(ImageError, match="cannot read"):
         open_image(f"{url}/picture.png")
 
 
@@ -106,13 +106,10 @@ def test_one_pixel():
     assert open_image(encode(Image.new("RGB", (1, 1), RED))).getpixel((0, 0)) == RED
 
 
-def test_huge_pictures(monkeypatch, tmp_path):
+def test_huge_pictures_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2_000_000)  # stands in for 20,000 x 20,000
-    huge = Image.new("RGB", (2100, 2100), RED)
-    reduced = open_image(encode(huge, format="jpeg"))
-    assert images.REDUCED_SIDE <= reduced.width < 2100
     path = tmp_path / "huge.png"
-    path.write_bytes(encode(huge))
+    Image.new("RGB", (2100, 2100)).save(path)
     with pytest.raises(ImageError, match=r"huge\.png has more than 4,000,000 pixels.*shrink"):
         open_image(path)
 

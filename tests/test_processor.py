@@ -55,8 +55,7 @@ def test_captions_become_the_training_text_and_come_back(processor, byte_tokeniz
     ids, mask = batch["input_ids"], batch["attention_mask"]
     assert ids[0, : mask[0].sum()].tolist() == byte_tokenizer("<START> a dog <END>")["input_ids"]
     assert ids[0, mask[0].sum() :].unique().tolist() == [byte_tokenizer.pad_token_id]
-    assert processor.batch_decode(ids) == captions
-    assert processor.decode(ids[1]) == captions[1]
+    assert [processor.decode(row) for row in ids] == captions
 
 
 def test_a_long_caption_keeps_its_end(processor):

@@ -29,7 +29,16 @@ from qvision_lab.training.caption_stage import (
 )
 from qvision_lab.training.recipe import load_recipe, run_recipe
 from qvision_lab.training.trainer import MuonAdamW, StageTrainer, last_checkpoint, run_stage
-from qvision_lab.training.vision_stage import Sights, collate, normalise, sight, sight_type
+from qvision_lab.training.vision_stage import (
+    SHOWN,
+    SeeingModel,
+    Sights,
+    collate,
+    normalise,
+    picture_loss,
+    sight,
+    sight_type,
+)
 
 TINY = [
     "model.vision_config.hidden_size=32",
@@ -278,3 +287,21 @@ def test_tokenizer_spells_scenes_in_words_and_anything_else_in_bytes(tokenizer):
 
 if __name__ == "__main__":
     learn_to_tell_briefly(Path(sys.argv[1]))
+
+
+def test_a_tower_told_by_pictures_is_never_told_where(captioner_config):
+    records = np.array([sight(scene, 7) for scene in scenes.generate(4)], sight_type(7))
+    sights = Sights(records, 7)
+    truth = collate([sights[i] for i in range(4)])
+    shown = truth["coverage"] > SHOWN
+    generator = torch.Generator().manual_seed(0)
+    category, color = (torch.randn(4, 49, n, generator=generator) for n in (21, 8))
+    loss = picture_loss(category, color, shown, truth)
+    order, other = (torch.randperm(49, generator=generator) for _ in range(2))
+    moved = {name: truth[name][:, order] for name in ("category", "color")}
+    elsewhere = picture_loss(category[:, other], color[:, other], shown[:, order], moved)
+    torch.testing.assert_close(elsewhere, loss)
+    right = torch.nn.functional.one_hot(truth["category"].where(shown, 0), 21) * 20.0
+    assert picture_loss(right, color, shown, truth) < loss
+    with pytest.raises(ValueError, match="patches, pictures"):
+        SeeingModel(captioner_config.vision_config, told="captions")

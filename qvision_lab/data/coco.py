@@ -6,7 +6,7 @@ import csv
 import json
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -61,11 +61,11 @@ class CaptionDataset(Sequence[CaptionedImage]):
         if not self.images:
             raise ValueError(f"{self.name} has no images")
         if twice := [image_id for image_id, n in Counter(self.ids).items() if n > 1]:
-            raise ValueError(f"{self.name} lists {_some(twice)} more than once: keep one of each")
+            said = some("image", twice)
+            raise ValueError(f"{self.name} lists {said} more than once: keep one of each")
         if silent := [i.image_id for i in self.images if not "".join(i.references).strip()]:
-            raise ValueError(
-                f"{self.name} has no caption of {_some(silent)}: write one, or drop it"
-            )
+            said = some("image", silent)
+            raise ValueError(f"{self.name} has no caption of {said}: write one, or drop it")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -107,7 +107,7 @@ class CaptionDataset(Sequence[CaptionedImage]):
         Pictures stay where they are, named by their absolute paths, and scenes by split, seed and
         index; what is in an image stands beside it as `objects`.
         """
-        images, captions = [], []
+        images = []
         for image in self.images:
             record = {"id": image.image_id}
             if image.image:
@@ -117,8 +117,8 @@ class CaptionDataset(Sequence[CaptionedImage]):
             if image.scene:
                 record |= {key: getattr(image.scene, key) for key in SCENE_KEYS}
             images.append(record)
-            captions += [(image.image_id, caption) for caption in image.references]
-        rows = [{"id": n, "image_id": i, "caption": c} for n, (i, c) in enumerate(captions, 1)]
+        told = [(image.image_id, text) for image in self.images for text in image.references]
+        rows = [{"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(told, 1)]
         content = {"info": {"name": self.name}, "images": images, "annotations": rows}
         return write_whole(Path(path), json.dumps(content))
 
@@ -147,9 +147,7 @@ def contamination(
 
     It saw about 80% of the first 80,000 images of COCO's train2017, in the order of torchvision's
     `CocoCaptions`: sorted ids. COCO's photos are told by the twelve digits that end their names.
-
-    Args:
-        captions_train2017: COCO's file; None if it is not at hand.
+    Without COCO's `captions_train2017.json` nothing is known.
     """
     if captions_train2017 is None:
         return Contamination(len(dataset), None, ())
@@ -203,15 +201,11 @@ def open_dataset(
         objects = _read_objects(Path(instances or beside).expanduser())
         if objects.keys().isdisjoint(entry.image_id for entry in entries):
             raise ValueError(f"{instances or beside} knows none of the images of {path}")
-    entries = [
-        replace(
-            entry,
-            image=entry.image and folder / entry.image,
-            objects=objects.get(entry.image_id, entry.objects),
-        )
-        for entry in entries
-    ]
-    dataset = CaptionDataset(name, tuple(entries))
+    found = []
+    for entry in entries:
+        known = objects.get(entry.image_id, entry.objects)
+        found.append(replace(entry, image=entry.image and folder / entry.image, objects=known))
+    dataset = CaptionDataset(name, tuple(found))
     return dataset if n is None else dataset.subset(n, seed)
 
 
@@ -257,12 +251,13 @@ def _read(path: Path, split: str | None) -> tuple[str, list[CaptionedImage]]:
 
 
 def _from_coco(path: Path, content: dict) -> list[CaptionedImage]:
-    captions = {image["id"]: [] for image in content["images"]}
-    said = [(row["image_id"], row["caption"]) for row in content["annotations"]]
-    if strays := list(dict.fromkeys(i for i, _ in said if i not in captions)):
-        raise ValueError(f"{path} has captions of {_some(strays)} that it does not list: add them")
-    for image_id, caption in said:
-        captions[image_id].append(caption)
+    captions = defaultdict(list)
+    for row in content["annotations"]:
+        captions[row["image_id"]].append(row["caption"])
+    listed = {image["id"] for image in content["images"]}
+    if strays := [image_id for image_id in captions if image_id not in listed]:
+        said = some("image", strays)
+        raise ValueError(f"{path} has captions of {said} that it does not list: add them")
     entries = []
     for image in content["images"]:
         scene = layout(*map(image.get, SCENE_KEYS)) if {*SCENE_KEYS} <= image.keys() else None
@@ -343,5 +338,7 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _some(ids: list[ImageId]) -> str:
-    return f"{len(ids):,} images ({', '.join(map(str, ids[:5]))}{', ...' if len(ids) > 5 else ''})"
+def some(thing: str, ids: Sequence[ImageId]) -> str:
+    """ "3 images (7, 12, 15)", with the first five ids."""
+    first = ", ".join(map(repr, ids[:5])) + (", ..." if len(ids) > 5 else "")
+    return f"{len(ids):,} {thing}{'s' * (len(ids) > 1)} ({first})"

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 Formula = Callable[[Float[np.ndarray, "... K"]], Float[np.ndarray, "... S"]]
 CELLS = 2**22  # of a matrix of resamples and images that is held at a time (32 MB)
@@ -51,13 +51,12 @@ def paired_difference(
 
     difference = between(first.sum(0), second.sum(0))
     draws = [between(w @ first, w @ second) for w in _resample(len(first), resamples, seed)]
-    swapped = np.concatenate(
-        [
-            between(coins @ second + (1 - coins) @ first, coins @ first + (1 - coins) @ second)
-            for coins in _toss(len(first), resamples, seed)
-        ]
-    )
-    smaller = np.abs(swapped) < np.abs(difference) - 1e-12  # one that has no score is not
+    swapped = []
+    for coins in _draw(2, len(first), resamples, seed):
+        moved = coins.astype(float) @ (second - first)
+        swapped.append(between(first.sum(0) + moved, second.sum(0) - moved))
+    # A difference that has no score counts as large.
+    smaller = np.abs(np.concatenate(swapped)) < np.abs(difference) - 1e-12
     p_value = (1 + (~smaller).sum(0)) / (1 + resamples)
     p_value[np.isnan(difference)] = np.nan
     return difference, _interval(np.concatenate(draws), confidence), p_value
@@ -73,23 +72,17 @@ def _interval(draws: Float[np.ndarray, "R S"], confidence: float) -> Float[np.nd
 
 
 def _resample(n: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "R images"]]:
-    """How often each image is drawn in each resample, a part of the resamples at a time."""
-    rng = np.random.default_rng(seed)
-    for rows in _parts(n, resamples):
-        drawn = rng.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
+    """How often each image is drawn in each resample."""
+    for drawn in _draw(n, n, resamples, seed):
+        rows = len(drawn)
+        drawn += n * np.arange(rows)[:, None]
         yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(float)
 
 
-def _toss(n: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "R images"]]:
-    """A coin, 0 or 1, for each image in each resample."""
-    rng = np.random.default_rng(seed)
-    for rows in _parts(n, resamples):
-        yield rng.integers(2, size=(rows, n)).astype(float)
-
-
-def _parts(n: int, resamples: int) -> Iterator[int]:
+def _draw(below: int, n: int, resamples: int, seed: int) -> Iterator[Int[np.ndarray, "R images"]]:
+    """A number from 0 for each of n images in each resample, a part of the resamples at a time."""
     if n < 1 or resamples < 1:
         raise ValueError(f"{resamples} resamples of {n} images: both must be at least 1.")
-    at_once = max(1, CELLS // n)
+    rng, at_once = np.random.default_rng(seed), max(1, CELLS // n)
     for start in range(0, resamples, at_once):
-        yield min(at_once, resamples - start)
+        yield rng.integers(below, size=(min(at_once, resamples - start), n))

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from qvision_lab.data.coco import some
 from qvision_lab.data.scenes.world import CATEGORIES
 
 COLUMNS = "captions mentioned hallucinated has_hallucination objects recalled hallucinated_objects"
@@ -139,9 +140,10 @@ def chair(
             category is not in the vocabulary.
     """
     vocabulary = vocabulary or coco_vocabulary()
-    _require(predictions, objects, "objects")
-    if references is not None:
-        _require(predictions, references, "references")
+    for name, known in (("objects", objects), ("references", references)):
+        if known is not None and (without := [i for i in predictions if i not in known]):
+            said = some("prediction", without)
+            raise ValueError(f"{said} without {name}; leave out what has none, or give them.")
     for name in sorted(set().union(*(objects[i] for i in predictions)) - vocabulary.categories):
         near = get_close_matches(name, vocabulary.categories, n=1, cutoff=0)[0]
         raise ValueError(f"{name!r} is no category of this vocabulary; the nearest is {near!r}.")
@@ -152,9 +154,8 @@ def chair(
     rows = {}
     for image_id, caption in predictions.items():
         told = named(caption)
-        truth = set(objects[image_id]).union(
-            *map(named, references[image_id] if references else ())
-        )
+        several = references[image_id] if references else ()
+        truth = set(objects[image_id]).union(*map(named, several))
         wrong = tuple(name for name in told if name not in truth)
         recalled = len(truth.intersection(told))
         rows[image_id] = 1, len(told), len(wrong), int(bool(wrong)), len(truth), recalled, wrong
@@ -168,13 +169,3 @@ def _forms(said: str) -> Iterable[str]:
         noun, _, plural = entry.partition("/")
         stem = re.sub("(?<![aeiou])y$", "ie", re.sub("(s|x|z|ch|sh)$", r"\1e", noun))
         yield from (noun, plural or f"{stem}s")
-
-
-def _require(predictions: Mapping, known: Mapping, what: str) -> None:
-    missing = [image_id for image_id in predictions if image_id not in known]
-    if missing:
-        first = ", ".join(map(repr, missing[:5]))
-        raise ValueError(
-            f"{len(missing)} of {len(predictions)} predictions have no {what}: {first}"
-            f"{', …' if len(missing) > 5 else ''}. Leave them out, or give their {what}."
-        )

@@ -7,10 +7,10 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import pycocoevalcap
@@ -25,6 +25,10 @@ SPICE_OPENS = ("lang", "math", "net", "nio", "text", "time", "util", "util.concu
 PUNCTUATION = {*"'`.?!,:-;", "''", "``", "--", "...", "-LRB-", "-RRB-", "-LCB-", "-RCB-"}
 # All that either Python or Java may take for the end of a line, and NUL.
 LINE_BREAKS = re.compile("[\0\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
+
+
+class UnavailableError(Exception):
+    """A metric that cannot be had here; its message is the reason."""
 
 
 def find_java() -> str:
@@ -69,58 +73,40 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     ]
 
 
-class Meteor:
-    """METEOR 1.5 (Denkowski and Lavie 2014), at work beside us; `with` always ends its process.
+@contextmanager
+def meteor(
+    captions: Sequence[str], references: Sequence[Sequence[str]]
+) -> Iterator[Future[Float[np.ndarray, "images 23"]]]:
+    """METEOR 1.5 (Denkowski and Lavie 2014) at work beside us; `with` always ends its process.
 
-    Args:
-        captions: tokenised, one an image.
-        references: tokenised, some for each.
+    Yields what will be the statistics of tokenised captions, one an image, that METEOR is a
+    formula of, or a RuntimeError if it fails.
     """
+    lines = [
+        " ||| ".join(["SCORE", *several, caption.replace("|||", "").replace("  ", " ")]) + "\n"
+        for caption, several in zip(captions, references, strict=True)
+    ]
+    options = ["-", "-", "-stdio", "-l", "en", "-norm"]
+    process = subprocess.Popen(
+        [find_java(), "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", "meteor-1.5.jar", *options],
+        cwd=JARS / "meteor",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
-    def __init__(self, captions: Sequence[str], references: Sequence[Sequence[str]]):
-        lines = [
-            " ||| ".join(["SCORE", *several, caption.replace("|||", "").replace("  ", " ")])
-            for caption, several in zip(captions, references, strict=True)
-        ]
-        options = ["-", "-", "-stdio", "-l", "en", "-norm"]
-        self.process = subprocess.Popen(
-            [find_java(), "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", "meteor-1.5.jar", *options],
-            cwd=JARS / "meteor",
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        self.pool = ThreadPoolExecutor(1)
-        text = "".join(f"{line}\n" for line in lines).encode()
-        self.answer = self.pool.submit(self.process.communicate, text)
-
-    def counts(self) -> Float[np.ndarray, "images 23"]:
-        """The statistics that METEOR is a formula of; waits for the process.
-
-        Raises:
-            RuntimeError: if it failed.
-        """
-        told, complaint = self.answer.result()
+    def counts() -> Float[np.ndarray, "images 23"]:
+        told, complaint = process.communicate("".join(lines).encode())
         rows = [line.split() for line in told.decode().splitlines()]
-        if self.process.returncode or any(len(row) != 23 for row in rows):
+        if process.returncode or any(len(row) != 23 for row in rows):
             raise RuntimeError(f"METEOR failed: {_complaint(complaint)}")
         return np.array(rows, float).reshape(-1, 23)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.pool.shutdown()
-
-
-def spice_obstacle() -> str | None:
-    """Why SPICE cannot be had, or None where it can: its jars are never fetched."""
-    lacking = [name for name in SPICE_NEEDS if not (SPICE_FOLDER / name).is_file()]
-    if not lacking:
-        return None
-    return f"not available: put {' and '.join(lacking)} of CoreNLP 3.6.0 into {SPICE_FOLDER}"
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(counts)
+        finally:
+            process.kill()
 
 
 def spice(
@@ -129,26 +115,26 @@ def spice(
     """SPICE's F-score (Anderson et al. 2016, arXiv:1607.08822) of each caption.
 
     Raises:
+        UnavailableError: its jars are not there; they are never fetched.
         RuntimeError: if it fails.
     """
+    if lacking := [name for name in SPICE_NEEDS if not (SPICE_FOLDER / name).is_file()]:
+        jars = " and ".join(lacking)
+        raise UnavailableError(f"not available: put {jars} of CoreNLP 3.6.0 into {SPICE_FOLDER}")
     # Java 17 and newer keep closed what its serialiser reaches into.
     opens = [f"--add-opens=java.base/java.{package}=ALL-UNNAMED" for package in SPICE_OPENS]
     with tempfile.TemporaryDirectory() as folder:
         asked, told = Path(folder, "asked.json"), Path(folder, "told.json")
-        items = [
-            {"image_id": i, "test": caption, "refs": list(several)}
-            for i, (caption, several) in enumerate(zip(captions, references, strict=True))
-        ]
+        pairs = enumerate(zip(captions, references, strict=True))
+        items = [{"image_id": i, "test": text, "refs": list(refs)} for i, (text, refs) in pairs]
         asked.write_text(json.dumps(items))
         command = [find_java(), *opens, "-Xmx8G", "-jar", "spice-1.0.jar", str(asked)]
         command += ["-cache", folder, "-out", str(told), "-subset", "-silent"]
         done = subprocess.run(command, cwd=SPICE_FOLDER, capture_output=True)
         if done.returncode or not told.exists():
             raise RuntimeError(f"SPICE failed: {_complaint(done.stderr)}")
-        scores = {
-            item["image_id"]: item["scores"]["All"]["f"] for item in json.loads(told.read_text())
-        }
-    return np.array([scores[i] for i in range(len(items))], float)
+        judged = {item["image_id"]: item["scores"] for item in json.loads(told.read_text())}
+    return np.array([judged[i]["All"]["f"] for i in range(len(items))], float)
 
 
 def _complaint(stderr: bytes) -> str:

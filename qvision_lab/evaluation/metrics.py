@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float
@@ -20,25 +22,28 @@ from qvision_lab.data import scenes
 from qvision_lab.data.coco import ImageId
 from qvision_lab.data.scenes.checking import RATES
 from qvision_lab.evaluation.chair import Vocabulary, chair
-from qvision_lab.evaluation.java import Meteor, spice, spice_obstacle
+from qvision_lab.evaluation.java import UnavailableError, spice, tokenize
 
 
-class UnavailableError(Exception):
-    """A metric that cannot be had here; its message is the reason."""
-
-
-@dataclass(frozen=True)
+@dataclass
 class Evidence:
     """All that a metric may look at, image by image in one order."""
 
     captions: Mapping[ImageId, str]
     references: Mapping[ImageId, Sequence[str]]
-    words: Sequence[str] = ()  # of each caption, tokenised
-    reference_words: Sequence[Sequence[str]] = ()
-    meteor: Meteor | None = None
     objects: Mapping[ImageId, AbstractSet[str]] | None = None
     vocabulary: Vocabulary | None = None
     layouts: Mapping[ImageId, scenes.Layout] | None = None
+    meteor: Future | None = None  # the counts that it is at work on
+
+    @cached_property
+    def words(self) -> tuple[list[str], list[list[str]]]:
+        """Captions and references, tokenised in one run and in COCO's order."""
+        several = self.references.values()
+        texts = [text for of_image in several for text in of_image]
+        words = iter(tokenize(texts + list(self.captions.values())))
+        references = [[next(words) for _ in of_image] for of_image in several]
+        return list(words), references
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def bleu_formula(counts: Float[np.ndarray, "... 10"]) -> Float[np.ndarray, "... 
 
 def bleu_counts(evidence: Evidence) -> Float[np.ndarray, "images 10"]:
     scorer = BleuScorer(n=4)
-    for caption, references in zip(evidence.words, evidence.reference_words, strict=True):
+    for caption, references in zip(*evidence.words, strict=True):
         scorer += (caption, references)
     rows = []
     for told in scorer.ctest:
@@ -97,7 +102,7 @@ def meteor_formula(counts: Float[np.ndarray, "... 23"]) -> Float[np.ndarray, "..
 
 def meteor_counts(evidence: Evidence) -> Float[np.ndarray, "images 23"]:
     """The jar's counts; a perfect caption, being one chunk, has none, as where the jar sums up."""
-    counts = evidence.meteor.counts()
+    counts = evidence.meteor.result()
     matched = counts[:, 4:20].reshape(-1, 8, 2).sum(1)
     counts[(matched == counts[:, :2]).all(1) & (counts[:, 20] == 1), 20] = 0
     return counts
@@ -111,23 +116,22 @@ def ratio_formula(counts: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "... 
 
 def rouge_counts(evidence: Evidence) -> Float[np.ndarray, "images 2"]:
     """ROUGE-L (Lin 2004)."""
-    pairs = zip(evidence.words, evidence.reference_words, strict=True)
-    return _of_a_mean([Rouge().calc_score([words], references) for words, references in pairs])
+    pairs = zip(*evidence.words, strict=True)
+    return _of_a_mean([Rouge().calc_score([caption], references) for caption, references in pairs])
 
 
 def cider_counts(evidence: Evidence) -> Float[np.ndarray, "images 2"]:
     """CIDEr-D (Vedantam et al. 2015, arXiv:1411.5726)."""
-    if len(evidence.words) < 2:
+    captions, references = evidence.words
+    if len(captions) < 2:
         raise UnavailableError("not available: of a single image, no word is rarer than another")
-    told = {i: [words] for i, words in enumerate(evidence.words)}
-    return _of_a_mean(Cider().compute_score(dict(enumerate(evidence.reference_words)), told)[1])
+    told = {i: [caption] for i, caption in enumerate(captions)}
+    return _of_a_mean(Cider().compute_score(dict(enumerate(references)), told)[1])
 
 
 def spice_counts(evidence: Evidence) -> Float[np.ndarray, "images 2"]:
     """SPICE (Anderson et al. 2016, arXiv:1607.08822)."""
-    if obstacle := spice_obstacle():
-        raise UnavailableError(obstacle)
-    return _of_a_mean(spice(evidence.words, evidence.reference_words))
+    return _of_a_mean(spice(*evidence.words))
 
 
 def chair_counts(evidence: Evidence) -> Float[np.ndarray, "images 6"]:
@@ -139,16 +143,9 @@ def chair_counts(evidence: Evidence) -> Float[np.ndarray, "images 6"]:
 
 def scenes_counts(evidence: Evidence) -> Float[np.ndarray, "images K"]:
     """The rates of `scenes.score`, whose `RATES` says what each is a share of."""
-    return np.array(
-        [
-            [number for rate in rates.values() for number in (rate.hits, rate.total)]
-            for rates in (
-                scenes.score([scenes.check(caption, evidence.layouts[i])])
-                for i, caption in evidence.captions.items()
-            )
-        ],
-        float,
-    )
+    judged = [scenes.check(said, evidence.layouts[i]) for i, said in evidence.captions.items()]
+    rates = [scenes.score([check]).values() for check in judged]
+    return np.array([[n for rate in row for n in (rate.hits, rate.total)] for row in rates], float)
 
 
 def _of_a_mean(values: Sequence[float]) -> Float[np.ndarray, "images 2"]:

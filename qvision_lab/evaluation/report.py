@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -17,43 +17,31 @@ import pandas as pd
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from qvision_lab.data.coco import ImageId
+from qvision_lab.data.coco import ImageId, some
 from qvision_lab.data.whole_files import write_whole
 from qvision_lab.evaluation.bootstrap import bootstrap_interval, paired_difference
 from qvision_lab.evaluation.chair import Vocabulary
-from qvision_lab.evaluation.java import Meteor, tokenize
-from qvision_lab.evaluation.metrics import (
-    METRICS,
-    Evidence,
-    UnavailableError,
-    ratio_formula,
-)
+from qvision_lab.evaluation.java import UnavailableError, meteor
+from qvision_lab.evaluation.metrics import METRICS, Evidence, ratio_formula
 
 if TYPE_CHECKING:
     from qvision_lab.data.scenes import Layout
 
 COCO_METRICS = ("bleu", "meteor", "rouge", "cider")
+SETTINGS = ("metrics", "notes", "confidence", "resamples", "seed")  # what is saved as it is
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluationReport:
-    """What captions are worth; printed as a table, in a notebook too.
-
-    Args:
-        captions: of each image, as they were scored.
-        counts: of each image, in order of `captions`; the columns that `metrics` need.
-        metrics: keys of `METRICS` that were computed.
-        notes: what has to be known of a score, or why there is none.
-        confidence, resamples, seed: of the bootstrap over images.
-    """
+    """What captions are worth; printed as a table, in a notebook too."""
 
     captions: Mapping[ImageId, str]
-    counts: pd.DataFrame
-    metrics: tuple[str, ...]
-    notes: Mapping[str, str] = field(default_factory=dict)
-    confidence: float = 0.95
-    resamples: int = 1000
-    seed: int = 0
+    counts: pd.DataFrame  # one row an image, in order of `captions`
+    metrics: Sequence[str]  # those keys of `METRICS` whose counts there are
+    notes: Mapping[str, str]  # what has to be known of a score, or why there is none
+    confidence: float  # of the intervals, from so many resamples of the images
+    resamples: int
+    seed: int
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -68,9 +56,8 @@ class EvaluationReport:
         rows = {}
         for metric in self.metrics:
             counts, formula = self.counts_of(metric), METRICS[metric].formula
-            low, high = bootstrap_interval(
-                counts, formula, self.resamples, self.confidence, self.seed
-            )
+            how = self.resamples, self.confidence, self.seed
+            low, high = bootstrap_interval(counts, formula, *how)
             total = counts.sum(0)
             of = total[1::2] if formula is ratio_formula else [len(counts)] * len(low)
             columns = zip(METRICS[metric].scores, formula(total), low, high, of, strict=True)
@@ -113,14 +100,9 @@ class EvaluationReport:
         """Write `scores.json` (with the settings) and `images.csv` (captions, scores, counts)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        settings = {name: getattr(self, name) for name in ("confidence", "resamples", "seed")}
-        told = {
-            "images": len(self.counts),
-            **settings,
-            "metrics": self.metrics,
-            "scores": json.loads(self.table.to_json(orient="index", double_precision=15)),
-            "notes": dict(self.notes),
-        }
+        scores = json.loads(self.table.to_json(orient="index", double_precision=15))
+        told = {"images": len(self.counts), "scores": scores}
+        told |= {name: getattr(self, name) for name in SETTINGS}
         images = self.per_image.join(self.counts)
         write_whole(folder / "images.csv", images.to_csv(index_label="image_id"))
         write_whole(folder / "scores.json", json.dumps(told, indent=1))
@@ -130,13 +112,11 @@ class EvaluationReport:
     def load(cls, folder: str | Path) -> EvaluationReport:
         """Read what `save` wrote; scores and intervals are computed from the counts anew."""
         told = json.loads((Path(folder) / "scores.json").read_text(encoding="utf-8"))
-        images = pd.read_csv(
-            Path(folder) / "images.csv", index_col="image_id", keep_default_na=False
-        )
+        path = Path(folder) / "images.csv"
+        images = pd.read_csv(path, index_col="image_id", keep_default_na=False)
         names = [name for metric in told["metrics"] for name in METRICS[metric].counts]
-        settings = {name: told[name] for name in ("notes", "confidence", "resamples", "seed")}
-        counts = images[names].astype(float)
-        return cls(images["caption"].to_dict(), counts, tuple(told["metrics"]), **settings)
+        settings = {name: told[name] for name in SETTINGS}
+        return cls(images["caption"].to_dict(), images[names].astype(float), **settings)
 
 
 def evaluate(
@@ -173,27 +153,23 @@ def evaluate(
     """
     truths = {"objects": objects, "layouts": layouts}
     _refuse_unknown(metrics, truths)
-    _refuse_mismatch(predictions, references, "references")
+    for name, of_images in ({"references": references} | truths).items():
+        if of_images is not None:
+            _refuse_mismatch(predictions, of_images, name)
     ids, metrics = list(predictions), tuple(dict.fromkeys(metrics))
     if without := [i for i in ids if not references[i] or isinstance(references[i], str)]:
         raise ValueError(f"{some('image', without)} without a list of references.")
-    for truth, of_images in truths.items():
-        if of_images is not None:
-            _refuse_mismatch(predictions, of_images, truth)
-    told = {i: predictions[i] for i in ids}
     several = {i: references[i] for i in ids}
-    evidence = Evidence(told, several, objects=objects, vocabulary=vocabulary, layouts=layouts)
+    evidence = Evidence(dict(predictions), several, objects, vocabulary, layouts)
     counts, notes = {}, {}
-    with ExitStack() as stack, tqdm(total=len(metrics), unit="metric") as progress:
+    progress = tqdm(total=len(metrics), desc="tokenizing", unit="metric")
+    with ExitStack() as stack, progress:
         if any(METRICS[metric].needs == "words" for metric in metrics):
-            progress.set_description("tokenizing")
-            evidence = _tokenize(evidence)
-            silent = [i for i, words in zip(ids, evidence.words, strict=True) if not words]
-            if silent:
+            pairs = zip(ids, evidence.words[0], strict=True)
+            if silent := [i for i, words in pairs if not words]:
                 notes["no words"] = f"{some('caption', silent)}: they overlap with nothing"
         if "meteor" in metrics:
-            meteor = stack.enter_context(Meteor(evidence.words, evidence.reference_words))
-            evidence = replace(evidence, meteor=meteor)
+            evidence.meteor = stack.enter_context(meteor(*evidence.words))
         for metric in sorted(metrics, key="meteor".__eq__):  # it works beside the others
             progress.set_description(metric)
             try:
@@ -202,10 +178,10 @@ def evaluate(
                 notes[" ".join(METRICS[metric].scores)] = str(reason)
             progress.update()
     kept = tuple(metric for metric in metrics if metric in counts)
-    columns = [name for metric in kept for name in METRICS[metric].counts]
-    rows = np.concatenate([np.empty((len(ids), 0)), *(counts[metric] for metric in kept)], 1)
-    table = pd.DataFrame(rows, pd.Index(ids, name="image_id"), columns)
-    return EvaluationReport(told, table, kept, notes, confidence, resamples, seed)
+    index = pd.Index(ids, name="image_id")
+    tables = [pd.DataFrame(counts[metric], index, METRICS[metric].counts) for metric in kept]
+    table = pd.concat([pd.DataFrame(index=index), *tables], axis=1)
+    return EvaluationReport(dict(predictions), table, kept, notes, confidence, resamples, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,28 +218,14 @@ def compare(report: EvaluationReport, baseline: EvaluationReport) -> Comparison:
     if not shared:
         raise ValueError(f"no metric in common: {report.metrics} and {baseline.metrics}.")
     other = replace(baseline, counts=baseline.counts.loc[report.counts.index])
-    rows = {}
+    how, rows = (report.resamples, report.confidence, report.seed), {}
     for metric in shared:
-        difference, (low, high), p_value = paired_difference(
-            report.counts_of(metric),
-            other.counts_of(metric),
-            METRICS[metric].formula,
-            report.resamples,
-            report.confidence,
-            report.seed,
-        )
+        both = report.counts_of(metric), other.counts_of(metric)
+        difference, (low, high), p_value = paired_difference(*both, METRICS[metric].formula, *how)
         columns = zip(METRICS[metric].scores, difference, low, high, p_value, strict=True)
         rows |= {name: values for name, *values in columns}
     table = pd.DataFrame.from_dict(rows, "index", columns=["difference", "low", "high", "p"])
     return Comparison(table, len(report.counts), report.confidence)
-
-
-def _tokenize(evidence: Evidence) -> Evidence:
-    """Everything that is compared word by word, in one run of the tokenizer, in COCO's order."""
-    rows = [text for several in evidence.references.values() for text in several]
-    words = iter(tokenize(rows + list(evidence.captions.values())))
-    references = [[next(words) for _ in several] for several in evidence.references.values()]
-    return replace(evidence, words=list(words), reference_words=references)
 
 
 def _refuse_unknown(metrics: Sequence[str], truths: Mapping[str, object]) -> None:
@@ -289,9 +251,3 @@ def _refuse_mismatch(
         parts = [(unknown, f"with a caption but not in {name}"), (missing, "without a caption")]
         said = " and ".join(f"{some('image', ids)} {what}" for ids, what in parts if ids)
         raise ValueError(f"{said}; both sides must have the same images.")
-
-
-def some(thing: str, ids: Sequence[ImageId]) -> str:
-    """ "3 images (7, 12, 15)", with the first five ids."""
-    first = ", ".join(map(repr, ids[:5])) + (", ..." if len(ids) > 5 else "")
-    return f"{len(ids):,} {thing}{'s' * (len(ids) > 1)} ({first})"

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qvision_lab.data.coco import CaptionDataset, ImageId
+from qvision_lab.data.coco import CaptionDataset, ImageId, some
 from qvision_lab.data.whole_files import write_whole
 from qvision_lab.evaluation.chair import coco_vocabulary, scenes_vocabulary
-from qvision_lab.evaluation.report import COCO_METRICS, EvaluationReport, evaluate, some
+from qvision_lab.evaluation.report import COCO_METRICS, EvaluationReport, evaluate
 
 
 def read_results(path: str | Path) -> dict[ImageId, str]:

@@ -44,7 +44,7 @@ def caption_statistics(
     total = sum(map(len, told))
     vocabulary = {word for words in told for word in words}
     pairs = {pair for words in told for pair in pairwise(words)}
-    known = None if training is None else {_words(caption) for caption in training}
+    known = {_words(caption) for caption in training or ()}
     return CaptionStatistics(
         captions=len(told),
         mean_length=total / len(told),
@@ -52,7 +52,7 @@ def caption_statistics(
         distinct_1=len(vocabulary) / total if total else float("nan"),
         distinct_2=len(pairs) / total if total else float("nan"),
         unique=len(set(told)) / len(told),
-        seen=None if known is None else sum(words in known for words in told) / len(told),
+        seen=None if training is None else sum(words in known for words in told) / len(told),
     )
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     AutoModelForImageTextToText,
     Cache,
@@ -16,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     initialization,
 )
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
 
 from qvision_lab.model.attention import MultiHeadAttention
@@ -219,7 +219,10 @@ class QVisionForConditionalGeneration(QVisionPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             last_logit_only=logits_to_keep == 1,
         )
-        loss = None if labels is None else self._loss(text.logits, labels, num_items_in_batch)
+        loss = None
+        if labels is not None:
+            targets = labels.masked_fill(labels == self.config.pad_token_id, IGNORED_LABEL)
+            loss = ForCausalLMLoss(text.logits, targets, self.config.vocab_size, num_items_in_batch)
         return QVisionOutput(
             loss=loss,
             logits=text.logits,
@@ -265,21 +268,6 @@ class QVisionForConditionalGeneration(QVisionPreTrainedModel, GenerationMixin):
     def _start_tokens(self, visual_tokens: Float[Tensor, "B N D"]) -> Int[Tensor, "B 1"]:
         shape = (len(visual_tokens), 1)
         return torch.full(shape, self.config.start_token_id, device=visual_tokens.device)
-
-    def _loss(
-        self,
-        logits: Float[Tensor, "R T V"],
-        labels: Int[Tensor, "R T"],
-        num_items_in_batch: Tensor | int | None,
-    ) -> Float[Tensor, ""]:
-        targets = labels[:, 1:]
-        targets = targets.masked_fill(targets == self.config.pad_token_id, IGNORED_LABEL)
-        scores = logits[:, :-1].flatten(0, 1).float()  # [R*(T-1),V]
-        reduction = "mean" if num_items_in_batch is None else "sum"
-        loss = F.cross_entropy(
-            scores, targets.flatten(), ignore_index=IGNORED_LABEL, reduction=reduction
-        )
-        return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
 AutoModelForImageTextToText.register(QVisionConfig, QVisionForConditionalGeneration)

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: naming the file, tensor or value that is wrong, and the way out.
     """
-    device, dtype = _parse_device(device), _parse_dtype(dtype)
+    device, dtype = _find_device(device), _find_dtype(dtype)
     folder, commit = locate(source, revision, NEEDED_FILES)
     layout, weight_files = _layout(folder)
     config, processor = _read_configs(folder, layout)
@@ -150,9 +150,8 @@ def convert(
     else:
         present = [folder / name for name in COMPANIONS if (folder / name).exists()]
         companions = {path.name: path.read_text(encoding="utf-8") for path in present}
-    checkpoint = load_checkpoint(folder, dtype=dtype or "auto", device="cpu")
-    origin = replace(checkpoint.provenance, source=str(source), revision=commit)
-    dest = save_checkpoint(replace(checkpoint, provenance=origin), dest, companions)
+    checkpoint = load_checkpoint(source, commit, dtype or "auto", device="cpu")
+    dest = save_checkpoint(checkpoint, dest, companions)
     if push_to is not None:
         HfApi().create_repo(push_to, exist_ok=True)
         HfApi().upload_folder(repo_id=push_to, folder_path=dest)
@@ -208,15 +207,11 @@ def _match(
                 f"tensor {key} is missing from the {layout} weights; the files are incomplete, or "
                 "config.json describes another model."
             )
-        if tensor.shape != parameter.shape:
+        if tensor.shape != parameter.shape or tensor.dtype not in STORED_DTYPES:
             raise CheckpointError(
-                f"tensor {key} in {tensor.file} has shape {list(tensor.shape)}, but config.json "
-                f"asks for {list(parameter.shape)}; one of the two belongs to another model."
-            )
-        if tensor.dtype is None:
-            raise CheckpointError(
-                f"tensor {key} in {tensor.file} is stored in a dtype other than "
-                f"{', '.join(DTYPES)}; store it in one of these."
+                f"tensor {key} in {tensor.file} has shape {list(tensor.shape)} in {tensor.dtype}, "
+                f"but config.json asks for {list(parameter.shape)}, in {' or '.join(STORED_DTYPES)}"
+                "; one of the two files belongs to another model."
             )
         matched[name] = tensor
     unknown = [key for key in stored if not published.KNOWN_LEFTOVERS.fullmatch(key)]
@@ -234,28 +229,26 @@ def _stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
         raise CheckpointError(
             f"dtype='auto', but the weights are stored in {len(dtypes)} dtypes; choose one of them."
         )
-    return dtypes.pop()
+    return STORED_DTYPES[dtypes.pop()]
 
 
 def _place(model: QVisionForConditionalGeneration, weights: dict[str, Tensor]) -> None:
     """Give a model that was built on the meta device its weights and buffers, once."""
-    token_embedding = weights["decoder.language_model.wte.weight"]
-    model.load_state_dict({**weights, "decoder.lm_head.weight": token_embedding}, assign=True)
+    model.load_state_dict(weights, strict=False, assign=True)  # all but the tied head
     model.tie_weights()
     model.config.dtype, device = model.dtype, model.device
     embeddings = model.vision.tower.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
     # GPT-Neo keeps a mask of 4 MB in every layer, though there are only two different ones.
     text = model.config.text_config
-    positions = torch.arange(text.max_position_embeddings, device=device)
-    distance = positions[:, None] - positions
-    causal = (distance >= 0)[None, None]
-    masks = {"global": causal, "local": causal & (distance < text.window_size)}
+    square = (1, 1, text.max_position_embeddings, text.max_position_embeddings)
+    causal = torch.ones(square, dtype=torch.bool, device=device).tril()
+    masks = {"global": causal, "local": causal.triu(1 - text.window_size)}
     for block in model.decoder.language_model.h:
         block.attn.attention.bias = masks[block.attn.attention_type]
 
 
-def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def _find_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """None where the files decide."""
     known = {**DTYPES, None: torch.float32, "auto": None}
     parsed = known.get(dtype, dtype)
@@ -266,23 +259,17 @@ def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return parsed
 
 
-def _parse_device(device: str | torch.device | None) -> torch.device:
+def _find_device(device: str | torch.device | None) -> torch.device:
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        parsed = torch.device(device)
-    except RuntimeError as error:
+        return torch.empty(1, device=device).device  # whatever is missing shows now
+    except (RuntimeError, AssertionError) as error:  # a PyTorch without CUDA asserts that it has it
+        reason = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"device={device!r} does not exist; use cpu, cuda, cuda:N or mps."
+            f"device={str(device)!r} is not available ({reason}); use cpu, or another of cuda, "
+            "cuda:N and mps, with a PyTorch that was built for it."
         ) from error
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.mps.device_count()}
-    count = counts.get(parsed.type, 0)
-    if (parsed.index or 0) >= count:
-        raise CheckpointError(
-            f"device={str(device)!r} is not available: this machine has {count} of kind "
-            f"{parsed.type!r}. Use cpu, or install a PyTorch that was built for your accelerator."
-        )
-    return parsed
 
 
 @contextmanager

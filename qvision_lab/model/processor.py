@@ -166,10 +166,6 @@ class QVisionProcessor(ProcessorMixin):
         """Text of one caption [T], without special tokens and surrounding space."""
         return self._speaking_tokenizer().decode(token_ids, skip_special_tokens=True).strip()
 
-    def batch_decode(self, token_ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
-        """Texts of several captions [R,T]."""
-        return [self.decode(row) for row in token_ids]
-
     @property
     def image_size(self) -> int:
         """Side of the square picture that the model sees, in pixels."""

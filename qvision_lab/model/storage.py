@@ -12,11 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -34,7 +30,7 @@ class StoredTensor:
     file: Path
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype | None  # None where it is none of `STORED_DTYPES`
+    dtype: str  # as the header has it, such as "F32"
 
     def read(self) -> Tensor:
         """The tensor, mapped from its file. The mapping is its own and ends with the tensor."""
@@ -52,8 +48,8 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
                     header = file.get_slice(name)
-                    dtype = STORED_DTYPES.get(header.get_dtype())
-                    stored[name] = StoredTensor(path, name, tuple(header.get_shape()), dtype)
+                    shape, dtype = tuple(header.get_shape()), header.get_dtype()
+                    stored[name] = StoredTensor(path, name, shape, dtype)
         except SafetensorError as error:
             raise CheckpointError(
                 f"{path} ({path.stat().st_size:,} bytes) is truncated or no safetensors file "
@@ -74,7 +70,7 @@ def read_tensors(
     mapped = {path: safe_open(path, "pt") for path in {tensor.file for tensor in stored.values()}}
     tensors = {}
     for name, tensor in stored.items():
-        stays = tensor.dtype == dtype and device.type == "cpu"
+        stays = STORED_DTYPES[tensor.dtype] == dtype and device.type == "cpu"
         found = mapped[tensor.file].get_tensor(tensor.name) if stays else tensor.read()
         tensors[name] = found.to(device=device, dtype=dtype)
     return tensors
@@ -128,7 +124,7 @@ def download(repository: str, revision: str | None, patterns: tuple[str, ...]) -
         raise CheckpointError(
             f"{repository} has no revision {revision!r}; give one of its branches, tags or commits."
         ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{repository} is neither a folder here nor a repository that the Hub lets you read; "
             "check the spelling, and set HF_TOKEN if it is private or gated."

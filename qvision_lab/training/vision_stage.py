@@ -2,8 +2,10 @@
 
 The published model takes its eyes from CLIP, which needed 400 million captioned pictures. Ours
 learns from the truth that Scenes knows about every picture: what each patch shows, in which
-colour, and how far the object around it reaches. This stands in for CLIP's pre-training; it means
-that where the captioner looks did not emerge from captions alone.
+colour, how far the object around it reaches, and how many of its kind there are. This stands in
+for CLIP's pre-training; it means that where the captioner looks did not emerge from captions
+alone. Told by `pictures` instead of by `patches`, the tower learns only what is in a picture and
+never where: the control for that.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from jaxtyping import Float, Num
+from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, Dataset
@@ -30,6 +32,8 @@ from qvision_lab.training.trainer import run_stage
 
 SHOWN, GLIMPSED = 0.12, 0.02  # shares of a patch from which an object counts, or leaves doubt
 SKY = (None, *SKIES)
+MOST = 6  # and more of one kind are one number
+TOLD = ("patches", "pictures")  # what the truth is told of
 
 
 def sight_type(grid: int) -> np.dtype:
@@ -43,6 +47,7 @@ def sight_type(grid: int) -> np.dtype:
             ("coverage", "f2", (patches,)),  # share of the patch that this object covers
             ("box", "f2", (patches, 4)),  # its centre (x, y), width and height in patches
             ("center", "?", (patches,)),  # whether an object's centre lies in the patch
+            ("number", "i1", (patches,)),  # of objects of this one's kind in the picture, from 0
             ("background", "i1"),
             ("sky", "i1"),
         ]
@@ -65,6 +70,8 @@ def sight(scene: scenes.Scene, grid: int) -> np.void:
     record["color"] = np.array(colors)[nearest]
     record["coverage"] = covered.max(0)
     record["box"] = boxes[nearest]
+    number = [min(categories.count(category), MOST) - 1 for category in categories]
+    record["number"] = np.array(number)[nearest]
     record["center"][rows * grid + columns] = True
     record["background"] = BACKGROUNDS.index(scene.background)
     record["sky"] = SKY.index(scene.sky)
@@ -118,7 +125,7 @@ class Sights(Dataset):
         sample = {name: np.array(record[name]) for name in record.dtype.names}
         if index >= len(self.records):
             sample["pixels"] = sample["pixels"][:, ::-1]
-            for name in ("category", "color", "coverage", "box", "center"):
+            for name in ("category", "color", "coverage", "box", "center", "number"):
                 by_row = sample[name].reshape(self.grid, self.grid, -1)
                 sample[name] = by_row[:, ::-1].reshape(sample[name].shape)
             sample["box"][:, 0] = self.grid - sample["box"][:, 0]
@@ -137,8 +144,11 @@ def collate(samples: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
 class SeeingModel(nn.Module):
     """A vision tower with heads that name what each patch shows; only the tower is kept."""
 
-    def __init__(self, config: CLIPVisionConfig):
+    def __init__(self, config: CLIPVisionConfig, told: str = "patches"):
+        if told not in TOLD:
+            raise ValueError(f"a tower is told by one of {', '.join(TOLD)}, not by {told!r}.")
         super().__init__()
+        self.told = told
         self.tower = CLIPVisionModel(config)
         self.tower.post_layernorm.requires_grad_(False)  # behind the states that QVision reads
         width = config.hidden_size
@@ -148,10 +158,10 @@ class SeeingModel(nn.Module):
             embeddings.patch_embedding.weight.copy_(low_frequencies(width, config.patch_size))
             embeddings.position_embedding.weight[1:].copy_(0.5 * sine_cosine(grid, width))
         # Objects as points (Zhou et al. 2019, arXiv:1904.07850): each patch says what its object
-        # is, where in the picture it is centred, how large it is, and whether its centre is here.
-        # In the picture, not from here: the Q-Former has no positions of its own, so what the
-        # captions need of left and right has to be in the states.
-        self.sizes = (len(CATEGORIES) + 1, len(COLORS), 4, 1)
+        # is, where in the picture it is centred, how large it is, whether its centre is here, and
+        # how many of its kind there are. Attention takes means, and the Q-Former has no positions
+        # of its own: what the captions need of numbers, left and right has to be in the states.
+        self.sizes = (len(CATEGORIES) + 1, len(COLORS), 4, 1, MOST)
         self.patch_heads = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(self.sizes)))
         self.scene_heads = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, len(BACKGROUNDS) + len(SKY))
@@ -159,7 +169,7 @@ class SeeingModel(nn.Module):
         self.middle = grid / 2
 
     def predict(self, pixel_values: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, ...]:
-        """Scores of category, colour, box and centre of each patch; of background and sky."""
+        """Scores of category, colour, box, centre and number by patch; of background and sky."""
         states = self.tower(pixel_values).last_hidden_state[:, 1:]  # [B,P,C]
         patches = self.patch_heads(states).float().split(self.sizes, -1)
         scene = self.scene_heads(states.mean(1)).float()
@@ -167,27 +177,63 @@ class SeeingModel(nn.Module):
 
     def forward(self, pixel_values: Float[Tensor, "B 3 H W"], **truth: Tensor) -> dict[str, Tensor]:
         """The weighted sum of all losses."""
-        category, color, box, center, background, sky = self.predict(pixel_values)
+        category, color, box, center, number, background, sky = self.predict(pixel_values)
         shown = (truth["coverage"] > SHOWN) | (
             (truth["center"] > 0) & (truth["coverage"] > GLIMPSED)
         )
+        if self.told == "patches":
+            loss = self._patch_loss(category, color, box, center, number, shown, truth)
+        else:
+            loss = picture_loss(category, color, shown, truth)
+        loss = loss + 0.1 * F.cross_entropy(background, truth["background"])
+        return {"loss": loss + 0.1 * F.cross_entropy(sky, truth["sky"])}
+
+    def _patch_loss(
+        self,
+        category: Float[Tensor, "B P categories"],
+        color: Float[Tensor, "B P colors"],
+        box: Float[Tensor, "B P 4"],
+        center: Float[Tensor, "B P 1"],
+        number: Float[Tensor, "B P numbers"],
+        shown: Bool[Tensor, "B P"],
+        truth: dict[str, Tensor],
+    ) -> Float[Tensor, ""]:
         in_doubt = (truth["coverage"] > GLIMPSED) & ~shown
         weight = torch.where(shown, 1.0, torch.where(in_doubt, 0.0, 0.3))
         target = truth["category"].where(shown, 0)
         category_loss = F.cross_entropy(category.transpose(1, 2), target, reduction="none")
         center_xy, extent = truth["box"].split(2, -1)
         target_box = torch.cat([center_xy - self.middle, (extent / 1.5).log()], -1)
-        return {
-            "loss": (category_loss * weight).sum() / weight.sum()
+        return (
+            (category_loss * weight).sum() / weight.sum()
             + 0.7 * F.cross_entropy(color[shown], truth["color"][shown])
+            + 0.5 * F.cross_entropy(number[shown], truth["number"][shown])
             + 0.5 * F.smooth_l1_loss(box[shown], target_box[shown], beta=0.2)
             + 0.5
             * F.binary_cross_entropy_with_logits(
                 center.squeeze(-1), truth["center"].float(), pos_weight=center.new_tensor(3.0)
             )
-            + 0.1 * F.cross_entropy(background, truth["background"])
-            + 0.1 * F.cross_entropy(sky, truth["sky"])
-        }
+        )
+
+
+def picture_loss(
+    category: Float[Tensor, "B P categories"],
+    color: Float[Tensor, "B P colors"],
+    shown: Bool[Tensor, "B P"],
+    truth: dict[str, Tensor],
+) -> Float[Tensor, ""]:
+    """How surprising the coloured things of each picture are, told without their places.
+
+    A thing is in a picture if any patch shows it (noisy-or, as Fang et al. 2015, arXiv:1411.4952,
+    learned words from captions), so that every order of the same patches has the same loss.
+    """
+    things = category.softmax(-1)[..., 1:, None] * color.softmax(-1)[..., None, :]  # [B,P,K,C]
+    absent = torch.log1p(-things.clamp(max=1 - 1e-5)).sum(1)  # log-probability: in no patch
+    named = F.one_hot(truth["category"], category.shape[-1])[..., 1:, None]
+    named = named * F.one_hot(truth["color"], color.shape[-1])[..., None, :]  # [B,P,K,C]
+    present = (named * shown[..., None, None]).amax(1) > 0
+    surprise = -torch.where(present, torch.log(-torch.expm1(absent.clamp(max=-1e-6))), absent)
+    return surprise.sum((1, 2)).mean()
 
 
 def low_frequencies(width: int, patch: int) -> Float[Tensor, "width 3 patch patch"]:
@@ -225,19 +271,20 @@ def sine_cosine(grid: int, width: int) -> Float[Tensor, "patches width"]:
 def measure_sight(model: SeeingModel, sights: Sights, batch_size: int = 100) -> dict[str, float]:
     """Shares of what is right on unmirrored pictures, 0 to 1.
 
-    `category`, `color`: of patches that show an object. `background`, `sky`: of pictures.
-    `picture`: of pictures in which all those patches are right in both.
+    `category`, `color`, `number`: of patches that show an object. `background`, `sky`: of pictures.
+    `picture`: of pictures in which all those patches are right in category and colour.
     """
-    hits = {name: [] for name in ("category", "color", "background", "sky", "picture")}
+    hits = {name: [] for name in ("category", "color", "number", "background", "sky", "picture")}
     for start in range(0, len(sights.records), batch_size):
         stop = min(start + batch_size, len(sights.records))
         batch = collate([sights[i] for i in range(start, stop)])
-        category, color, _, _, background, sky = model.predict(batch["pixel_values"])
+        category, color, _, _, number, background, sky = model.predict(batch["pixel_values"])
         shown = batch["coverage"] > SHOWN
         category_right = category.argmax(-1) == batch["category"]
         color_right = color.argmax(-1) == batch["color"]
         hits["category"].append(category_right[shown])
         hits["color"].append(color_right[shown])
+        hits["number"].append((number.argmax(-1) == batch["number"])[shown])
         hits["background"].append(background.argmax(-1) == batch["background"])
         hits["sky"].append(sky.argmax(-1) == batch["sky"])
         hits["picture"].append((~shown | (category_right & color_right)).all(1))
@@ -258,7 +305,7 @@ def learn_to_see(config: CLIPVisionConfig, stage: dict, seed: int, folder: Path)
     pictures = [drawn(part["split"], part["n"], part["seed"]) for part in stage["pictures"]]
     held_out = drawn("val", stage["held_out"], 0)
     torch.manual_seed(seed)
-    model = SeeingModel(config)
+    model = SeeingModel(config, stage["told"])
     run_stage(
         model,
         stage,

@@ -5,21 +5,14 @@
 pairs of colour and object that the others never show; `crowd` has five to eight objects.
 """
 
-from qvision_lab.data.scenes.checking import Check, check, score
-from qvision_lab.data.scenes.coco_export import write_coco
-from qvision_lab.data.scenes.drawing import Scene, generate, scene
-from qvision_lab.data.scenes.world import SPLITS, Layout, describe, layout
+import lazy_loader
 
-__all__ = [
-    "SPLITS",
-    "Check",
-    "Layout",
-    "Scene",
-    "check",
-    "describe",
-    "generate",
-    "layout",
-    "scene",
-    "score",
-    "write_coco",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "checking": ["Check", "check", "score"],
+        "coco_export": ["write_coco"],
+        "drawing": ["Scene", "generate", "scene"],
+        "world": ["SPLITS", "Layout", "describe", "layout"],
+    },
+)

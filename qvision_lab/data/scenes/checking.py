@@ -25,6 +25,7 @@ _PLACE, _SKY, _RELATION = (
 _SCENERY = {phrase: name for name, phrase in SCENERY.items()}
 _SINGULAR = {category.noun: name for name, category in CATEGORIES.items()}
 _PLURAL = {category.plural: name for name, category in CATEGORIES.items()}
+_NOUN = _SINGULAR | _PLURAL
 _NUMBER = {"a": 1, "an": 1} | {word: i for i, word in enumerate(NUMERALS, start=1)}
 
 
@@ -42,7 +43,7 @@ _CHUNK = re.compile(
     | (?P<relation> {_any(_RELATION)} )
     | (?P<things> (?: (?P<number> {_NUMERAL} ) \s+ )?
                   (?: (?P<color> {_any(COLORS)} ) \s+ )?
-                  (?P<noun> {_any(_SINGULAR | _PLURAL)} ) )
+                  (?P<noun> {_any(_NOUN)} ) )
     | (?P<lead> {_any(("there is", "there are", "a picture of", "a photo of"))} )
     | (?P<verb> {_any(("can be seen",))} )
     | (?P<and> (?: , \s* )? and )
@@ -125,7 +126,10 @@ def check(caption: str, scene: Layout) -> Check:
     body = caption.rstrip().removesuffix(".")
     chunks = list(_CHUNK.finditer(body))
     mentions = {i: _mention(c) for i, c in enumerate(chunks) if c.lastgroup == "things"}
-    fitting = {i: _fitting(mention, scene.groups) for i, mention in mentions.items()}
+    fitting = {
+        i: [g for g in scene.groups if g.category == m.category and m.color in (None, g.color)]
+        for i, m in mentions.items()
+    }
     claims: list[Claim] = []
     outside: list[str] = []
     named: set[Group] = set()
@@ -169,16 +173,7 @@ def check(caption: str, scene: Layout) -> Check:
 
 def _mention(chunk: re.Match[str]) -> Mention:
     number, color, noun = (part and part.lower() for part in chunk.group("number", "color", "noun"))
-    return Mention((_SINGULAR | _PLURAL)[noun], color, number and _NUMBER[number])
-
-
-def _fitting(mention: Mention, groups: Iterable[Group]) -> list[Group]:
-    """The groups of a mention's category and, where it names one, its colour."""
-    return [
-        group
-        for group in groups
-        if group.category == mention.category and mention.color in (None, group.color)
-    ]
+    return Mention(_NOUN[noun], color, number and _NUMBER[number])
 
 
 # The rates of a set of captions, and what each is a share of.

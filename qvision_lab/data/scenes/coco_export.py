@@ -9,8 +9,8 @@ import numpy as np
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from qvision_lab.data.scenes.drawing import generate
-from qvision_lab.data.scenes.world import CATEGORIES
+from qvision_lab.data.scenes.drawing import DrawnObject, generate
+from qvision_lab.data.scenes.world import CATEGORIES, PICTURE
 from qvision_lab.data.whole_files import write_whole
 
 
@@ -43,36 +43,33 @@ def write_coco(
             partial = path.with_suffix(".partial")
             scene.image.save(partial, "jpeg", quality=95, subsampling=0)
             partial.replace(path)
-        width, height = scene.image.size
-        file = {"id": scene.index, "file_name": path.name, "width": width, "height": height}
+        file = {"id": scene.index, "file_name": path.name, "width": PICTURE, "height": PICTURE}
         images.append(file | name)
         for i, caption in enumerate(scene.captions, start=10 * scene.index + 1):
             captions.append({"id": i, "image_id": scene.index, "caption": caption})
         for i, thing in enumerate(scene.objects, start=10 * scene.index + 1):
-            shape = rle.encode(np.asfortranarray(thing.mask, dtype=np.uint8))
-            shape["counts"] = shape["counts"].decode("ascii")
-            instances.append(
-                {
-                    "id": i,
-                    "image_id": scene.index,
-                    "category_id": CATEGORIES[thing.category].coco_id,
-                    "bbox": thing.box,
-                    "area": int(thing.mask.sum()),
-                    "segmentation": shape,
-                    "iscrowd": 0,
-                    "color": thing.color,
-                    "size": thing.size,
-                }
-            )
+            instances.append({"id": i, "image_id": scene.index} | _instance(thing))
     info = {"description": "Scenes, a drawn world", "split": split, "seed": seed}
     known = {"info": info, "licenses": [], "images": images}
     categories = [
         {"id": category.coco_id, "name": category.name, "supercategory": category.zone}
         for category in CATEGORIES.values()
     ]
-    for name, table in (
-        ("captions", {"annotations": captions}),
-        ("instances", {"annotations": instances, "categories": categories}),
-    ):
-        write_whole(folder / f"{name}.json", json.dumps(known | table))
+    told = known | {"annotations": captions}
+    there = known | {"annotations": instances, "categories": categories}
+    write_whole(folder / "captions.json", json.dumps(told))
+    write_whole(folder / "instances.json", json.dumps(there))
     return folder
+
+
+def _instance(thing: DrawnObject) -> dict:
+    shape = rle.encode(np.asfortranarray(thing.mask, dtype=np.uint8))
+    return {
+        "category_id": CATEGORIES[thing.category].coco_id,
+        "bbox": thing.box,
+        "area": int(thing.mask.sum()),
+        "segmentation": shape | {"counts": shape["counts"].decode("ascii")},
+        "iscrowd": 0,
+        "color": thing.color,
+        "size": thing.size,
+    }

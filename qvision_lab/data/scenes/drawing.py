@@ -76,21 +76,13 @@ def generate(
 
 
 def _spread(make: partial[Scene], indices: range, workers: int) -> Iterator[Scene]:
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     chunks = (indices[i : i + CHUNK] for i in range(0, len(indices), CHUNK))
-    asked = (pool.submit(_several, make, chunk) for chunk in chunks)
-    try:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        asked = (pool.map(make, chunk, chunksize=CHUNK) for chunk in chunks)
         ahead = deque(islice(asked, 3 * workers))
         while ahead:
-            done = ahead.popleft().result()
+            yield from ahead.popleft()
             ahead.extend(islice(asked, 1))
-            yield from done
-    finally:  # also when the caller stops early
-        pool.shutdown(cancel_futures=True)
-
-
-def _several(make: partial[Scene], indices: range) -> list[Scene]:
-    return [make(index) for index in indices]
 
 
 def draw(truth: Layout) -> Scene:

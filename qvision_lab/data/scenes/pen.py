@@ -66,27 +66,28 @@ class Pen:
     def xy(self, points: Points) -> list[tuple[float, float]]:
         return [(x * self.right, y * self.bottom) for x, y in points]
 
+    def outline(self, bare: bool) -> tuple[Color | None, int]:
+        return None if bare else self.ink, self.width
+
     def polygon(self, points: Points, fill: Color, bare: bool = False) -> None:
-        self.draw.polygon(self.xy(points), fill, None if bare else self.ink, self.width)
+        self.draw.polygon(self.xy(points), fill, *self.outline(bare))
 
     def oval(self, *box: float, fill: Color, bare: bool = False) -> None:
-        self.draw.ellipse(self.box(*box), fill, None if bare else self.ink, self.width)
+        self.draw.ellipse(self.box(*box), fill, *self.outline(bare))
 
-    def spot(self, x: float, y: float, w: float, h: float, fill: Color, bare: bool = False) -> None:
+    def spot(self, x: float, y: float, w: float, h: float, fill: Color) -> None:
         """An oval by its centre and its two radii."""
-        box = self.box(x - w, y - h, x + w, y + h)
-        self.draw.ellipse(box, fill, None if bare else self.ink, self.width)
+        self.oval(x - w, y - h, x + w, y + h, fill=fill)
 
     def disc(self, x: float, y: float, radius: float, fill: Color, bare: bool = False) -> None:
         """A circle, whatever the tile's shape; `radius` as a part of the tile's height."""
         x, y, r = x * self.right, y * self.bottom, radius * self.bottom
-        outline = None if bare else self.ink
-        self.draw.ellipse((x - r, y - r, x + r, y + r), fill, outline, self.width)
+        self.draw.ellipse((x - r, y - r, x + r, y + r), fill, *self.outline(bare))
 
     def block(self, *box: float, fill: Color, corner: float = 0, bare: bool = False) -> None:
         """A rectangle; `corner` is its radius as a part of the tile's shorter side."""
-        radius, outline = corner * min(self.right, self.bottom), None if bare else self.ink
-        self.draw.rounded_rectangle(self.box(*box), radius, fill, outline, self.width)
+        radius = corner * min(self.right, self.bottom)
+        self.draw.rounded_rectangle(self.box(*box), radius, fill, *self.outline(bare))
 
     def slice(self, box: tuple[float, ...], start: float, end: float, fill: Color) -> None:
         """A piece of an oval's pie, in degrees clockwise from the right."""

@@ -295,8 +295,7 @@ def describe(split: str, n: int = 2000, seed: int = 0) -> dict[str, float | dict
         "objects per picture": len(things) / n,
         "shorter side, median px": median(sides),
         "shorter side under 34 px": mean(side < 34 for side in sides),
-        **{
-            title: {str(name): counts[name] / counts.total() for name in sorted(counts)}
-            for title, counts in counted.items()
-        },
+    } | {
+        title: {str(name): counts[name] / counts.total() for name in sorted(counts)}
+        for title, counts in counted.items()
     }
