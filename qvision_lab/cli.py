@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qvision_lab.benchmark.parameters import PartSize
 
-SUITES = ("latency", "scoring", "interpret", "training")  # modules of benchmark/
+SUITES = ("parameters", "latency", "peers", "loading", "folder", "scoring")
+SUITES += ("interpret", "training")  # modules of benchmark/
 Run = Callable[[argparse.Namespace], int]
 Add = Callable[..., argparse.Action]
 
@@ -226,7 +227,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Time what the design claims, in turn with what it is compared with."""
+    """Measure parameters, time and memory, in turn with what they are compared with."""
     from importlib import import_module
 
     from qvision_lab.captioning import load
@@ -239,6 +240,16 @@ def bench(options: argparse.Namespace) -> int:
         for result in benchmarks(captioner, options.quick):
             print(result)
             print(f"  -> {result.save(options.output)}")
+    return 0
+
+
+def tables(options: argparse.Namespace) -> int:
+    """Draw a page's tables, and how fast QVision is, from the results of the benchmarks."""
+    from qvision_lab.benchmark import tables
+
+    print(f"wrote {tables.fill(Path(options.page))}")
+    if options.figure:
+        tables.draw_ratios().figure.savefig(options.figure, dpi=150)
     return 0
 
 
@@ -337,6 +348,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="few rounds: shows that it runs, measures little")
     add("--output", metavar="DIR", help="folder of the results (default: the package's own)")
     _add_model(add)
+
+    add = _command(commands, "tables", tables)
+    add("page", nargs="?", default="README.md", help="Markdown file (%(default)s)")
+    add("--figure", metavar="FILE", help="picture to draw, such as figures/speed.png")
     return parser
 
 

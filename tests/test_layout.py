@@ -14,11 +14,11 @@ ALLOWED = {
     "evaluation": {"data", "evaluation"},
     "images": set(),
     "generation": {"model"},
-    "captioning": {"model", "generation", "images"},
+    "captioning": {"model", "generation", "images", "compiled"},
     "plots": {"images"},
     "interpretation": {"model", "data", "captioning", "evaluation", "images", "interpretation"},
     "training": {"model", "data", "images", "captioning", "evaluation", "training"},
-    "compiled": {"model", "generation", "captioning"},
+    "compiled": {"model"},
     "benchmark": {
         *("model", "data", "images", "captioning", "compiled"),
         *("evaluation", "interpretation", "training", "benchmark"),
