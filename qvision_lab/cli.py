@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def caption(options: argparse.Namespace) -> int:
     """Caption pictures, to the screen or to a file that a later call goes on with."""
     from qvision_lab.captioning import load
-    from qvision_lab.images import find_pictures
+    from qvision_lab.images import walk_pictures
 
-    find_pictures(options.paths, options.recursive)  # nothing to do is said before the long load
+    next(walk_pictures(options.paths, options.recursive))  # or nothing to do, before the long load
     captioner = load(options.model, options.revision, options.dtype, options.device)
     settings = ("preset", "num_beams", "num_return_sequences", "temperature", "max_new_tokens")
     chosen = {name: value for name in settings if (value := getattr(options, name)) is not None}
@@ -68,16 +68,18 @@ def caption(options: argparse.Namespace) -> int:
             seed=options.seed,
             **chosen,
         )
-        lines = report.output.read_text(encoding="utf-8").rstrip("\n").split("\n")
-        for line in lines:  # not splitlines, which also breaks at U+2028 inside a caption
-            record = json.loads(line)
-            if "error" in record:
-                print(f"qvision: {record['error']}", file=sys.stderr)
-            elif not options.output and options.json:
-                print(line)
-            elif not options.output:
-                for text in record.get("captions", [record["caption"]]):
-                    print(f"{record['source']}: {text}")
+        if os.environ.get("RANK", "0") != "0":  # of several processes the first one tells
+            return 0
+        with open(report.output, encoding="utf-8") as lines:
+            for line in lines:
+                record = json.loads(line)
+                if "error" in record:
+                    print(f"qvision: {record['error']}", file=sys.stderr)
+                elif not options.output and options.json:
+                    print(line, end="")
+                elif not options.output:
+                    for text in record.get("captions", [record["caption"]]):
+                        print(f"{record['source']}: {text}")
     if options.output:
         print(
             f"{report.captioned} captioned, {report.skipped} already there, {report.failed} failed"

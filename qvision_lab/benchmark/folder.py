@@ -36,13 +36,6 @@ class FolderRow:
     seconds: list[float]  # for 512 pictures, round by round
     model_seconds: list[float]
 
-    def __str__(self) -> str:
-        growth = self.late_gigabytes / self.early_gigabytes - 1
-        return (
-            f"{self.pictures:,} pictures: {self.pictures_per_second} a second, "
-            f"{self.share_of_model_rate} of the model's rate, memory grew by {growth:.1%}"
-        )
-
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
     """Caption 10,000 small pictures, in greedy batches of 16; in turn, 512 of them as tensors."""
@@ -80,13 +73,12 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
 def write_pictures(folder: Path, count: int) -> list[Path]:
     """So many names for a few drawn scenes, as PNG."""
     folder.mkdir()
-    drawn = []
-    for i, scene in enumerate(scenes.generate(min(DRAWN, count), split="test")):
-        drawn.append(folder / f"{i:06}.png")
-        scene.image.save(drawn[-1])
-    for i in range(len(drawn), count):
-        os.link(drawn[i % len(drawn)], folder / f"{i:06}.png")
-    return [folder / f"{i:06}.png" for i in range(count)]
+    paths = [folder / f"{i:06}.png" for i in range(count)]
+    for path, scene in zip(paths, scenes.generate(DRAWN, split="test"), strict=False):
+        scene.image.save(path)
+    for i in range(DRAWN, count):
+        os.link(paths[i % DRAWN], paths[i])
+    return paths
 
 
 def _caption_tensors(captioner: Captioner, ready: Tensor) -> None:

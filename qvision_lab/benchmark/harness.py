@@ -7,7 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -126,7 +126,10 @@ class Table(Result):
     rows: tuple
 
     def __str__(self) -> str:
-        return str(self.rows[-1])
+        last = [(part.name, getattr(self.rows[-1], part.name)) for part in fields(self.rows[-1])]
+        told = {name: value for name, value in last if not isinstance(value, list | None)}
+        numbers = {name: f"{value:.3g}" for name, value in told.items() if type(value) is float}
+        return ", ".join(f"{name} {value}" for name, value in (told | numbers).items())
 
 
 def growing_table(name: str, rows: Iterable, **about) -> Iterator[Table]:

@@ -43,13 +43,6 @@ class LatencyRow:
     peak_device_gigabytes: float | None  # on CUDA
     seconds: list[float]  # of a batch, round by round
 
-    def __str__(self) -> str:
-        return (
-            f"{self.mode} {self.dtype}, {self.batch} at once: {self.seconds_per_image} s an image, "
-            f"{self.ratio_to_original:.3g} times as fast as the original's way, "
-            f"{self.times_the_limit:.2g} times the limit, {self.same_tokens:.0%} of its tokens"
-        )
-
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
     """Time all ways in float32, then in bfloat16, 20 new tokens each, on random pixels."""

@@ -7,13 +7,12 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
-import psutil
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -33,34 +32,26 @@ FILES = (*published.WEIGHT_FILES, published.THIRD_COPY)
 
 @dataclass(frozen=True)
 class Load:
-    """One load in a process of its own; bytes are above those before it."""
+    """One load in a process of its own; memory is above that before it. Linux alone counts it."""
 
     seconds: float  # until every weight has been read once
-    bytes_read: int | None  # from the disk, where it was not in memory (on Linux)
-    resident: int  # with every weight read
-    peak: int | None  # on Linux
-    captioning_peak: int | None  # after captions of 16 pictures at once
+    gigabytes_read: float  # from the disk
+    resident_gigabytes: float  # with every weight read
+    peak_gigabytes: float
+    captioning_gigabytes: float  # the peak after captions of 16 pictures at once
 
 
 @dataclass(frozen=True)
 class LoadingRow:
-    """One way to load, in turn with the others; gigabytes above those before loading."""
+    """One way to load, in turn with the others."""
 
     way: str
     dtype: str
-    seconds: list[float]  # with the files in memory
-    spread: Spread
+    gigabytes_needed: float  # of the weights
     ratio_to_card: float  # how many times as fast: median over the rounds
-    gigabytes_needed: float  # of the loaded weights
-    cold: Load  # with the files on disk
-    resident_gigabytes: float
-    peak_gigabytes: float | None
-
-    def __str__(self) -> str:
-        return (
-            f"{self.way}, {self.dtype}: {self.spread} s, {self.ratio_to_card:.3g} times as fast as "
-            f"the card's way; {self.resident_gigabytes:.2f} GB for {self.gigabytes_needed:.2f}"
-        )
+    spread: Spread
+    seconds: list[float]  # with the files in memory
+    loads: list[dict]  # all of them; the first found the files on disk
 
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
@@ -74,49 +65,39 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
 
 def _rows(captioner: Captioner, quick: bool) -> Iterator[LoadingRow]:
     os.environ["HF_HUB_OFFLINE"] = "1"  # the processes shall not look for a tokenizer
+    loads: dict[tuple[str, str], list[Load]] = {way: [] for way in WAYS}
     with TemporaryDirectory() as temporary:
         model = timed_model(captioner, quick)
         write_published(Path(temporary), model)
-        parameters = model.num_parameters()
+        size = model.num_parameters()
         del model
-        cold = {way: _measure(temporary, *way, cold=True) for way in WAYS}
-        rounds = [cold] if quick else []
-        for _ in range(0 if quick else ROUNDS):
-            rounds.append({way: _measure(temporary, *way, cold=False) for way in WAYS})
-    card = [loads[WAYS[0]].seconds for loads in rounds]
+        for number in range(1 if quick else 1 + ROUNDS):
+            for way in WAYS:
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                    run = pool.submit(load_once, Path(temporary), *way, cold=number == 0)
+                    loads[way].append(run.result())
+    warm = {way: [load.seconds for load in taken][not quick :] for way, taken in loads.items()}
     for way, dtype in WAYS:
-        loads = [loads[way, dtype] for loads in rounds]
-        seconds = [load.seconds for load in loads]
+        seconds = warm[way, dtype]
         yield LoadingRow(
             way,
             dtype,
-            seconds,
-            Spread.of(seconds),
-            ratio_to_card=Spread.ratio(card, seconds).median,
-            gigabytes_needed=parameters * getattr(torch, dtype).itemsize / 1e9,
-            cold=cold[way, dtype],
-            resident_gigabytes=max(load.resident for load in loads) / 1e9,
-            peak_gigabytes=max(load.peak or 0 for load in loads) / 1e9 or None,
+            gigabytes_needed=size * getattr(torch, dtype).itemsize / 1e9,
+            ratio_to_card=Spread.ratio(warm[WAYS[0]], seconds).median,
+            spread=Spread.of(seconds),
+            seconds=seconds,
+            loads=[asdict(load) for load in loads[way, dtype]],
         )
-
-
-def _measure(folder: str, way: str, dtype: str, cold: bool) -> Load:
-    """Load in a new process."""
-    context = get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(load_once, Path(folder), way, dtype, cold).result()
 
 
 @torch.no_grad()
 def load_once(folder: Path, way: str, dtype: str, cold: bool) -> Load:
-    """Load and read every weight; `cold` first has the files leave memory, and captions after."""
-    if cold and hasattr(os, "posix_fadvise"):
-        for name in FILES:
-            with open(folder / name, "rb") as file:
-                os.fsync(file)
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    process = psutil.Process()
-    read, resident = _bytes_read(process), process.memory_info().rss
+    """Load, read every weight, and caption; `cold` has the files leave memory before."""
+    for name in FILES if cold and hasattr(os, "posix_fadvise") else ():
+        with open(folder / name, "rb") as file:
+            os.fsync(file)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    read, before = _count("io", "read_bytes"), _count("status", "VmRSS")
     start = perf_counter()
     if way == CARD:
         model = load_the_cards_way(folder)
@@ -125,50 +106,46 @@ def load_once(folder: Path, way: str, dtype: str, cold: bool) -> Load:
     for parameter in model.parameters():
         parameter.sum()
     seconds = perf_counter() - start
-    read = _bytes_read(process) - read if cold and read is not None else None
-    growth, peak = process.memory_info().rss - resident, _peak(resident)
-    if cold:
-        side = model.config.vision_config.image_size
-        pixels = torch.randn(BATCH, 3, side, side, dtype=model.dtype)
-        model.generate(pixel_values=pixels, **GREEDY)
-    return Load(seconds, read, growth, peak, _peak(resident) if cold else None)
+    read = _count("io", "read_bytes") - read
+    resident, peak = _count("status", "VmRSS") - before, _count("status", "VmHWM") - before
+    side = model.config.vision_config.image_size
+    model.generate(pixel_values=torch.randn(BATCH, 3, side, side, dtype=model.dtype), **GREEDY)
+    captioning = _count("status", "VmHWM") - before
+    return Load(seconds, *(count / 1e9 for count in (read, resident, peak, captioning)))
 
 
-def _bytes_read(process: psutil.Process) -> int | None:
-    return process.io_counters().read_bytes if hasattr(process, "io_counters") else None
-
-
-def _peak(before: int) -> int | None:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before
+def _count(file: str, field: str) -> int:
+    """Bytes that Linux counts of this process; elsewhere 0."""
+    path = Path("/proc/self") / file
+    found = re.search(rf"{field}:\s+(\d+)( kB)?", path.read_text()) if path.exists() else None
+    return int(found[1]) * (1024 if found[2] else 1) if found else 0
 
 
 def write_published(folder: Path, model: QVisionForConditionalGeneration) -> None:
     """Write a model in the published layout, with CLIP's text tower and all copies."""
     config = model.config
-    stored = {published.stored_name(name): w.detach() for name, w in model.named_parameters()}
-    encoder = {name: w for name, w in stored.items() if name.startswith(("vision.", "proj."))}
-    decoder = {name: w for name, w in stored.items() if name not in encoder}
-    decoder["gpt_decoder.lm_head.weight"] = stored["gpt_decoder.transformer.wte.weight"].clone()
-    third = {
-        name.removeprefix("gpt_decoder."): w.clone()
-        for name, w in decoder.items()
-        if name.startswith("gpt_decoder.")
-    }
-    text = CLIPTextModel(_text_config(config.vision_config.hidden_size)).state_dict()
-    encoder |= {f"clip.{n}": w.clone() for n, w in encoder.items() if n.startswith("vision.")}
-    encoder |= {f"clip.text_model.{name}": w for name, w in text.items()}
-    encoder = {re.sub(r"^clip\.vision\.", "clip.vision_model.", n): w for n, w in encoder.items()}
-    for name, weights in zip(FILES, (encoder, decoder, third), strict=True):
-        save_file(weights, folder / name)
+    weights = {published.stored_name(name): w.detach() for name, w in model.named_parameters()}
+    weights["gpt_decoder.lm_head.weight"] = model.decoder.lm_head.weight.detach().clone()
+    encoder, decoder, third = {}, {}, {}
+    for name, weight in weights.items():
+        if name.startswith(("vision.", "proj.")):
+            encoder[name] = weight
+            if name.startswith("vision."):
+                encoder[f"clip.vision_model.{name.removeprefix('vision.')}"] = weight.clone()
+            continue
+        decoder[name] = weight
+        if name.startswith("gpt_decoder."):
+            third[name.removeprefix("gpt_decoder.")] = weight
+    text = _text_tower(config.vision_config.hidden_size).state_dict()
+    encoder |= {f"clip.text_model.{name}": weight for name, weight in text.items()}
+    for name, part in zip(FILES, (encoder, decoder, third), strict=True):
+        save_file(part, folder / name)
     sizes = {"embed_size": config.hidden_size, "vocab_size": config.vocab_size}
     sizes["num_img_tokens"] = config.num_query_tokens
     names = ("num_qformer_blocks", "start_token_id", "end_token_id", "pad_token_id")
     more = {name: getattr(config, name) for name in names}
     more["qformer_num_heads"] = config.num_attention_heads
-    more |= {n: getattr(config, n).to_dict() for n in ("vision_config", "text_config")}
+    more |= {name: getattr(config, name).to_dict() for name in ("vision_config", "text_config")}
     (folder / "config.json").write_text(json.dumps(sizes))
     (folder / "architecture.json").write_text(json.dumps(more))
 
@@ -177,20 +154,21 @@ def load_the_cards_way(folder: Path) -> QVisionForConditionalGeneration:
     """Build everything with weights of its own, then copy the three files over it."""
     config = published.read_config(folder)
     model = QVisionForConditionalGeneration(config)
-    text = CLIPTextModel(_text_config(config.vision_config.hidden_size))
+    text = _text_tower(config.vision_config.hidden_size)
     ours = {published.stored_name(name): name for name, _ in model.named_parameters()}
-    for name in FILES:
-        state = load_file(folder / name)
-        words = {k.removeprefix("clip.text_model."): w for k, w in state.items() if "text_" in k}
+    for file in FILES:
+        known, words = {}, {}
+        for name, weight in load_file(folder / file).items():
+            name = re.sub(r"^transformer", "gpt_decoder.transformer", name)
+            if name in ours:
+                known[ours[name]] = weight
+            words[name.removeprefix("clip.text_model.")] = weight
+        model.load_state_dict(known, strict=False)
         text.load_state_dict(words, strict=False)
-        as_ours = {
-            re.sub(r"^transformer", "gpt_decoder.transformer", k): w for k, w in state.items()
-        }
-        found = {ours[key]: w for key, w in as_ours.items() if key in ours}
-        model.load_state_dict(found, strict=False)
     return model.eval()
 
 
-def _text_config(width: int) -> CLIPTextConfig:
-    """CLIP's text tower of ViT-B/32; a small one for a small model."""
-    return CLIPTextConfig() if width == 768 else CLIPTextConfig(hidden_size=16, num_hidden_layers=1)
+def _text_tower(width: int) -> CLIPTextModel:
+    """CLIP's of ViT-B/32; a small one for a small model."""
+    small = {} if width == 768 else {"hidden_size": 16, "num_hidden_layers": 1}
+    return CLIPTextModel(CLIPTextConfig(**small))

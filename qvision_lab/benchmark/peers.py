@@ -182,13 +182,6 @@ class PeerRow:
             qvision_seconds=ours,
         )
 
-    def __str__(self) -> str:
-        size = f"{self.parameters:,} parameters" if self.parameters else "size not public"
-        if self.seconds is None:
-            return f"{self.name}, {size}: not measured: {self.not_measured}"
-        times = f", {self.ratio_to_qvision:.3g} times QVision's" if self.ratio_to_qvision else ""
-        return f"{self.name}, {size}, {self.dtype}: {self.seconds_per_caption} s a caption{times}"
-
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
     """Time all peers that fit the memory, and GPT-4 where there is an endpoint.

@@ -69,11 +69,11 @@ def loading(folder: Path = RESULTS) -> pd.DataFrame:
             "way": f"{row['way']}, {row['dtype']}",
             "seconds": _spread(row["spread"]),
             "times as fast": f"{row['ratio_to_card']:.1f}",
-            "read from disk": _gigabytes(row["cold"]["bytes_read"]),
-            "resident, all weights read": f"{row['resident_gigabytes']:.2f} GB",
-            "peak": f"{row['peak_gigabytes']:.2f} GB" if row["peak_gigabytes"] else "",
-            "peak, captioning 16": _gigabytes(row["cold"]["captioning_peak"]),
-            "weights": f"{row['gigabytes_needed']:.2f} GB",
+            "GB of weights": f"{row['gigabytes_needed']:.2f}",
+            "read": f"{row['loads'][0]['gigabytes_read']:.2f}",
+            "resident": f"{row['loads'][-1]['resident_gigabytes']:.2f}",
+            "peak": f"{row['loads'][-1]['peak_gigabytes']:.2f}",
+            "peak, 16 captions": f"{row['loads'][-1]['captioning_gigabytes']:.2f}",
         }
         for row in _read(folder, "loading")["rows"]
     )
@@ -205,7 +205,3 @@ def _milliseconds(spread: dict) -> str:
 
 def _spread(spread: dict) -> str:
     return f"{spread['median']:.2f} ({spread['lower']:.2f} to {spread['upper']:.2f})"
-
-
-def _gigabytes(count: int | None) -> str:
-    return f"{count / 1e9:.2f} GB" if count is not None else ""
