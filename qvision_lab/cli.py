@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qvision_lab.benchmark.parameters import PartSize
 
 SUITES = ("parameters", "latency", "peers", "loading", "folder", "scoring")
-SUITES += ("interpret", "training")  # modules of benchmark/
+SUITES += ("interpret", "maps", "training")  # modules of benchmark/
 Run = Callable[[argparse.Namespace], int]
 Add = Callable[..., argparse.Action]
 

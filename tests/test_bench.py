@@ -14,7 +14,7 @@ from qvision_lab.benchmark import loading, peers, tables
 from qvision_lab.cli import main
 from qvision_lab.model.checkpoint import Checkpoint, Provenance, load_checkpoint, save_checkpoint
 
-SUITES = ("parameters", "latency", "peers", "loading", "folder", "interpret")
+SUITES = ("parameters", "latency", "peers", "loading", "folder", "interpret", "maps")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_page_is_drawn_from_results(results, tmp_path):
     marked = "".join(f"# {name}\n<!-- table {name} --><!-- end -->\n" for name in tables.TABLES)
     page.write_text(marked)
     tables.fill(page, tmp_path / "nothing")
-    assert page.read_text().count("not measured") == 4 + 8  # a claim a line
+    assert page.read_text().count("not measured") == 5 + 8  # a claim a line
     tables.fill(page, results)
     tables.fill(page, results)  # what was drawn is replaced
     drawn = page.read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +14,7 @@ from matplotlib.axes import Axes
 from qvision_lab import plots
 from qvision_lab.benchmark.harness import RESULTS
 from qvision_lab.data.whole_files import write_whole
+from qvision_lab.training.card import OURS, OVERLAPS, SIXTH
 
 NOT_MEASURED = "not measured"
 CARD_PARTS = {
@@ -20,6 +22,13 @@ CARD_PARTS = {
     "GPT-Neo": "355.80M, 240.36M trained (67.56%)",
     "Q-Former and bridge": "66.20M, 66.20M trained (100%)",
     "all": "574.06M, 306.56M trained (53.40%)",
+}
+TRUTHS = {
+    "pairs right": "every object named, in its color, and no other",
+    "hallucination": "captions with an object that is not there",
+    "count right": "counts right, of those stated",
+    "relation right": "relations right, of those stated",
+    "true": "every word of the caption true",
 }
 CARD_TIME = "~50 ms"
 CARD_PEERS = {  # how many times QVision's follows from the times
@@ -124,12 +133,57 @@ def claims(folder: Path = RESULTS) -> pd.DataFrame:
     return frame.assign(command="`qvision bench " + frame.command + "`")
 
 
+def maps(folder: Path = RESULTS) -> pd.DataFrame:
+    """Methods of word maps on Scenes, and those of a checkpoint that was never told of places."""
+    cells = {
+        (result, row["method"], row["size"], row["measure"]): row
+        for result in ("maps", "maps_told_by_pictures")
+        for row in _read(folder, result)["rows"]
+    }
+    methods = dict.fromkeys(method for result, method, *_ in cells if result == "maps")
+    columns = {
+        "points into the box": ("maps", "large", "pointing"),
+        "of things smaller than a patch": ("maps", "small", "pointing"),
+        "deletion (low is good)": ("maps", "large", "deletion"),
+        "insertion (high is good)": ("maps", "large", "insertion"),
+        "points, tower never told where": ("maps_told_by_pictures", "large", "pointing"),
+    }
+    return _frame(
+        {"map": method.replace("_", " ")}
+        | {
+            title: _share(cells.get((result, method, size, measure)))
+            for title, (result, size, measure) in columns.items()
+        }
+        for method in methods
+    )
+
+
+def scores(_folder: Path = RESULTS) -> pd.DataFrame:
+    """What the embedded checkpoint's captions are worth, from the scores that lie beside it."""
+    path = files("qvision_lab") / "scenes_checkpoint" / "scores.json"
+    splits = json.loads(path.read_text(encoding="utf-8"))
+    heads = {"test": "test", "compose": "new color-object pairs", "crowd": "crowds"}
+    rows = [(title, OURS, name) for name, title in TRUTHS.items()]
+    for name in OVERLAPS:
+        rows += [(name, OURS, name), (f"{name} of {SIXTH}", SIXTH, name)]
+    return _frame(
+        {"": title}
+        | {
+            f"{head} ({splits[split][OURS]['true']['of']:,})": _share(splits[split][by][name])
+            for split, head in heads.items()
+        }
+        for title, by, name in rows
+    )
+
+
 TABLES: dict[str, Callable[[Path], pd.DataFrame]] = {
     "latency": latency,
     "peers": peers,
     "loading": loading,
     "folder": folders,
     "claims": claims,
+    "maps": maps,
+    "scores": scores,
 }
 
 
@@ -205,3 +259,11 @@ def _milliseconds(spread: dict) -> str:
 
 def _spread(spread: dict) -> str:
     return f"{spread['median']:.2f} ({spread['lower']:.2f} to {spread['upper']:.2f})"
+
+
+def _share(row: dict | None) -> str:
+    """A share times 100 with its interval; empty where there is nothing to count."""
+    value = row and row.get("value", row.get("score"))
+    if value is None:
+        return ""
+    return f"{100 * value:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
