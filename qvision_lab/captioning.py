@@ -184,7 +184,10 @@ class Captioner:
         Compiling takes `captioner.model.compile_seconds`, a minute or so at the published size.
         Batches of another size are captioned as before; `CompiledQVision` tells the arguments.
         """
-        return replace(self, model=CompiledQVision(self.model, batch_size, length, int8))
+        model, origin = CompiledQVision(self.model, batch_size, length, int8), self.provenance
+        if int8 and origin:  # its captions are not those of the weights as they were loaded
+            origin = replace(origin, dtype="int8")
+        return Captioner(model, self.processor, origin)
 
     def _caption_to_file(
         self,

@@ -84,7 +84,7 @@ def test_a_page_is_drawn_from_results(results, tmp_path):
     drawn = page.read_text()
     assert "574,061,314, 306,561,025 trained (53.40%)" in drawn
     assert "not measured (no endpoint" in drawn
-    for block in re.findall(r"<!-- table \w+ -->\n(.+?)\n<!-- end -->", drawn, re.DOTALL):
+    for block in re.findall(r"<!-- table \w+ -->\n\n(.+?)\n\n<!-- end -->", drawn, re.DOTALL):
         assert len({line.count("|") for line in block.splitlines()}) == 1
     page.write_text("<!-- table nonsense --><!-- end -->")
     with pytest.raises(ValueError, match="no table 'nonsense'; there are latency"):

@@ -213,7 +213,8 @@ def fill(page: Path, folder: Path = RESULTS) -> Path:
     def table(match: re.Match) -> str:
         if match[1] not in TABLES:
             raise ValueError(f"{page}: no table {match[1]!r}; there are {', '.join(TABLES)}.")
-        return f"<!-- table {match[1]} -->\n{as_markdown(TABLES[match[1]](folder))}\n<!-- end -->"
+        drawn = as_markdown(TABLES[match[1]](folder))
+        return f"<!-- table {match[1]} -->\n\n{drawn}\n\n<!-- end -->"
 
     text = page.read_text(encoding="utf-8")
     filled = re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
