@@ -438,8 +438,9 @@ def test_a_phase_without_progress_ends_there_and_stays_ended(home, quick, monkey
 
 def test_tensorboard_gets_the_log_if_asked(home, quick):
     pytest.importorskip("tensorboard")
-    once = "phases: [{policy: bridge, epochs: 0.1}], learning_rate: 1, batch_size: 4"
-    run(home, "run", f"training={{{once}, tensorboard: true}}")
+    once = "phases: [{policy: bridge, epochs: 1}], learning_rate: 1, batch_size: 12"
+    checkpoint = run(home, "run", f"training={{{once}, tensorboard: true}}")
+    assert json.loads((checkpoint / "scores.json").read_text())["loss"] > 0  # of a smaller batch
     assert list((home / "run/phase-1").rglob("events.out.tfevents.*"))
 
 
