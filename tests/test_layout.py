@@ -21,7 +21,7 @@ ALLOWED = {
     "compiled": {"model"},
     "benchmark": {
         *("model", "data", "images", "captioning", "compiled"),
-        *("evaluation", "interpretation", "training", "benchmark"),
+        *("evaluation", "interpretation", "training", "benchmark", "plots"),
     },
     "demo": {"captioning", "data", "evaluation", "interpretation", "plots"},
     "widgets": {
