@@ -26,7 +26,7 @@ from qvision_lab.interpretation.queries import profile_queries
 from qvision_lab.interpretation.trace import Trace, Word, trace_all
 
 SHEET = 24  # scenes that are drawn on the contact sheet
-LOOKED_INTO = 5  # the test scene whose words and queries are drawn
+LOOKED_INTO = 2  # the test scene whose words and queries are drawn
 CURVES = {"vision": "Learning to see", "captioner": "Learning to tell"}
 
 
@@ -83,7 +83,7 @@ def draw_inside(
     """Draw what the model looks at: `words.png`, `queries.png` and `deletion.png`.
 
     Args:
-        n: scenes of the split `test`, of which queries and removal curves are means; at least 6.
+        n: scenes of the split `test`, of which queries and removal curves are means; at least 3.
         model: folder or Hub id; by default the embedded checkpoint.
     """
     if n <= LOOKED_INTO:
