@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,12 +18,15 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from qvision_lab.compiled import CompiledQVision
 from qvision_lab.generation import Search
-from qvision_lab.images import ImageError, Picture, find_pictures, open_image, picture_name
+from qvision_lab.images import ImageError, Picture, open_image, picture_name, walk_pictures
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.checkpoint import Provenance, load_checkpoint
 from qvision_lab.model.processor import QVisionProcessor
@@ -46,7 +53,7 @@ class FolderReport:
     """What `caption_folder` did: numbers of pictures, and where their records are."""
 
     captioned: int
-    skipped: int  # captioned by an earlier call
+    skipped: int  # captioned already: by an earlier call, or under the same name
     failed: int
     output: Path
 
@@ -133,23 +140,29 @@ class Captioner:
         """Caption the pictures of folders into a JSON Lines file, going on where it was left.
 
         A record has `source`, `caption`, `score` and `settings`, and with k > 1 captions a picture
-        `captions` and `scores` too; or `source`, `error` and `settings`. Records are written batch
-        by batch, in the order of the paths. A later call skips what is captioned, tries again what
-        failed, and adds what is new. What is drawn for a picture depends on `seed` and its path
-        inside the folder, so other pictures, batches and interruptions change nothing.
+        `captions` and `scores` too; or `source`, `error` and `settings`. There is one for each
+        picture, written batch by batch in the order of `walk_pictures`, however many there are:
+        memory stays the same. A later call skips what is captioned, tries again what failed, and
+        adds what is new. What is drawn for a picture depends on `seed` and its path inside the
+        folder, so other pictures, batches and interruptions change nothing.
+
+        Under `accelerate launch` the processes share the pictures. Each writes a file of its own
+        beside `output`, which takes them all in at the end, or when the job is started again.
 
         Args:
-            paths: folders, pictures, URLs; a folder means its files with a picture's suffix.
+            paths: folders, pictures, URLs; a folder means its files with a picture's suffix. An
+                iterator is read as it is needed.
             recursive: take those of its subfolders too.
             how: `batch_size`, `preset`, `preprocessing`, `seed` and settings, as in `caption`.
 
         Raises:
             ValueError: if there is no picture, or `output` was made with other settings.
         """
-        found = find_pictures(paths, recursive).items()
-        return self._caption_to_file(
-            [_Item(source, source, key) for source, key in found], output, **how
-        )
+        known = not isinstance(paths, Iterator)
+        total = sum(1 for _ in walk_pictures(paths, recursive)) if known else None
+        found = walk_pictures(paths, recursive)
+        items = (_Item(source, source, key) for source, key in found)
+        return self._caption_to_file(items, total, output, **how)
 
     def caption_dataset(
         self, images: Iterable[Identified], output: str | os.PathLike, **how
@@ -158,15 +171,28 @@ class Captioner:
 
         What is drawn for a picture depends on `seed` and this id. Drawn scenes are made one by one.
         """
-        items = [
+        items = (
             _Item(partial(getattr, image, "picture"), str(image.image_id), str(image.image_id))
             for image in images
-        ]
-        return self._caption_to_file(items, output, **how)
+        )
+        total = len(images) if isinstance(images, Sized) else None
+        return self._caption_to_file(items, total, output, **how)
+
+    def compile(self, batch_size: int = 1, *, length: int = 64, int8: bool = False) -> Captioner:
+        """The same captioner with its decoding step compiled for batches of one size.
+
+        Compiling takes `captioner.model.compile_seconds`, a minute or so at the published size.
+        Batches of another size are captioned as before; `CompiledQVision` tells the arguments.
+        """
+        model, origin = CompiledQVision(self.model, batch_size, length, int8), self.provenance
+        if int8 and origin:  # its captions are not those of the weights as they were loaded
+            origin = replace(origin, dtype="int8")
+        return Captioner(model, self.processor, origin)
 
     def _caption_to_file(
         self,
-        items: list[_Item],
+        items: Iterable[_Item],
+        total: int | None,
         output: str | os.PathLike,
         *,
         batch_size: int = 16,
@@ -175,22 +201,46 @@ class Captioner:
         seed: int = 0,
         **settings,
     ) -> FolderReport:
-        output = Path(output)
         search = Search.from_settings(self.model, preset, seed, settings)
         told = self._tell_settings(search, preprocessing)
-        done = _resume(output, told)
-        todo = [item for item in items if item.source not in done]
-        failed = 0
-        start, quiet = len(items) - len(todo), len(items) == 1
-        progress = tqdm(total=len(items), initial=start, unit="picture", disable=quiet)
-        with open(output, "a", encoding="utf-8") as file, progress:
-            for item, captions in self._captions(todo, search, preprocessing, batch_size):
+        everyone = _processes()
+        count, index = everyone.num_processes, everyone.process_index
+        output = part = Path(output)
+        if count > 1:
+            part = output.with_name(f"{output.name}.part{index}")
+        with everyone.main_process_first():
+            if everyone.is_main_process:
+                _gather(output, told, failures=False)
+        skipped = captioned = failed = 0
+        quiet = total == 1 or not everyone.is_main_process
+        progress = tqdm(total=total, unit="picture", disable=quiet)
+
+        def unseen() -> Iterator[_Item]:
+            nonlocal skipped
+            for item in items:
+                if seen.add(item.source):
+                    yield item
+                else:
+                    skipped += 1
+                    progress.update()
+
+        with closing(_Seen()) as seen, open(part, "a", encoding="utf-8") as file, progress:
+            for record, _ in _records(output, told):
+                seen.add(record["source"])
+            mine = islice(unseen(), index, None, count)
+            for item, captions in self._captions(mine, search, preprocessing, batch_size):
                 record = {"source": item.source, **_outcome(captions), "settings": told}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(json.dumps(record) + "\n")
                 file.flush()
                 failed += isinstance(captions, ImageError)
-                progress.update()
-        return FolderReport(len(todo) - failed, start, failed, output)
+                captioned += not isinstance(captions, ImageError)
+                progress.update(count)
+        counts = gather_object([(captioned, failed)])  # waits for all of them
+        if count > 1 and everyone.is_main_process:
+            _gather(output, told, failures=True)
+        everyone.wait_for_everyone()
+        captioned, failed = map(sum, zip(*counts, strict=True))
+        return FolderReport(captioned, skipped, failed, output)
 
     def _captions(
         self, items: Iterable[_Item], search: Search, preprocessing: str, batch_size: int
@@ -282,6 +332,8 @@ def load(
 
     `qvision_lab.model.checkpoint.load_checkpoint` says more about the arguments and the errors.
     """
+    if device is None and "LOCAL_RANK" in os.environ:  # each process has a device of its own
+        device = _processes().device
     checkpoint = load_checkpoint(source, revision=revision, dtype=dtype, device=device)
     return Captioner(checkpoint.model, checkpoint.processor, checkpoint.provenance)
 
@@ -301,35 +353,67 @@ def _outcome(captions: list[Caption] | ImageError) -> dict:
     return {"caption": texts[0], "score": scores[0], **several}
 
 
-def _resume(output: Path, settings: dict) -> set[str]:
-    """Sources that are captioned already; their records stay, failures and torn lines go."""
-    if not output.exists():
-        return set()
-    lines = output.read_text(encoding="utf-8", errors="replace").split("\n")
-    kept = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            source, earlier = record["source"], record["settings"]
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):  # empty, or torn by an interruption
-                break
-            raise ValueError(
-                f"line {number} of {output} is no caption record; choose another output."
-            ) from error
-        changed = [
-            f"{name} was {earlier.get(name)!r}, now {settings.get(name)!r}"
-            for name in sorted(settings.keys() | earlier.keys())
-            if settings.get(name) != earlier.get(name)
-        ]
-        if changed:
-            raise ValueError(
-                f"{output} was made with other settings ({'; '.join(changed)}): choose another "
-                "output, or delete this one to caption everything anew."
-            )
-        if "caption" in record:
-            kept[source] = line
-    rewritten = output.with_name(output.name + ".partial")
-    rewritten.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
-    rewritten.replace(output)
-    return set(kept)
+class _Seen:
+    """Names met so far, on disk where they are many."""
+
+    def __init__(self):
+        self.names = sqlite3.connect("")  # a file of its own, gone when it is closed
+        self.names.execute("CREATE TABLE names (name BLOB PRIMARY KEY) WITHOUT ROWID")
+
+    def add(self, name: str) -> bool:
+        """Whether the name is new."""
+        row = (name.encode("utf-8", "surrogatepass"),)  # a file may be called anything
+        return self.names.execute("INSERT OR IGNORE INTO names VALUES (?)", row).rowcount == 1
+
+    def close(self) -> None:
+        self.names.close()
+
+
+def _processes() -> PartialState:
+    """The processes of `accelerate launch`, or this one alone; a slow one is waited for."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(weeks=1))
+
+
+def _gather(output: Path, settings: dict, *, failures: bool) -> None:
+    """Bring the records of all processes into one file, one a picture; torn lines go.
+
+    Without `failures` those go too, to be tried again.
+    """
+    parts = sorted(output.parent.glob(f"{glob.escape(output.name)}.part[0-9]*"))
+    whole = output.with_name(output.name + ".partial")
+    with closing(_Seen()) as seen, open(whole, "w", encoding="utf-8") as file:
+        for part in (output, *parts):
+            for record, line in _records(part, settings):
+                if (failures or "caption" in record) and seen.add(record["source"]):
+                    file.write(line)
+    whole.replace(output)
+    for part in parts:
+        part.unlink()
+
+
+def _records(path: Path, settings: dict) -> Iterator[tuple[dict, str]]:
+    """Records of an output file with their lines; one torn by an interruption is passed over."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n") and line[:11] == '{"source": '[: len(line)]:
+                return
+            try:
+                record = json.loads(line)
+                _, earlier = record["source"], record["settings"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"line {number} of {path} is no caption record; choose another output."
+                ) from error
+            changed = [
+                f"{name} was {earlier.get(name)!r}, now {settings.get(name)!r}"
+                for name in sorted(settings.keys() | earlier.keys())
+                if settings.get(name) != earlier.get(name)
+            ]
+            if changed:
+                raise ValueError(
+                    f"{path} was made with other settings ({'; '.join(changed)}): choose another "
+                    "output, or delete this one to caption everything anew."
+                )
+            yield record, line

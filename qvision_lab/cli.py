@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qvision_lab.benchmark.parameters import PartSize
 
-SUITES = ("latency", "scoring", "interpret", "training")  # modules of benchmark/
+SUITES = ("parameters", "latency", "peers", "loading", "folder", "scoring")
+SUITES += ("interpret", "maps", "training")  # modules of benchmark/
 Run = Callable[[argparse.Namespace], int]
 Add = Callable[..., argparse.Action]
 
@@ -51,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def caption(options: argparse.Namespace) -> int:
     """Caption pictures, to the screen or to a file that a later call goes on with."""
     from qvision_lab.captioning import load
-    from qvision_lab.images import find_pictures
+    from qvision_lab.images import walk_pictures
 
-    find_pictures(options.paths, options.recursive)  # nothing to do is said before the long load
+    next(walk_pictures(options.paths, options.recursive))  # or nothing to do, before the long load
     captioner = load(options.model, options.revision, options.dtype, options.device)
     settings = ("preset", "num_beams", "num_return_sequences", "temperature", "max_new_tokens")
     chosen = {name: value for name in settings if (value := getattr(options, name)) is not None}
@@ -67,16 +68,18 @@ def caption(options: argparse.Namespace) -> int:
             seed=options.seed,
             **chosen,
         )
-        lines = report.output.read_text(encoding="utf-8").rstrip("\n").split("\n")
-        for line in lines:  # not splitlines, which also breaks at U+2028 inside a caption
-            record = json.loads(line)
-            if "error" in record:
-                print(f"qvision: {record['error']}", file=sys.stderr)
-            elif not options.output and options.json:
-                print(line)
-            elif not options.output:
-                for text in record.get("captions", [record["caption"]]):
-                    print(f"{record['source']}: {text}")
+        if os.environ.get("RANK", "0") != "0":  # of several processes the first one tells
+            return 0
+        with open(report.output, encoding="utf-8") as lines:
+            for line in lines:
+                record = json.loads(line)
+                if "error" in record:
+                    print(f"qvision: {record['error']}", file=sys.stderr)
+                elif not options.output and options.json:
+                    print(line, end="")
+                elif not options.output:
+                    for text in record.get("captions", [record["caption"]]):
+                        print(f"{record['source']}: {text}")
     if options.output:
         print(
             f"{report.captioned} captioned, {report.skipped} already there, {report.failed} failed"
@@ -236,7 +239,7 @@ def ablate(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Time what the design claims, in turn with what it is compared with."""
+    """Measure parameters, time and memory, in turn with what they are compared with."""
     from importlib import import_module
 
     from qvision_lab.captioning import load
@@ -249,6 +252,16 @@ def bench(options: argparse.Namespace) -> int:
         for result in benchmarks(captioner, options.quick):
             print(result)
             print(f"  -> {result.save(options.output)}")
+    return 0
+
+
+def tables(options: argparse.Namespace) -> int:
+    """Draw a page's tables, and how fast QVision is, from the results of the benchmarks."""
+    from qvision_lab.benchmark import tables
+
+    print(f"wrote {tables.fill(Path(options.page))}")
+    if options.figure:
+        tables.draw_ratios().figure.savefig(options.figure, dpi=150)
     return 0
 
 
@@ -353,6 +366,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="few rounds: shows that it runs, measures little")
     add("--output", metavar="DIR", help="folder of the results (default: the package's own)")
     _add_model(add)
+
+    add = _command(commands, "tables", tables)
+    add("page", nargs="?", default="README.md", help="Markdown file (%(default)s)")
+    add("--figure", metavar="FILE", help="picture to draw, such as figures/speed.png")
     return parser
 
 

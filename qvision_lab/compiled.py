@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from time import perf_counter
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from qvision_lab.model.attention import MultiHeadAttention
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
@@ -21,23 +22,37 @@ INDUCTOR = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends"
 class CompiledQVision(QVisionForConditionalGeneration):
     """A captioner whose decoding step is compiled; it shares the weights of the one it is given.
 
-    All settings of `generate` work as before. The first caption compiles, a minute or so at the
-    published size; so does the first with another number of rows (images times beams).
+    All settings of `generate` work as before.
 
     Args:
+        rows: images times beams that the step is compiled for; others go the eager way.
         length: positions of the cache; a caption has at most so many tokens, `<START>` included.
         int8: round the decoder's matrices to 8 bits, with a scale a row: a token then reads half of
             what it reads in bfloat16, and words may change.
+
+    Attributes:
+        compile_seconds: what compiling took, a minute or so at the published size.
     """
 
     def __init__(
-        self, model: QVisionForConditionalGeneration, length: int = 64, int8: bool = False
+        self,
+        model: QVisionForConditionalGeneration,
+        rows: int = 1,
+        length: int = 64,
+        int8: bool = False,
     ):
         super(QVisionForConditionalGeneration, self).__init__(model.config)  # builds no parts
         self.vision, self.qformer = model.vision, model.qformer
-        self.decoder = CompiledDecoder(model.decoder, int8)
+        self.decoder = CompiledDecoder(model.decoder, rows, int8)
         self.generation_config, self.length = model.generation_config, length
         self.eval()
+        start, shape = (
+            perf_counter(),
+            (rows, 1 + self.config.num_query_tokens, self.config.hidden_size),
+        )
+        visual_tokens = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.generate(visual_tokens=visual_tokens, do_sample=False, min_length=0, max_new_tokens=2)
+        self.compile_seconds = perf_counter() - start
 
     def generate(self, inputs: Int[Tensor, "R T"] | None = None, **settings):
         """As the eager model does.
@@ -58,11 +73,11 @@ class CompiledDecoder(Decoder):
     caption.
     """
 
-    def __init__(self, decoder: Decoder, int8: bool):
+    def __init__(self, decoder: Decoder, rows: int, int8: bool):
         nn.Module.__init__(self)
         decoder = with_int8_weights(decoder) if int8 else decoder
         self.language_model, self.bridge = decoder.language_model, decoder.bridge
-        self.lm_head, self.dropout = decoder.lm_head, decoder.dropout
+        self.lm_head, self.dropout, self.rows = decoder.lm_head, decoder.dropout, rows
         self.compiled = torch.compile(self.step, fullgraph=True, dynamic=False, options=INDUCTOR)
 
     def forward(
@@ -70,17 +85,20 @@ class CompiledDecoder(Decoder):
         input_ids: Int[Tensor, "R T"],
         visual_tokens: Float[Tensor, "R N D"],
         *,
-        past_key_values: StaticCache | None = None,
+        past_key_values: Cache | None = None,
         **settings,
     ) -> DecoderOutput:
         cache = past_key_values
+        if isinstance(cache, StaticCache) and len(input_ids) != self.rows:
+            cache = DynamicCache()
+            settings["attention_mask"] = None  # made for a cache of fixed size; all is causal
         if not isinstance(cache, StaticCache):
             return super().forward(input_ids, visual_tokens, past_key_values=cache, **settings)
         if not cache.is_initialized:
-            rows, _, width = visual_tokens.shape
             heads = self.language_model.config.num_heads
+            width = visual_tokens.shape[-1] // heads
             place = {"dtype": visual_tokens.dtype, "device": visual_tokens.device}
-            cache.early_initialization(rows, heads, width // heads, **place)
+            cache.early_initialization(self.rows, heads, width, **place)
             attention = self.bridge.attention
             cache.seen = [_project(attention, visual_tokens, part) for part in (1, 2)]
         length = cache.layers[0].max_cache_len

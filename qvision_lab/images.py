@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Union
 
@@ -76,34 +76,44 @@ def open_image(picture: Picture, name: str | None = None) -> Image.Image:
 def find_pictures(
     paths: str | os.PathLike | Iterable[str | os.PathLike], recursive: bool = False
 ) -> dict[str, str]:
-    """Pictures in folders, and files and URLs that are named themselves, in sorted order.
+    """All that `walk_pictures` finds, in sorted order: paths or URLs and their names."""
+    return dict(sorted(walk_pictures(paths, recursive)))
 
-    Returns:
-        For each path or URL its name: the path inside the folder, the file's own name, or the URL.
+
+def walk_pictures(
+    paths: str | os.PathLike | Iterable[str | os.PathLike], recursive: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Pictures in folders, and files and URLs that are named themselves, one after the other.
+
+    A folder's files come sorted, its subfolders after them; no more than the names of one folder
+    are held at a time.
+
+    Yields:
+        A path or URL, and its name: the path inside the folder, the file's own name, or the URL.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: at the end, if there was none.
     """
-    paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    found: dict[str, str] = {}
+    paths = [paths] if isinstance(paths, str | os.PathLike) else paths
+    found = None
     for path in paths:
         if _is_url(path):
-            found[path] = path
-            continue
-        path = Path(path).expanduser()
-        if not path.is_dir():
-            found[str(path)] = path.name
-            continue
-        for file in path.rglob("*") if recursive else path.iterdir():
-            if file.suffix.lower() in SUFFIXES and file.is_file():
-                found.setdefault(str(file), file.relative_to(path).as_posix())
-    if not found:
+            yield (found := path), path
+        elif not (folder := Path(path).expanduser()).is_dir():
+            yield (found := str(folder)), folder.name
+        else:
+            for place, subfolders, names in os.walk(folder):
+                subfolders[:] = sorted(subfolders) if recursive else ()
+                for file in (Path(place, name) for name in sorted(names)):
+                    if file.suffix.lower() in SUFFIXES and file.is_file():
+                        yield (found := str(file)), file.relative_to(folder).as_posix()
+    if found is None:
+        said = ", ".join(map(str, paths)) if isinstance(paths, Collection) else ""
         raise ValueError(
-            f"no picture in {', '.join(map(str, paths)) or 'an empty list of paths'}; a folder's "
+            f"no picture in {said or 'an empty list of paths'}; a folder's "
             f"files count if they end in {', '.join(SUFFIXES)}, those of its subfolders with "
             "recursive=True."
         )
-    return dict(sorted(found.items()))
 
 
 def picture_name(picture: Picture) -> str | None:

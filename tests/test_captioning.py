@@ -1,6 +1,9 @@
 """The Captioner: the same captions however they are asked for, and records that survive."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -282,3 +285,89 @@ def test_several_captions_a_picture_in_one_record(captioner, folder, tmp_path):
     assert first["caption"] == first["captions"][0]
     assert len(first["scores"]) == 2
     assert last["source"].endswith("0.PNG")
+
+
+WORKER = """
+import os, signal, sys
+from test_captioning import SAMPLED, tiny_captioner
+from qvision_lab.captioning import Captioner
+
+class Dying(Captioner):
+    batches = 0
+
+    def _caption_batch(self, *arguments):
+        self.batches += 1
+        if self.batches == 2 and os.environ["RANK"] == sys.argv[3]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._caption_batch(*arguments)
+
+tiny = tiny_captioner()
+captioner = Dying(tiny.model, tiny.processor)
+report = captioner.caption_folder(sys.argv[1], sys.argv[2], batch_size=2, **SAMPLED)
+print(f"{report.captioned}+{report.skipped}+{report.failed}")
+"""
+
+
+def test_processes_share_a_folder_and_outlive_a_kill(captioner, pictures, tmp_path):
+    """Two processes of `accelerate launch`, one of them killed and the job started again."""
+    folder, output = tmp_path / "pictures", tmp_path / "shared.jsonl"
+    folder.mkdir()
+    for i in range(12):
+        pictures[i % 5].rotate(i).save(folder / f"{i:02}.png")
+    (folder / "07.png").write_text("no picture")
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes=2",
+    ]
+    here = os.path.dirname(__file__)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *sys.path]), "OMP_NUM_THREADS": "1"}
+
+    def run(dying: str) -> subprocess.CompletedProcess:
+        words = ["--main_process_port=0", worker, folder, output, dying]
+        return subprocess.run([*launch, *words], env=env, capture_output=True, text=True)
+
+    killed = run(dying="1")
+    assert killed.returncode != 0
+    assert 2 <= sum(len(read(part)) for part in tmp_path.glob("shared.jsonl*")) < 12
+    again = run(dying="none")
+    assert again.returncode == 0, again.stderr
+    alone = tmp_path / "alone.jsonl"
+    captioner.caption_folder(folder, alone, batch_size=2, **SAMPLED)
+    assert sorted(read(output), key=str) == sorted(read(alone), key=str)
+    assert again.stdout.splitlines()[0] == again.stdout.splitlines()[1]
+    assert [path.name for path in tmp_path.glob("shared.jsonl*")] == ["shared.jsonl"]
+
+
+def test_a_folder_is_streamed(captioner, folder, tmp_path):
+    output, asked = tmp_path / "captions.jsonl", []
+
+    def paths():
+        for name in ("0.png", "1.png", "0.png", "3.png", "4.png"):
+            asked.append(len(read(output)))
+            yield folder / name
+
+    report = captioner.caption_folder(paths(), output, batch_size=1, max_new_tokens=3)
+    assert (report.captioned, report.skipped) == (4, 1)  # each path once
+    assert asked[-1] > 0  # there were records before the last path was asked for
+
+
+def test_foreign_files_are_left_alone(captioner, folder, tmp_path):
+    output = tmp_path / "captions.jsonl"
+    output.write_text("a line that does not end")
+    with pytest.raises(ValueError, match=r"line 1 of .* is no caption record"):
+        captioner.caption_folder(folder, output)
+    assert output.read_text() == "a line that does not end"
+
+
+def test_a_compiled_captioner_says_the_same(captioner, pictures):
+    with torch.compiler.set_stance("force_eager"):
+        compiled = captioner.compile(batch_size=2)
+        assert compiled.model.compile_seconds > 0
+        for settings in ({"preset": "greedy"}, SAMPLED):
+            said = compiled.caption(pictures, batch_size=2, **settings)  # the last batch has one
+            assert ids(said) == ids(captioner.caption(pictures, **settings))

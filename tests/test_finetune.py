@@ -436,6 +436,14 @@ def test_a_phase_without_progress_ends_there_and_stays_ended(home, quick, monkey
     assert next(scores, None) is None
 
 
+def test_tensorboard_gets_the_log_if_asked(home, quick):
+    pytest.importorskip("tensorboard")
+    once = "phases: [{policy: bridge, epochs: 1}], learning_rate: 1, batch_size: 12"
+    checkpoint = run(home, "run", f"training={{{once}, tensorboard: true}}")
+    assert json.loads((checkpoint / "scores.json").read_text())["loss"] > 0  # of a smaller batch
+    assert list((home / "run/phase-1").rglob("events.out.tfevents.*"))
+
+
 def test_memory_is_that_of_what_is_trained(home):
     settings = FinetuneRecipe.parse(yaml.safe_load((home / "run.yaml").read_text())).training
     settings = replace(settings, captions_per_image=5, max_tokens=20)

@@ -14,7 +14,7 @@ ALLOWED = {
     "evaluation": {"data", "evaluation"},
     "images": set(),
     "generation": {"model"},
-    "captioning": {"model", "generation", "images"},
+    "captioning": {"model", "generation", "images", "compiled"},
     "plots": {"images"},
     "interpretation": {"model", "data", "captioning", "evaluation", "images", "interpretation"},
     "training": {"model", "data", "images", "captioning", "evaluation", "training"},
@@ -22,10 +22,10 @@ ALLOWED = {
         *("model", "data", "captioning", "evaluation"),
         *("interpretation", "training", "ablation"),
     },
-    "compiled": {"model", "generation", "captioning"},
+    "compiled": {"model"},
     "benchmark": {
         *("model", "data", "images", "captioning", "compiled"),
-        *("evaluation", "interpretation", "training", "benchmark"),
+        *("evaluation", "interpretation", "training", "benchmark", "plots"),
     },
     "demo": {"captioning", "data", "evaluation", "interpretation", "plots"},
     "widgets": {

@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import PreTrainedConfig
 
 from qvision_lab.benchmark import peers
-from qvision_lab.benchmark.claims import as_markdown, check_claims, save_rows
 from qvision_lab.benchmark.gpt4 import EndpointError, Gpt4Captioner
+from qvision_lab.benchmark.harness import Table
 from qvision_lab.benchmark.peers import PEERS, gpt4_row, run_peers
 
 SIZES = {
@@ -68,9 +68,9 @@ def test_every_peer_says_exactly_so_many_tokens(peer, monkeypatch):
 def test_what_does_not_fit_says_what_it_needs(tiny, monkeypatch):
     monkeypatch.setattr(peers, "free_memory", lambda device: 4e9)
     (row,) = run_peers(tiny, PEERS[3:4], quick=True)
-    assert row.seconds is row.ratio_to_qvision is row.comparison is None
-    assert row.not_measured == "needs 16.5 GB of memory, 4.0 are free"
-    assert "3,744,679,936 parameters: not measured: needs 16.5 GB" in str(row)
+    assert row.seconds is row.ratio_to_qvision is None
+    assert row.not_measured == "needs 8.2 GB of memory, 4.0 are free"
+    assert "8.2 GB" in str(Table(name="peers", rows=(row,)))
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_gpt4_captions(endpoint):
     _, image = request["messages"][0]["content"]
     assert image["image_url"]["url"].startswith("data:image/png;base64,")
     row = gpt4_row(picture, quick=True)
-    assert row.seconds.median > 0
+    assert row.seconds_per_caption.median > 0
     assert row.parameters is None
 
 
@@ -140,26 +140,9 @@ def test_a_bad_endpoint_gives_no_number(endpoint, answer, told):
     endpoint.answer = answer
     picture = Image.new("RGB", (8, 8))
     with pytest.raises(EndpointError, match=told):
-        Gpt4Captioner(timeout=0.2).caption(picture)
+        Gpt4Captioner(timeout=0.2 if answer is None else 60).caption(picture)
     assert len(endpoint.asked) == 1  # nothing is asked twice
     if answer is not None:
         row = gpt4_row(picture, quick=True)
         assert row.seconds is None
         assert told in row.not_measured
-
-
-def test_claims_are_read_from_results(tiny, monkeypatch, tmp_path):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(peers, "free_memory", lambda device: 1e9)
-    save_rows("peers_fp32", run_peers(tiny, PEERS[3:4], quick=True), tmp_path)
-    save_rows("gpt4", [gpt4_row(Image.new("RGB", (8, 8)))], tmp_path)
-    table = {claim.line: claim for claim in check_claims(tmp_path)}
-    assert table["QVision, all"].measured == "574,061,314, 306,561,025 trained (53.40%)"
-    assert table["QVision, time"].measured == "not measured"
-    assert "3,744,679,936, 107,130,880 trained" in table["BLIP-2 OPT-2.7B"].measured
-    assert "not measured (needs 16.5 GB" in table["BLIP-2 OPT-2.7B"].measured
-    assert "not measured (no result file)" in table["LLaVA"].measured
-    assert "not measured" in table["CLIP + GPT-4"].measured
-    lines = as_markdown(table.values()).splitlines()
-    assert len(lines) == 2 + len(table)
-    assert len({line.count("|") for line in lines}) == 1

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
+from qvision_lab.benchmark.harness import Table, growing_table
+from qvision_lab.captioning import Captioner
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.training import freezing
@@ -31,6 +34,11 @@ class PartSize:
     total: int
     trained: int  # in the published run
     used: bool = True  # False: published, though no caption needs it
+
+
+def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
+    """Count the published model's parts; no captioner takes part, and nothing is quicker."""
+    return growing_table("parameters", parameter_table(QVisionConfig()), quick=quick)
 
 
 def parameter_table(config: QVisionConfig) -> list[PartSize]:

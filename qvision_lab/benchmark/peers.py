@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,12 +15,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from qvision_lab.benchmark.gpt4 import EndpointError, Gpt4Captioner
-from qvision_lab.benchmark.harness import Comparison, Spread, compare
-from qvision_lab.benchmark.latency import TOKENS
-from qvision_lab.benchmark.original import DTYPES, GREEDY
+from qvision_lab.benchmark.harness import Spread, Table, growing_table, take_turns
+from qvision_lab.benchmark.latency import DTYPES, GREEDY, TOKENS, timed_model
+from qvision_lab.captioning import Captioner
+from qvision_lab.data import scenes
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 
 ROOM = 1.1  # memory over that of the weights: activations and caches
+LARGE = 10**9  # parameters: beyond, a peer is timed in bfloat16, twice, and not warmed up
 
 
 @dataclass(frozen=True)
@@ -161,19 +164,39 @@ class PeerRow:
     trained: int | None
     dtype: str | None = None
     gigabytes: float | None = None  # memory that it needs
-    seconds: Spread | None = None  # a caption
+    seconds_per_caption: Spread | None = None
     ratio_to_qvision: float | None = None  # its seconds over QVision's: below 1 the peer is faster
     not_measured: str | None = None  # why
-    comparison: Comparison | None = None
+    seconds: list[float] | None = None
+    qvision_seconds: list[float] | None = None  # in the same rounds
 
-    def __str__(self) -> str:
-        size = f"{self.parameters:,} parameters" if self.parameters else "size not public"
-        if self.seconds is None:
-            return f"{self.name}, {size}: not measured: {self.not_measured}"
-        return (
-            f"{self.name}, {size}, {self.dtype}: {self.seconds} s a caption, "
-            f"{self.ratio_to_qvision:.3g} times QVision's"
+    def timed(self, seconds: dict[str, list[float]]) -> PeerRow:
+        """The row with what was measured in turns."""
+        theirs, ours = seconds[self.name], seconds.get("QVision")
+        ratio = Spread.ratio(theirs, ours).median if ours else None
+        return replace(
+            self,
+            seconds_per_caption=Spread.of(theirs),
+            ratio_to_qvision=ratio,
+            seconds=theirs,
+            qvision_seconds=ours,
         )
+
+
+def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
+    """Time all peers that fit the memory, and GPT-4 where there is an endpoint.
+
+    Those above a billion parameters are timed in bfloat16, the others in float32; QVision likewise.
+    Quickly, only the first is.
+    """
+    settings = {**GREEDY, "batch": 1, "weights": "random", "device": captioner.model.device.type}
+    model = timed_model(captioner, quick)
+
+    def rows() -> Iterator[PeerRow]:
+        yield from run_peers(model, PEERS[:1] if quick else PEERS, quick=quick)
+        yield gpt4_row(next(scenes.generate(1, split="test")).image, quick=quick)
+
+    return growing_table("peers", rows(), quick=quick, settings=settings)
 
 
 def run_peers(
@@ -183,38 +206,33 @@ def run_peers(
     pretrained: bool = False,
     quick: bool = False,
 ) -> Iterator[PeerRow]:
-    """Time peers in turn with QVision, at its dtype and on its device: 20 tokens of one picture.
+    """Time peers in turn with QVision, on its device: 20 tokens of one picture.
 
-    A peer that does not fit the free memory is not tried; its row says what it needs. Those above a
-    billion parameters get 3 rounds, the others 15.
+    A peer that does not fit the free memory is not tried; its row says what it needs.
 
     Args:
         pretrained: use the peers' own weights from the Hub, or its cache, instead of random ones.
     """
-    settings = {**GREEDY, "dtype": DTYPES[model.dtype], "device": model.device.type, "batch": 1}
-    pixels = _pixels(model, model.config.vision_config.image_size)
-    ours = partial(model.generate, pixel_values=pixels, **GREEDY)
     for peer in peers:
         parameters, trained = peer.sizes()
-        needs, free = ROOM * parameters * model.dtype.itemsize, free_memory(model.device)
-        row = PeerRow(peer.name, parameters, trained, DTYPES[model.dtype], needs / 1e9)
+        large = parameters > LARGE
+        dtype = torch.bfloat16 if large else torch.float32
+        needs, free = ROOM * parameters * dtype.itemsize, free_memory(model.device)
+        row = PeerRow(peer.name, parameters, trained, DTYPES[dtype], needs / 1e9)
         if needs > free:
             reason = f"needs {needs / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
             yield replace(row, not_measured=reason)
             continue
-        theirs = peer.build(model.dtype, model.device, pretrained)
-        pixels = _pixels(model, peer.image_size)
-        comparison = compare(
-            partial(peer.caption, theirs, pixels, TOKENS),
-            ours,
-            name=f"{peer.name} vs QVision",
-            rounds=15 if parameters < 1e9 else 3,
-            quick=quick,
-            settings={**settings, "weights": peer.hub_id if pretrained else "random"},
-        )
-        del theirs  # its memory is the next one's
-        seconds, ratio = Spread.of(comparison.baseline), comparison.speedup.median
-        yield replace(row, seconds=seconds, ratio_to_qvision=ratio, comparison=comparison)
+        ours = copy.deepcopy(model).to(dtype)
+        theirs = peer.build(dtype, model.device, pretrained)
+        our_pixels = _pixels(ours, ours.config.vision_config.image_size)
+        ways = {
+            peer.name: partial(peer.caption, theirs, _pixels(theirs, peer.image_size), TOKENS),
+            "QVision": partial(ours.generate, pixel_values=our_pixels, **GREEDY),
+        }
+        seconds = take_turns(ways, 2 if large else 5, quick, warm_up=not large)
+        del theirs, ways  # its memory is the next one's
+        yield row.timed(seconds)
 
 
 def gpt4_row(picture: Image.Image, *, quick: bool = False) -> PeerRow:
@@ -223,10 +241,9 @@ def gpt4_row(picture: Image.Image, *, quick: bool = False) -> PeerRow:
     try:
         captioner = Gpt4Captioner()
         asking = partial(captioner.caption, picture, TOKENS)
-        taken = compare(asking, asking, name="GPT-4", rounds=5, quick=quick)
+        return row.timed(take_turns({row.name: asking}, 5, quick))
     except (EndpointError, ImportError) as error:
         return replace(row, not_measured=str(error))
-    return replace(row, seconds=Spread.of(taken.baseline), comparison=taken)
 
 
 def free_memory(device: torch.device) -> int:

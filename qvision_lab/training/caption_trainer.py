@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import Seq2SeqTrainer, TrainerCallback, TrainerState
 
 from qvision_lab.captioning import Captioner
@@ -101,6 +101,10 @@ class CaptionTrainer(Seq2SeqTrainer):
     def __init__(self, *args, validation: Validation, **kwargs):
         super().__init__(*args, **kwargs)
         self.validation = validation
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        self.args.dataloader_drop_last = False  # those of training are cut by now
+        return super().get_eval_dataloader(*args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> Tensor:
         loss = super().training_step(*args, **kwargs)

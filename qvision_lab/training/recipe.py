@@ -11,6 +11,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
+import pandas as pd
 import torch
 import yaml
 from accelerate import PartialState
@@ -127,8 +128,10 @@ def record_run(output: Path, recipe: dict, data: dict[str, str] | None = None) -
     path = output / "run.yaml"
     if path.exists():
         run = yaml.safe_load(path.read_text())
-        then = _leaves({"recipe": run["recipe"], "data": run.get("data")})
-        now = _leaves({"recipe": recipe, "data": data})
+        then, now = (
+            pd.json_normalize({"recipe": of, "data": from_data}).to_dict("records")[0]
+            for of, from_data in ((run["recipe"], run.get("data")), (recipe, data))
+        )
         changed = [
             f"{key.removeprefix('recipe.')} ({then.get(key)}, not {now.get(key)})"
             for key in {**then, **now}
@@ -151,15 +154,6 @@ def record_run(output: Path, recipe: dict, data: dict[str, str] | None = None) -
         },
     }
     write_whole(path, yaml.safe_dump(run, sort_keys=False))
-
-
-def _leaves(settings: dict, name: str = "") -> dict[str, object]:
-    """Settings without their nesting: `training.learning_rate`."""
-    leaves = {}
-    for key, value in settings.items():
-        path = f"{name}{key}"
-        leaves |= _leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return leaves
 
 
 def _commit() -> str | None:

@@ -1,0 +1,92 @@
+"""Every suite runs and saves what it measured, and pages are drawn from that alone."""
+
+import copy
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from test_captioning import tiny_captioner
+from test_peers import shrink
+
+from qvision_lab.benchmark import loading, peers, tables
+from qvision_lab.cli import main
+from qvision_lab.model.checkpoint import Checkpoint, Provenance, load_checkpoint, save_checkpoint
+
+SUITES = ("parameters", "latency", "peers", "loading", "folder", "interpret", "maps")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What a quick run of all suites writes, on a tiny checkpoint."""
+    captioner, folder = tiny_captioner(), tmp_path_factory.mktemp("bench")
+    origin = Provenance("a test", "native", None, {}, "float32")
+    checkpoint = Checkpoint(captioner.model, captioner.processor, origin)
+    save_checkpoint(checkpoint, folder / "tiny")
+    words = ["--quick", "--model", str(folder / "tiny"), "--output", str(folder / "results")]
+    git = replace(peers.PEERS[0], config=copy.deepcopy(peers.PEERS[0].config))
+    shrink(git.config)
+    with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
+        patch.setattr(peers, "PEERS", (git,))
+        patch.delenv("OPENAI_API_KEY", raising=False)
+        assert main(["bench", *SUITES, *words]) == 0
+    return folder / "results"
+
+
+def rows(results, suite):
+    result = json.loads((results / f"{suite}.json").read_text())
+    assert result["quick"]
+    assert result["machine"]["cores"]
+    assert "torch" in result["versions"]
+    return result["rows"]
+
+
+def test_latency_rows_tell_how_they_were_taken(results):
+    found = rows(results, "latency")
+    ways = {(row["mode"], row["dtype"], row["batch"]) for row in found}
+    assert {("original", "fp32", 1), ("eager", "bf16", 16), ("compiled", "int8", 1)} <= ways
+    assert all(len(row["seconds"]) == 2 for row in found)
+    assert all(row["same_tokens"] == 1.0 for row in found if row["dtype"] == "fp32")
+
+
+def test_loading_reads_what_it_needs(results):
+    card, ours, half = rows(results, "loading")
+    assert card["ratio_to_card"] == 1
+    assert half["gigabytes_needed"] == ours["gigabytes_needed"] / 2
+    (load,) = ours["loads"]
+    assert load["captioning_gigabytes"] >= load["peak_gigabytes"] >= load["resident_gigabytes"]
+
+
+def test_both_ways_load_the_same_weights(tiny, tmp_path):
+    loading.write_published(tmp_path, tiny)
+    for model in (loading.load_the_cards_way(tmp_path), load_checkpoint(tmp_path).model):
+        for name, weights in model.state_dict().items():
+            assert weights.equal(tiny.state_dict()[name]), name
+
+
+def test_folder_notes_memory_and_rates(results):
+    (row,) = rows(results, "folder")
+    assert row["pictures"] == 64
+    assert row["late_gigabytes"] > 0.1
+    shares = [m / f for m, f in zip(row["model_seconds"], row["seconds"], strict=True)]
+    assert row["share_of_model_rate"]["median"] == pytest.approx(sum(shares) / 2)
+
+
+def test_a_page_is_drawn_from_results(results, tmp_path):
+    page = tmp_path / "page.md"
+    marked = "".join(f"# {name}\n<!-- table {name} --><!-- end -->\n" for name in tables.TABLES)
+    page.write_text(marked)
+    tables.fill(page, tmp_path / "nothing")
+    assert page.read_text().count("not measured") == 5 + 8  # a claim a line
+    tables.fill(page, results)
+    tables.fill(page, results)  # what was drawn is replaced
+    drawn = page.read_text()
+    assert "574,061,314, 306,561,025 trained (53.40%)" in drawn
+    assert "not measured (no endpoint" in drawn
+    for block in re.findall(r"<!-- table \w+ -->\n\n(.+?)\n\n<!-- end -->", drawn, re.DOTALL):
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+    page.write_text("<!-- table nonsense --><!-- end -->")
+    with pytest.raises(ValueError, match="no table 'nonsense'; there are latency"):
+        tables.fill(page, results)
+    assert tables.draw_ratios(results).get_xscale() == "log"
