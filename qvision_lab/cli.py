@@ -228,6 +228,16 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
+def ablate(options: argparse.Namespace) -> int:
+    """Carry out a study of variants and say what its intervals support; run again, it goes on."""
+    from qvision_lab.ablation import Study, summarise
+
+    study = Study.read(options.study)
+    table = study.run(options.output, processes=options.processes)
+    print("\n".join(summarise(table, options.metric)))
+    return 0
+
+
 def bench(options: argparse.Namespace) -> int:
     """Measure parameters, time and memory, in turn with what they are compared with."""
     from importlib import import_module
@@ -344,6 +354,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, metavar="DIR", help="folder of the run and its checkpoint")
     add("--processes", type=int, default=1, metavar="N", help="share every batch among N processes")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change values of the recipe")
+
+    add = _command(commands, "ablate", ablate)
+    add("study", help="name of a study, or a YAML file")
+    add("--output", metavar="DIR", help="folder of its runs and table (default: runs/NAME)")
+    add("--processes", type=int, metavar="N", help="runs at once (default: one for every core)")
+    add("--metric", default="CIDEr", help="column of the table to speak of (%(default)s)")
 
     add = _command(commands, "bench", bench)
     add("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (default: all)")

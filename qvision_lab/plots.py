@@ -285,6 +285,61 @@ def plot_effects(effects: Sequence[Affected], ax: Axes | None = None) -> Axes:
     return ax
 
 
+def plot_differences(
+    differences: pd.DataFrame, label: str = "difference from the base", ax: Axes | None = None
+) -> Axes:
+    """What variants of a study have over its base: dots with their intervals, sorted.
+
+    Args:
+        differences: a row a variant with `difference`, `low` and `high`, as
+            `ablation.differences` gives; those without an interval are left out.
+    """
+    rows = differences.dropna(subset=["low", "high"]).sort_values("difference")
+    ax = ax or plt.subplots(figsize=(6, 1 + 0.3 * len(rows)), layout="constrained")[1]
+    sides = [rows["difference"] - rows["low"], rows["high"] - rows["difference"]]
+    ax.errorbar(rows["difference"], range(len(rows)), xerr=sides, fmt="o", color=INK, capsize=2)
+    ax.axvline(0, color=WRONG, lw=0.8)
+    ax.set_yticks(range(len(rows)), rows.index)
+    ax.set_xlabel(label)
+    ax.grid(axis="x", alpha=0.3)
+    return ax
+
+
+def plot_tradeoff(table: pd.DataFrame, cost: str, quality: str, ax: Axes | None = None) -> Axes:
+    """What runs are worth against what they cost: a small dot a run, a named one a variant's mean.
+
+    Args:
+        table: a row a run with `variant` and both columns, as `ablation.Study.table` gives.
+    """
+    ax = ax or plt.subplots(layout="constrained")[1]
+    for variant, runs in table.groupby("variant", sort=False):
+        mean = runs[[cost, quality]].mean()
+        dots = ax.scatter(runs[cost], runs[quality], s=8, alpha=0.4)
+        ax.scatter(*mean, s=40, color=dots.get_facecolor(), alpha=1)
+        ax.annotate(variant, mean, xytext=(4, 4), textcoords="offset points", fontsize=8, color=INK)
+    ax.set(xlabel=cost, ylabel=quality)
+    ax.grid(alpha=0.3)
+    return ax
+
+
+def plot_curves(curves: pd.DataFrame, measure: str = "loss", ax: Axes | None = None) -> Axes:
+    """How variants learned: the mean over their seeds, in a band from the least to the most.
+
+    Args:
+        curves: a row a logged step with `variant`, `seed`, `step` and the measure, as
+            `ablation.Study.curves` gives.
+    """
+    ax = ax or plt.subplots(layout="constrained")[1]
+    for variant, rows in curves.dropna(subset=[measure]).groupby("variant", sort=False):
+        by_step = rows.groupby("step")[measure].agg(["mean", "min", "max"])
+        (line,) = ax.plot(by_step.index, by_step["mean"], lw=1.4, label=variant)
+        band = {"color": line.get_color(), "alpha": 0.15, "lw": 0}
+        ax.fill_between(by_step.index, by_step["min"], by_step["max"], **band)
+    ax.set(xlabel="step", ylabel=measure.removeprefix("eval_").replace("_", " "))
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
 def _tiles(nrows: int, ncols: int, below: float = 0.25) -> tuple[Figure, np.ndarray]:
     """Empty axes for maps, with `below` inches for text."""
     size = (ncols * TILE + 0.9, nrows * (TILE + below))

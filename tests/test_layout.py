@@ -18,6 +18,10 @@ ALLOWED = {
     "plots": {"images"},
     "interpretation": {"model", "data", "captioning", "evaluation", "images", "interpretation"},
     "training": {"model", "data", "images", "captioning", "evaluation", "training"},
+    "ablation": {
+        *("model", "data", "captioning", "evaluation"),
+        *("interpretation", "training", "ablation"),
+    },
     "compiled": {"model"},
     "benchmark": {
         *("model", "data", "images", "captioning", "compiled"),
@@ -30,7 +34,7 @@ ALLOWED = {
     },
     "cli": {
         *("model", "data", "images", "captioning", "evaluation"),
-        *("training", "benchmark", "demo", "plots"),
+        *("training", "ablation", "benchmark", "demo", "plots"),
     },
 }
 CHECKPOINT_READERS = {"captioning", "training", "benchmark", "cli"}

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from qvision_lab import plots
 from qvision_lab.plots import (
     caption_sheet,
     map_sheet,
@@ -138,3 +139,20 @@ def test_effects_stand_side_by_side_at_their_words():
     assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "dog"]
     centres = [[bar.get_center()[0] for bar in bars] for bars in ax.containers]
     np.testing.assert_allclose(np.mean(centres, axis=0), [0, 1], atol=1e-9)
+
+
+def test_studies_are_drawn_sorted_with_a_zero_line_and_bands():
+    rows = pd.DataFrame(
+        {"difference": [1.0, -2.0, 3.0], "low": [0.5, -3.0, np.nan], "high": [1.5, -1.0, np.nan]},
+        index=["better", "worse", "failed"],
+    )
+    ax = plots.plot_differences(rows)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["worse", "better"]
+    assert ax.lines[-1].get_xdata() == [0, 0]
+    table = pd.DataFrame({"variant": ["a", "a", "b"], "seed": [0, 1, 0], "step": 1})
+    table = table.assign(CIDEr=[1.0, 3.0, 5.0], seconds=[10.0, 20.0, 30.0])
+    ax = plots.plot_tradeoff(table, "seconds", "CIDEr")
+    assert [(text.get_text(), *text.xy) for text in ax.texts] == [("a", 15, 2), ("b", 30, 5)]
+    ax = plots.plot_curves(table, "CIDEr")
+    assert ax.lines[0].get_ydata().tolist() == [2]
+    assert ax.collections[0].get_datalim(ax.transData).intervaly.tolist() == [1, 3]

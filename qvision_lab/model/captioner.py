@@ -21,7 +21,7 @@ from transformers.modeling_outputs import ModelOutput
 from qvision_lab.model.attention import MultiHeadAttention
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.decoder import Bridge, Decoder
-from qvision_lab.model.qformer import QFormer, QFormerOutput
+from qvision_lab.model.qformer import QFormer, QFormerOutput, WithoutQFormer
 from qvision_lab.model.vision import VisionEncoder
 
 IGNORED_LABEL = -100  # the label that transformers' collators put where no loss is wanted
@@ -70,8 +70,8 @@ class QVisionOutput(ModelOutput):
     loss: Float[Tensor, ""] | dict | None = None  # given a dict, a ModelOutput takes all from it
     logits: Float[Tensor, "R T V"] | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[Float[Tensor, "R T D"], ...] | None = None
-    attentions: tuple[Float[Tensor, "R G T S"], ...] | None = None  # GPT-Neo's self-attention
+    hidden_states: tuple[Float[Tensor, "R _ D"], ...] | None = None
+    attentions: tuple[Float[Tensor, "R G _ S"], ...] | None = None  # GPT-Neo's self-attention
     image_tokens: Float[Tensor, "B P D"] | None = None
     visual_tokens: Float[Tensor, "B N D"] | None = None
     qformer_self_attentions: tuple[Float[Tensor, "B H N N"], ...] | None = None
@@ -115,14 +115,13 @@ class QVisionForConditionalGeneration(QVisionPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: QVisionConfig):
         super().__init__(config)
-        width, heads, dropout = config.hidden_size, config.num_attention_heads, config.dropout
         # GPT-Neo knows no fused attention; the composite's choice is passed on where it is known.
         config.text_config._attn_implementation = "eager"
-        self.vision = VisionEncoder(CLIPVisionModel._from_config(config.vision_config), width)
-        self.qformer = QFormer(
-            width, config.num_query_tokens, config.num_qformer_blocks, heads, dropout
-        )
-        self.decoder = Decoder(GPTNeoModel._from_config(config.text_config), heads, dropout)
+        tower = CLIPVisionModel._from_config(config.vision_config)
+        self.vision = VisionEncoder(tower, config.hidden_size)
+        has_qformer = config.bridge_reads == "visual_tokens"
+        self.qformer = QFormer(config) if has_qformer else WithoutQFormer(config)
+        self.decoder = Decoder(GPTNeoModel._from_config(config.text_config), config)
         self.generation_config = generation_preset("published", config)
         self.post_init()
 

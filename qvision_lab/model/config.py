@@ -1,5 +1,7 @@
 """QVisionConfig: one object that fixes every size of the model."""
 
+from typing import Literal
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPVisionConfig, GPTNeoConfig, PreTrainedConfig
 
@@ -18,6 +20,9 @@ class QVisionConfig(PreTrainedConfig):
         num_qformer_blocks: Q-Former blocks, each of self-attention, FFN, cross-attention, FFN.
         num_attention_heads: heads of every attention in the Q-Former and of the bridge; divides D.
         dropout: rate in the Q-Former, the bridge and on the text embeddings.
+        global_token: of the Q-Former: "token", "none", or "added" to the text embeddings as well.
+        bridge: "cross_attention" behind GPT-Neo, or "prefix": what it reads stands before the text.
+        bridge_reads: "visual_tokens"; "image_tokens" or their "mean_image_token": no Q-Former.
         start_token_id: first token of every caption.
         end_token_id: last token of every caption.
         pad_token_id: never a target of the loss.
@@ -32,6 +37,9 @@ class QVisionConfig(PreTrainedConfig):
     num_qformer_blocks: int = 2
     num_attention_heads: int = 8
     dropout: float = 0.1
+    global_token: Literal["token", "none", "added"] = "token"
+    bridge: Literal["cross_attention", "prefix"] = "cross_attention"
+    bridge_reads: Literal["visual_tokens", "image_tokens", "mean_image_token"] = "visual_tokens"
     start_token_id: int = 50257
     end_token_id: int = 50258
     pad_token_id: int = 50256

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Cache, GPTNeoModel
 
 from qvision_lab.model.attention import FeedForward, MultiHeadAttention
+from qvision_lab.model.config import QVisionConfig
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,8 @@ class DecoderOutput:
 
     logits: Float[Tensor, "B T V"]
     past_key_values: Cache | None = None
-    hidden_states: tuple[Float[Tensor, "B T D"], ...] | None = None
-    self_attentions: tuple[Float[Tensor, "B G T S"], ...] | None = None
+    hidden_states: tuple[Float[Tensor, "B _ D"], ...] | None = None  # a prefix's come first
+    self_attentions: tuple[Float[Tensor, "B G _ S"], ...] | None = None
     cross_attentions: Float[Tensor, "B H T N"] | None = None
 
 
@@ -53,12 +55,16 @@ class Bridge(nn.Module):
 class Decoder(nn.Module):
     """GPT-Neo (Black et al. 2021, doi:10.5281/zenodo.5297715), the bridge, the tied head."""
 
-    def __init__(self, language_model: GPTNeoModel, num_heads: int, dropout: float):
+    global_weight = 0.0  # of the global token in the text embeddings
+
+    def __init__(self, language_model: GPTNeoModel, config: QVisionConfig):
         super().__init__()
-        width, vocabulary = language_model.config.hidden_size, language_model.config.vocab_size
+        width, heads, dropout = config.hidden_size, config.num_attention_heads, config.dropout
         self.language_model = language_model
-        self.bridge = Bridge(width, num_heads, dropout)
-        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        self.bridge = None if config.bridge == "prefix" else Bridge(width, heads, dropout)
+        if config.global_token == "added":
+            self.global_weight = 0.2  # as the original once tried
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -80,8 +86,17 @@ class Decoder(nn.Module):
                 is causal.
             last_logit_only: score the last position alone, as a generation step does.
         """
+        embeddings = self.dropout(self.language_model.wte(input_ids))  # [B,T,D]
+        if self.global_weight:
+            embeddings = embeddings + self.global_weight * visual_tokens[:, :1]
+        if self.bridge is None:  # a prefix, as in ClipCap (Mokady et al. 2021, arXiv:2111.09734)
+            position_ids = None  # counted from the prefix on, also behind a cache
+            if past_key_values is None or not past_key_values.get_seq_length():
+                embeddings = torch.cat([visual_tokens, embeddings], dim=1)  # [B,N+T,D]
+            if attention_mask is not None:
+                attention_mask = F.pad(attention_mask, (visual_tokens.shape[1], 0), value=1)
         text = self.language_model(
-            inputs_embeds=self.dropout(self.language_model.wte(input_ids)),  # [B,T,D]
+            inputs_embeds=embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -89,8 +104,10 @@ class Decoder(nn.Module):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        states = text.last_hidden_state[:, -1:] if last_logit_only else text.last_hidden_state
-        states, cross_map = self.bridge(states, visual_tokens, output_attentions)  # [B,T,D]
+        scored = 1 if last_logit_only else input_ids.shape[1]
+        states, cross_map = text.last_hidden_state[:, -scored:], None  # [B,T,D]
+        if self.bridge is not None:
+            states, cross_map = self.bridge(states, visual_tokens, output_attentions)
         return DecoderOutput(
             logits=self.lm_head(states),  # [B,T,V]
             past_key_values=text.past_key_values,

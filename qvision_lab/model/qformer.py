@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qvision_lab.model.attention import FeedForward, MultiHeadAttention
+from qvision_lab.model.config import QVisionConfig
 
 NORM_EPSILON = 1e-6
 
@@ -58,20 +59,19 @@ class QFormerBlock(nn.Module):
 class QFormer(nn.Module):
     """Learned queries that read an image (after BLIP-2, Li et al. 2023, arXiv:2301.12597).
 
-    One learned global token stands in front of Q learned query tokens. Keys and values are made
-    from the image tokens once and shared by all blocks. The text plays no part.
+    One learned global token (or none) stands in front of Q learned query tokens. Keys and values
+    are made from the image tokens once and shared by all blocks. The text plays no part.
     """
 
-    def __init__(
-        self, width: int, num_queries: int, num_blocks: int, num_heads: int, dropout: float
-    ):
+    def __init__(self, config: QVisionConfig):
         super().__init__()
-        self.global_token = nn.Parameter(torch.empty(1, 1, width))
-        self.query_tokens = nn.Parameter(torch.empty(1, num_queries, width))
+        width, heads, dropout = config.hidden_size, config.num_attention_heads, config.dropout
+        self.global_token = nn.Parameter(torch.empty(1, int(config.global_token != "none"), width))
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, width))
         self.key_proj = nn.Linear(width, width)
         self.value_proj = nn.Linear(width, width)
         self.blocks = nn.ModuleList(
-            QFormerBlock(width, num_heads, dropout) for _ in range(num_blocks)
+            QFormerBlock(width, heads, dropout) for _ in range(config.num_qformer_blocks)
         )
 
     def forward(
@@ -88,3 +88,21 @@ class QFormer(nn.Module):
             return QFormerOutput(queries)
         self_attentions, cross_attentions = zip(*maps, strict=True)
         return QFormerOutput(queries, self_attentions, cross_attentions)
+
+
+class WithoutQFormer(nn.Module):
+    """The image tokens, or their mean, as visual tokens: what is the Q-Former worth?"""
+
+    def __init__(self, config: QVisionConfig):
+        super().__init__()
+        self.blocks, self.num_heads = (), config.num_attention_heads
+        self.mean = config.bridge_reads == "mean_image_token"
+
+    def forward(
+        self, image_tokens: Float[Tensor, "B P D"], output_attentions: bool = False
+    ) -> QFormerOutput:
+        patches = torch.eye(image_tokens.shape[1]).to(image_tokens)  # [P,P]
+        shares = patches.mean(0, keepdim=True) if self.mean else patches  # [N,P]
+        maps = (torch.eye(len(shares)).to(shares), shares) if output_attentions else ()
+        maps = ((x.expand(len(image_tokens), self.num_heads, -1, -1),) for x in maps)  # [B,H,N,·]
+        return QFormerOutput(shares @ image_tokens, *maps)

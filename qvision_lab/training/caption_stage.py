@@ -64,9 +64,14 @@ class SeenScenes:
 
 
 def see_scenes(
-    tower: CLIPVisionModel, path: Path, n: int, split: str, seed: int, workers: int
+    tower: CLIPVisionModel, folder: Path, n: int, split: str, seed: int, workers: int
 ) -> SeenScenes:
-    """Draw `n` scenes and keep the tower's states in half precision (19 kB each), in memory."""
+    """Draw `n` scenes and keep the tower's states in half precision (19 kB each), in memory.
+
+    They are computed once, and then read from a file in `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"states-{split}-{seed}-{n}.npy"
     patches = (tower.config.image_size // tower.config.patch_size) ** 2
     drawn = scenes.generate(n, split=split, seed=seed, workers=workers)
     shape = (n, patches, tower.config.hidden_size)
@@ -82,12 +87,23 @@ def _see(tower: CLIPVisionModel, drawn: Iterator[scenes.Scene]) -> Iterator[np.n
 
 
 class CaptionedStates(Dataset):
-    """Frozen states with captions: every visit to a picture brings the next few of its five."""
+    """Frozen states with captions: every visit to a picture brings the next few of its captions.
 
-    def __init__(self, seen: SeenScenes, processor: QVisionProcessor, captions_per_visit: int):
+    Args:
+        captions_per_picture: of five, that there are.
+    """
+
+    def __init__(
+        self,
+        seen: SeenScenes,
+        processor: QVisionProcessor,
+        captions_per_visit: int,
+        captions_per_picture: int = 5,
+    ):
         self.states = seen.states
         self.captions_per_visit = captions_per_visit
-        told = (tell(layout(seen.split, seen.seed, i)) for i in range(len(seen.states)))
+        layouts = (layout(seen.split, seen.seed, i) for i in range(len(seen.states)))
+        told = (tell(scene, captions_per_picture) for scene in layouts)
         bar = tqdm(told, "telling", total=len(seen.states), unit="scene")
         self.captions = [[processor.encode(caption) for caption in captions] for captions in bar]
 
@@ -119,19 +135,26 @@ class CaptionCollator:
         return {**seen, "input_ids": input_ids, "labels": labels}
 
 
-def measure_truth(
+@torch.no_grad()
+def caption_seen(
     model: QVisionForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, seen: SeenScenes
-) -> dict[str, float]:
-    """Rates of `scenes.score`, 0 to 1, of greedy captions of all scenes seen."""
+) -> list[str]:
+    """A greedy caption of each scene seen."""
     settings = generation_preset("greedy", model.config)
     texts = []
     for start in range(0, len(seen.states), 100):
         states = torch.from_numpy(seen.states[start : start + 100].astype(np.float32))
         ids = model.generate(vision_states=states.to(model.device), generation_config=settings)
         texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
-    checks = [
-        scenes.check(text.strip(), layout(seen.split, seen.seed, i)) for i, text in enumerate(texts)
-    ]
+    return [text.strip() for text in texts]
+
+
+def measure_truth(
+    model: QVisionForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, seen: SeenScenes
+) -> dict[str, float]:
+    """Rates of `scenes.score`, 0 to 1, of greedy captions of all scenes seen."""
+    texts = caption_seen(model, tokenizer, seen)
+    checks = [scenes.check(text, layout(seen.split, seen.seed, i)) for i, text in enumerate(texts)]
     return {name.replace(" ", "_"): rate.value for name, rate in scenes.score(checks).items()}
 
 
@@ -142,18 +165,20 @@ def learn_to_tell(
     stage: dict,
     seed: int,
     folder: Path,
+    states: Path | None = None,
 ) -> QVisionForConditionalGeneration:
-    """Run the stage, or take it up where it stopped; returns the whole captioner."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Run the stage, or take it up where it stopped; returns the whole captioner.
 
-    def seen(split: str, n: int, seed: int) -> SeenScenes:
-        path = folder / f"states-{split}-{seed}-{n}.npy"
-        return see_scenes(tower, path, n, split, seed, stage["workers"])
-
-    held_out = seen("val", stage["held_out"], 0)
-    processor = QVisionProcessor.from_config(config, tokenizer)
+    Args:
+        states: folder of what the tower saw, for runs that share a tower; by default the run's.
+    """
+    states, workers = states or folder, stage["workers"]
+    held_out = see_scenes(tower, states, stage["held_out"], "val", 0, workers)
     captioned = CaptionedStates(
-        seen("train", stage["pictures"], 0), processor, stage["captions_per_visit"]
+        see_scenes(tower, states, stage["pictures"], "train", 0, workers),
+        QVisionProcessor.from_config(config, tokenizer),
+        stage["captions_per_visit"],
+        stage.get("captions_per_picture", 5),
     )
     torch.manual_seed(seed)
     model = QVisionForConditionalGeneration(config)

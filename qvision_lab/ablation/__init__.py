@@ -1,0 +1,11 @@
+"""Ablations: a study of variants and seeds, one table, and only what its intervals support."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "analysis": ["averages", "differences", "summarise"],
+        "study": ["Study"],
+    },
+)

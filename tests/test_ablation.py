@@ -1,0 +1,293 @@
+"""Studies: one table whatever the order and the interruptions, and only what it supports."""
+
+import random
+import subprocess
+import sys
+from concurrent.futures import Executor, Future
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from pandas.testing import assert_frame_equal
+
+from qvision_lab.ablation import Study, averages, differences, summarise
+from qvision_lab.ablation.analysis import holm
+from qvision_lab.ablation.study import STUDIES
+from qvision_lab.cli import main
+from qvision_lab.training.trainer import StageTrainer
+
+TEXT = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_position_embeddings": 128}
+SIZES = {"num_query_tokens": 2, "num_qformer_blocks": 1, "num_attention_heads": 2}
+BUDGET = {"steps": 3, "batch_size": 4, "pictures": 6, "held_out": 2, "scored": 4, "pointed": 2}
+TINY = Study(
+    "tiny",
+    variants={"prefix": {"bridge": "prefix"}, "chance": {"control": True}},
+    seeds=[0, 1],
+    base={
+        **SIZES,
+        **BUDGET,
+        "text_config": {
+            **TEXT,
+            "attention_types": [[["global"], 1]],
+            "attention_layers": ["global"],
+        },
+        "bf16": False,
+        "measurements": 1,
+    },
+)
+TIMES = ["seconds", "latency"]
+
+
+class AtOnce(Executor):
+    """Runs come in the order in which they were submitted, one by one, in this process."""
+
+    def submit(self, call, /, *args) -> Future:
+        future = Future()
+        future.set_result(call(*args))
+        return future
+
+
+class Shuffled(Executor):
+    """Runs come in random order, once there are `n` of them."""
+
+    def __init__(self, n: int):
+        self.n, self.waiting = n, []
+
+    def submit(self, call, /, *args) -> Future:
+        self.waiting.append((Future(), call, args))
+        if len(self.waiting) == self.n:
+            for future, call, args in random.Random(1).sample(self.waiting, self.n):
+                future.set_result(call(*args))
+        return self.waiting[-1][0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with all runs of `TINY`, and its table."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, TINY.run(folder, AtOnce(), processes=1)
+
+
+def run_until(step: int, folder: Path, monkeypatch) -> None:
+    """Carry out `TINY` until a step, counted over all runs, at which the process dies."""
+    training_step, done = StageTrainer.training_step, []
+
+    def dying(trainer, *args, **kwargs):
+        done.append(trainer)
+        if len(done) > step:
+            raise KeyboardInterrupt
+        return training_step(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StageTrainer, "training_step", dying)
+        TINY.run(folder, AtOnce(), processes=1)
+
+
+# --- the runner ----------------------------------------------------------------------------------
+
+
+def test_a_table_has_a_row_a_run_and_gaps_where_an_arm_has_no_maps(finished):
+    folder, table = finished
+    assert table["variant"].tolist() == ["base"] * 2 + ["prefix"] * 2 + ["chance"] * 2
+    assert table["seed"].tolist() == [0, 1] * 3
+    assert table["failed"].isna().all()
+    assert table.loc[table["variant"] == "prefix", "pointing"].isna().all()
+    assert table.loc[table["variant"] != "prefix", "pointing"].between(0, 1).all()
+    assert (table[TIMES] > 0).all().all()
+    assert table["parameters"].nunique() == 2
+    assert not list(folder.glob("runs/*/checkpoint-*"))
+    curves = TINY.curves(folder)
+    assert curves.groupby(["variant", "seed"])["loss"].count().eq(3).all()
+    read = pd.read_csv(folder / "table.csv")
+    assert_frame_equal(read, table.astype({"failed": float}))
+
+
+def test_another_order_gives_the_same_table_and_a_study_can_be_extended(finished, tmp_path):
+    _, table = finished
+    part = replace(TINY, variants={"prefix": {"bridge": "prefix"}}, seeds=[1])
+    part.run(tmp_path, Shuffled(2), processes=1)
+    rows = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/row.json")}
+    again = TINY.run(tmp_path, Shuffled(4), processes=1)
+    assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES))
+    assert {path: path.stat().st_mtime_ns for path in rows} == rows
+    assert len(list(tmp_path.glob("runs/*/row.json"))) == 6
+
+
+def test_five_interruptions_change_nothing(finished, tmp_path, monkeypatch):
+    _, table = finished
+    rows = {}
+    for step in random.Random(2).choices(range(1, 5), k=5):
+        with pytest.raises(KeyboardInterrupt):
+            run_until(step, tmp_path, monkeypatch)
+        assert all(path.stat().st_mtime_ns == when for path, when in rows.items())
+        rows = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/row.json")}
+    again = TINY.run(tmp_path, AtOnce(), processes=1)
+    assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES))
+    assert all(path.stat().st_mtime_ns == when for path, when in rows.items())
+    assert again["seconds"].isna().any()  # of a run that was interrupted
+
+
+def test_a_diverged_run_is_kept_as_failed_and_the_study_goes_on(tmp_path):
+    wild = {"learning_rate": 1e30, "matrix_learning_rate": 1e30}
+    study = replace(TINY, variants={"wild": wild}, seeds=[0])
+    table = study.run(tmp_path, AtOnce(), processes=1).set_index("variant")
+    assert "diverged" in table.loc["wild", "failed"]
+    assert np.isnan(table.loc["wild", "CIDEr"])
+    assert table.loc["base", "CIDEr"] >= 0
+    told = summarise(table.reset_index())
+    assert "wild: nothing can be said with 0 pairs of runs." in told
+    assert told[-1].startswith("wild: 1 runs failed (diverged")
+
+
+def test_arms_without_a_qformer_have_maps_where_they_read_patches(tmp_path):
+    study = replace(
+        TINY,
+        variants={
+            "image tokens": {"bridge_reads": "image_tokens"},
+            "mean": {"bridge_reads": "mean_image_token"},
+        },
+        seeds=[0],
+    )
+    table = study.run(tmp_path, AtOnce(), processes=1).set_index("variant")
+    assert 0 <= table.loc["image tokens", "pointing"] <= 1
+    assert np.isnan(table.loc["mean", "pointing"])
+
+
+def test_the_command_runs_a_study_in_spawned_processes(finished, tmp_path, capsys):
+    _, table = finished
+    path = tmp_path / "study.yaml"
+    content = {"name": "tiny", "variants": {"prefix": {"bridge": "prefix"}}, "seeds": [0]}
+    path.write_text(yaml.safe_dump({**content, "base": TINY.base}))
+    arguments = ["ablate", str(path), "--output", str(tmp_path / "out"), "--processes", "1"]
+    assert main(arguments) == 0
+    assert "prefix: nothing can be said with 1 pairs of runs." in capsys.readouterr().out
+    spawned = pd.read_csv(tmp_path / "out/table.csv")
+    here = table[(table["seed"] == 0) & (table["variant"] != "chance")].reset_index(drop=True)
+    assert_frame_equal(
+        spawned.drop(columns=["failed", *TIMES]), here.drop(columns=["failed", *TIMES])
+    )
+
+
+@pytest.mark.slow
+def test_five_kills_change_nothing(finished, tmp_path):
+    _, table = finished
+    path = tmp_path / "study.yaml"
+    content = {name: getattr(TINY, name) for name in ("name", "variants", "seeds", "base")}
+    path.write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "qvision_lab.cli", "ablate", str(path)]
+    for seconds in random.Random(3).choices(range(8, 20), k=5):
+        with subprocess.Popen([*command, "--output", str(tmp_path), "--processes", "1"]) as study:
+            with suppress(subprocess.TimeoutExpired):
+                study.wait(timeout=seconds)
+            study.kill()  # its worker goes on with a run for a while
+    again = TINY.run(tmp_path, AtOnce(), processes=1)
+    assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES))
+
+
+def test_two_dask_workers_give_the_same_table(finished, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    _, table = finished
+    cluster = distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None)
+    with cluster, distributed.Client(cluster) as client:
+        again = TINY.run(tmp_path, client.get_executor(), processes=1)
+    assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"x": {"num_query_token": 4}}, "x: there is no field .* did you mean 'num_query_tokens'"),
+        ({"x": {"num_query_tokens": 2}}, "x is the same configuration as base"),
+        ({"x": {"dropout": 0.1}, "y": {"dropout": "1e-1"}}, "y is the same configuration as x"),
+        ({"x": {"control": True, "dropout": 0.1}}, "x is a control, so it changes nothing"),
+        ({"x": {"num_attention_heads": 5}}, "(?s)x is no model: .*num_attention_heads=5"),
+        ({"x": {"bridge": "none"}}, "x is no model"),
+        ({"x": {"steps": 4}}, "x sees 32 captions and the base 24"),
+        ({"base": {"dropout": 0.1}}, "base is the same configuration as base"),
+    ],
+)
+def test_variants_that_make_no_comparison_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        _ = replace(TINY, variants=changes).runs
+
+
+def test_results_of_another_base_are_refused_with_the_difference(finished):
+    folder, _ = finished
+    with pytest.raises(ValueError, match=r"base.dropout \(0.0, not 0.2\)"):
+        replace(TINY, base={**TINY.base, "dropout": 0.2}).run(folder, AtOnce())
+
+
+def test_studies_are_read_by_name_and_name_what_they_do_not_know(tmp_path):
+    study = Study.read("architecture")
+    assert len(study.variants) >= 12
+    assert len(study.runs) == (1 + len(study.variants)) * 5
+    assert len({run.key for run in study.runs}) == len(study.runs)
+    with pytest.raises(ValueError, match=r"no study 'nonsense'.*architecture"):
+        Study.read("nonsense")
+    path = tmp_path / "study.yaml"
+    path.write_text((STUDIES / "architecture.yaml").read_text().replace("seeds:", "seed:"))
+    with pytest.raises(ValueError, match="'seed'; did you mean 'seeds'"):
+        Study.read(path)
+
+
+# --- what its table supports ---------------------------------------------------------------------
+
+
+def simulated(arms: dict[str, float], seeds: int, rng: np.random.Generator) -> pd.DataFrame:
+    """A table of CIDEr around the effect of each arm, with noise of 1 between seeds."""
+    rows = [
+        {"variant": name, "seed": seed, "failed": None, "CIDEr": effect + rng.normal()}
+        for name, effect in {"base": 0.0, **arms}.items()
+        for seed in range(seeds)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_ten_controls_are_flagged_as_rarely_as_their_level_says():
+    rng = np.random.default_rng(0)
+    controls = {f"control {i}": 0.0 for i in range(10)}
+    studies = [differences(simulated(controls, 5, rng)) for _ in range(200)]
+    assert np.mean([(rows["corrected"] < 0.05).any() for rows in studies]) <= 0.06
+    covered = np.mean([(rows["low"] * rows["high"] <= 0).mean() for rows in studies])
+    assert covered == pytest.approx(0.95, abs=0.02)
+
+
+def test_differences_are_paired_by_seed():
+    table = pd.DataFrame(
+        {
+            "variant": ["base"] * 3 + ["better"] * 3,
+            "seed": [0, 1, 2, 2, 1, 0],
+            "failed": None,
+            "CIDEr": [1.0, 2.0, 3.0, 3.3, 2.2, 1.1],
+        }
+    )
+    row = differences(table).loc["better"]
+    assert row["n"] == 3
+    assert row["difference"] == pytest.approx(0.2)
+    half = 4.302653 * 0.1 / np.sqrt(3)
+    assert [row["low"], row["high"]] == pytest.approx([0.2 - half, 0.2 + half], rel=1e-5)
+    assert row["p"] == row["corrected"] == pytest.approx(0.074180, rel=1e-4)
+    assert averages(table).loc["better", "CIDEr"] == pytest.approx(2.2)
+    same = table.assign(CIDEr=[1.0, 2.0, 3.0, 3.0, 2.0, 1.0])
+    assert differences(same).loc["better", ["low", "high", "p"]].tolist() == [0, 0, 1]
+
+
+def test_holm_multiplies_the_smallest_by_their_number():
+    p = pd.Series({"a": 0.04, "b": 0.01, "c": np.nan, "d": 0.03})
+    assert holm(p).dropna().to_dict() == pytest.approx({"a": 0.06, "b": 0.03, "d": 0.06})
+    assert np.isnan(holm(p)["c"])
+
+
+def test_sentences_claim_what_intervals_support():
+    table = simulated({"worse": -50.0, "same": 0.0}, 5, np.random.default_rng(3))
+    told = summarise(table)
+    rows = differences(table)
+    assert told[1].startswith(f"worse: lowers CIDEr by {-rows.loc['worse', 'difference']:.3g}, [")
+    bound = rows.loc["same", ["low", "high"]].abs().max()
+    assert told[2].startswith(f"same: no difference larger than {bound:.3g}, [")
+    with pytest.raises(ValueError, match="its metrics are CIDEr"):
+        differences(table, "BLEU")
