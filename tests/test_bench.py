@@ -10,11 +10,12 @@ import torch
 from test_captioning import tiny_captioner
 from test_peers import shrink
 
-from qvision_lab.benchmark import loading, peers, tables
+from qvision_lab.benchmark import loading, maps, peers, tables
+from qvision_lab.captioning import load
 from qvision_lab.cli import main
 from qvision_lab.model.checkpoint import Checkpoint, Provenance, load_checkpoint, save_checkpoint
 
-SUITES = ("parameters", "latency", "peers", "loading", "folder", "interpret", "maps")
+SUITES = ("parameters", "latency", "peers", "loading", "folder", "interpret")
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,16 @@ def test_folder_notes_memory_and_rates(results):
     assert row["late_gigabytes"] > 0.1
     shares = [m / f for m, f in zip(row["model_seconds"], row["seconds"], strict=True)]
     assert row["share_of_model_rate"]["median"] == pytest.approx(sum(shares) / 2)
+
+
+def test_maps_are_scored_and_drawn(tmp_path):
+    (scored,) = maps.run_benchmarks(load(), quick=True)
+    scored.save(tmp_path)
+    assert {row.measure for row in scored.rows} >= {"pointing", "deletion", "insertion"}
+    drawn = tables.maps(tmp_path).set_index("map")["points into the box"]
+    assert {"composition", "integrated gradients", "centre", "chance"} <= set(drawn.index)
+    chance = next(row for row in scored.rows if row.method == "chance" and row.size == "large")
+    assert drawn["chance"].startswith(f"{100 * chance.value:.1f} [")
 
 
 def test_a_page_is_drawn_from_results(results, tmp_path):
