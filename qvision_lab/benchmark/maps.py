@@ -37,13 +37,14 @@ class MapRow:
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
     """Score the maps of greedy captions of 500 test scenes; ten minutes on two cores.
 
-    Those of another checkpoint than the embedded one are kept under the name of its folder.
+    Those of another checkpoint than the embedded one are kept under the name of its run.
     """
     scenes = QUICK_SCENES if quick else SCENES
     examples = examples_of(open_dataset("scenes:test", n=scenes))
     methods = {"composition, first block": partial(composition, block=0), **METHODS}
     table = score_maps(captioner, examples, methods)
-    source = captioner.provenance.source
-    name = "maps" if source == "the embedded checkpoint" else f"maps {Path(source).name}"
+    source = Path(captioner.provenance.source)
+    run = source.parent if source.name == "checkpoint" else source  # as recipes lay it out
+    name = "maps" if str(source) == "the embedded checkpoint" else f"maps {run.name}"
     rows = tuple(MapRow(**row) for row in table.to_dict("records"))
     yield Table(name=name, rows=rows, quick=quick, settings={"scenes": scenes})
