@@ -304,7 +304,8 @@ class Dying(Captioner):
 tiny = tiny_captioner()
 captioner = Dying(tiny.model, tiny.processor)
 report = captioner.caption_folder(sys.argv[1], sys.argv[2], batch_size=2, **SAMPLED)
-print(f"{report.captioned}+{report.skipped}+{report.failed}")
+line = f"{report.captioned}+{report.skipped}+{report.failed}\\n"
+os.write(1, line.encode())  # at once: both processes write to one pipe
 """
 
 
