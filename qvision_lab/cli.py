@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qvision_lab.benchmark.parameters import PartSize
 
-SUITES = ("parameters", "latency", "peers", "loading", "folder", "scoring")
-SUITES += ("interpret", "maps", "training")  # modules of benchmark/
+SUITES = (  # modules of benchmark/
+    *("parameters", "latency", "peers", "loading", "folder"),
+    *("scoring", "interpret", "maps", "training"),
+)
 Run = Callable[[argparse.Namespace], int]
 Add = Callable[..., argparse.Action]
 

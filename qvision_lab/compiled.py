@@ -46,10 +46,8 @@ class CompiledQVision(QVisionForConditionalGeneration):
         self.decoder = CompiledDecoder(model.decoder, rows, int8)
         self.generation_config, self.length = model.generation_config, length
         self.eval()
-        start, shape = (
-            perf_counter(),
-            (rows, 1 + self.config.num_query_tokens, self.config.hidden_size),
-        )
+        start = perf_counter()
+        shape = rows, 1 + self.config.num_query_tokens, self.config.hidden_size
         visual_tokens = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.generate(visual_tokens=visual_tokens, do_sample=False, min_length=0, max_new_tokens=2)
         self.compile_seconds = perf_counter() - start

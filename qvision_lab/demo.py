@@ -93,7 +93,8 @@ def draw_inside(
     traces = list(trace_all(captioner, images))
 
     shown = traces[LOOKED_INTO]
-    told = [w for w in shown.words if w.text in COLORS or w in _objects(shown)]
+    things = _objects(shown)
+    told = [word for word in shown.words if word.text in COLORS or word in things]
     rows = {name: [_as_shares(m) for m in shown.word_maps(name, words=told)] for name in METHODS}
     _write(plots.map_sheet(shown.image, rows), folder / "words.png")
 

@@ -169,15 +169,21 @@ def test_batched_equals_single(tiny, pixels, captions):
         assert torch.equal(row, generated[i, : len(row)])
 
 
-def test_cached_equals_uncached(tiny, pixels):
+def generate_with_and_without_cache(model, pixels):
+    """Ids and logits of a cached search, which equal those without a cache; as beams do."""
     settings = {**ONE_BY_ONE, "return_dict_in_generate": True, "output_logits": True}
-    cached = tiny.generate(pixel_values=pixels, **settings)
-    uncached = tiny.generate(pixel_values=pixels, use_cache=False, **settings)
+    cached = model.generate(pixel_values=pixels, **settings)
+    uncached = model.generate(pixel_values=pixels, use_cache=False, **settings)
     assert torch.equal(cached.sequences, uncached.sequences)
     assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), **TOLERANCE)
     beams = {**ONE_BY_ONE, "num_beams": 3}
-    again = tiny.generate(pixel_values=pixels, use_cache=False, **beams)
-    assert torch.equal(tiny.generate(pixel_values=pixels, **beams), again)
+    again = model.generate(pixel_values=pixels, use_cache=False, **beams)
+    assert torch.equal(model.generate(pixel_values=pixels, **beams), again)
+    return cached
+
+
+def test_cached_equals_uncached(tiny, pixels):
+    generate_with_and_without_cache(tiny, pixels)
 
 
 def test_generated_logits_equal_one_teacher_forced_pass(tiny, pixels):

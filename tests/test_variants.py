@@ -3,14 +3,13 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from test_model import ONE_BY_ONE, TOLERANCE, generate_with_and_without_cache
 from torch.testing import assert_close
 
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.training.trainer import MuonAdamW
 
-TOLERANCE = {"atol": 1e-4, "rtol": 0}
-ONE_BY_ONE = {"do_sample": False, "max_new_tokens": 12, "min_length": 6, "repetition_penalty": 1.0}
 VARIANTS = {
     "no global token": {"global_token": "none"},
     "global token added": {"global_token": "added"},
@@ -46,17 +45,10 @@ def captions() -> torch.Tensor:
 
 
 def test_cached_equals_uncached(variant, pixels):
-    settings = {**ONE_BY_ONE, "return_dict_in_generate": True, "output_logits": True}
-    cached = variant.generate(pixel_values=pixels, **settings)
-    uncached = variant.generate(pixel_values=pixels, use_cache=False, **settings)
-    assert torch.equal(cached.sequences, uncached.sequences)
-    assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), **TOLERANCE)
+    cached = generate_with_and_without_cache(variant, pixels)
     whole = variant(input_ids=cached.sequences, pixel_values=pixels).logits[:, :-1]
     words = cached.sequences[:, :-1] != variant.config.pad_token_id
     assert_close(torch.stack(cached.logits, dim=1)[words], whole[words], **TOLERANCE)
-    beams = {**ONE_BY_ONE, "num_beams": 3}
-    again = variant.generate(pixel_values=pixels, use_cache=False, **beams)
-    assert torch.equal(variant.generate(pixel_values=pixels, **beams), again)
 
 
 def test_batched_equals_single(variant, pixels, captions):

@@ -28,6 +28,7 @@ from qvision_lab.captioning import load
 from qvision_lab.data import scenes
 from qvision_lab.data.whole_files import write_whole
 from qvision_lab.training.caption_stage import see_scenes
+from qvision_lab.training.features import fingerprint_weights
 from qvision_lab.training.recipe import load_recipe, record_run
 
 STUDIES = files("qvision_lab.ablation") / "studies"
@@ -210,9 +211,7 @@ def _refuse_unknown(named: Collection[str], known: Collection[str], where: str) 
 
 def _fingerprint(tower: Any) -> str:
     """A digest of the tower's weights, and of how scenes are drawn and told."""
-    digest = hashlib.sha256()
-    for weights in tower.parameters():
-        digest.update(weights.detach().numpy())
+    digest = hashlib.sha256(fingerprint_weights(tower).encode())
     for scene in scenes.generate(20):  # which stand for all
         digest.update(np.asarray(scene.image))
         digest.update(json.dumps(scene.captions).encode())

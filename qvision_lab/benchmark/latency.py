@@ -14,6 +14,7 @@ from qvision_lab.benchmark.original import generate_the_original_way
 from qvision_lab.captioning import Captioner
 from qvision_lab.compiled import CompiledQVision
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
+from qvision_lab.model.checkpoint import EMBEDDED
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.decoder import Decoder
 
@@ -68,7 +69,7 @@ def timed_model(captioner: Captioner, quick: bool) -> QVisionForConditionalGener
 
     Neither time nor memory depend on their values.
     """
-    if quick or captioner.provenance.source != "the embedded checkpoint":
+    if quick or captioner.provenance.source != EMBEDDED:
         return captioner.model
     with torch.device(captioner.model.device):
         return QVisionForConditionalGeneration._from_config(QVisionConfig()).eval()

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from qvision_lab.benchmark.harness import Spread, Table, growing_table
+from qvision_lab.benchmark.harness import Spread, Table, growing_table, process_bytes
 from qvision_lab.benchmark.latency import BATCH, GREEDY, timed_model
 from qvision_lab.captioning import Captioner
 from qvision_lab.model import published
@@ -97,7 +97,7 @@ def load_once(folder: Path, way: str, dtype: str, cold: bool) -> Load:
         with open(folder / name, "rb") as file:
             os.fsync(file)
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    read, before = _count("io", "read_bytes"), _count("status", "VmRSS")
+    read, before = process_bytes("io", "read_bytes"), process_bytes("status", "VmRSS")
     start = perf_counter()
     if way == CARD:
         model = load_the_cards_way(folder)
@@ -106,19 +106,13 @@ def load_once(folder: Path, way: str, dtype: str, cold: bool) -> Load:
     for parameter in model.parameters():
         parameter.sum()
     seconds = perf_counter() - start
-    read = _count("io", "read_bytes") - read
-    resident, peak = _count("status", "VmRSS") - before, _count("status", "VmHWM") - before
+    read = process_bytes("io", "read_bytes") - read
+    resident = process_bytes("status", "VmRSS") - before
+    peak = process_bytes("status", "VmHWM") - before
     side = model.config.vision_config.image_size
     model.generate(pixel_values=torch.randn(BATCH, 3, side, side, dtype=model.dtype), **GREEDY)
-    captioning = _count("status", "VmHWM") - before
+    captioning = process_bytes("status", "VmHWM") - before
     return Load(seconds, *(count / 1e9 for count in (read, resident, peak, captioning)))
-
-
-def _count(file: str, field: str) -> int:
-    """Bytes that Linux counts of this process; elsewhere 0."""
-    path = Path("/proc/self") / file
-    found = re.search(rf"{field}:\s+(\d+)( kB)?", path.read_text()) if path.exists() else None
-    return int(found[1]) * (1024 if found[2] else 1) if found else 0
 
 
 def write_published(folder: Path, model: QVisionForConditionalGeneration) -> None:

@@ -12,6 +12,7 @@ from qvision_lab.captioning import Captioner
 from qvision_lab.data.coco import open_dataset
 from qvision_lab.interpretation.faithfulness import examples_of, score_maps
 from qvision_lab.interpretation.maps import METHODS, composition
+from qvision_lab.model.checkpoint import EMBEDDED
 
 SCENES, QUICK_SCENES = 500, 6
 
@@ -45,6 +46,6 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
     table = score_maps(captioner, examples, methods)
     source = Path(captioner.provenance.source)
     run = source.parent if source.name == "checkpoint" else source  # as recipes lay it out
-    name = "maps" if str(source) == "the embedded checkpoint" else f"maps {run.name}"
+    name = "maps" if str(source) == EMBEDDED else f"maps {run.name}"
     rows = tuple(MapRow(**row) for row in table.to_dict("records"))
     yield Table(name=name, rows=rows, quick=quick, settings={"scenes": scenes})

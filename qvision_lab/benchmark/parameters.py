@@ -61,7 +61,8 @@ def parameter_table(config: QVisionConfig) -> list[PartSize]:
     with torch.device("meta"):
         clip = CLIPModel(CLIPConfig())  # ViT-B/32
         query_proj = nn.Linear(config.hidden_size, config.hidden_size)
-    text_tower, unused = _count(clip) - _count(clip.vision_model), _count(query_proj)
+    text_tower = count_parameters(clip) - count_parameters(clip.vision_model)
+    unused = count_parameters(query_proj)
     return [
         *table,
         PartSize("image encoder", "CLIP text tower", text_tower, 0, used=False),
@@ -69,5 +70,6 @@ def parameter_table(config: QVisionConfig) -> list[PartSize]:
     ]
 
 
-def _count(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
+    """All of a module, trained or not."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -12,11 +12,12 @@ import torch
 import transformers as hf
 from jaxtyping import Float, Int
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from qvision_lab.benchmark.gpt4 import EndpointError, Gpt4Captioner
 from qvision_lab.benchmark.harness import Spread, Table, growing_table, take_turns
 from qvision_lab.benchmark.latency import DTYPES, GREEDY, TOKENS, timed_model
+from qvision_lab.benchmark.parameters import count_parameters
 from qvision_lab.captioning import Captioner
 from qvision_lab.data import scenes
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
@@ -48,8 +49,8 @@ class Peer:
     def sizes(self) -> tuple[int, int]:
         """Parameters in all, and those that were trained, without allocating any."""
         model = self.build(torch.float32, "meta")
-        frozen = sum(_count(model.get_submodule(part)) for part in self.frozen)
-        return _count(model), _count(model) - frozen
+        frozen = sum(count_parameters(model.get_submodule(part)) for part in self.frozen)
+        return count_parameters(model), count_parameters(model) - frozen
 
     @property
     def image_size(self) -> int:
@@ -255,7 +256,3 @@ def free_memory(device: torch.device) -> int:
 
 def _pixels(model: hf.PreTrainedModel, side: int) -> Float[Tensor, "1 3 H W"]:
     return torch.randn(1, 3, side, side, device=model.device).to(model.dtype)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

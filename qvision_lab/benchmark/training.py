@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import resource
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from qvision_lab.benchmark.harness import RESULTS, Comparison, compare
+from qvision_lab.benchmark.harness import Result, Spread, process_bytes, take_turns
 from qvision_lab.captioning import Captioner
-from qvision_lab.data.whole_files import write_whole
 from qvision_lab.model.captioner import IGNORED_LABEL, QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.training import freezing
@@ -31,15 +27,15 @@ LENGTH = 20  # tokens to which the original pads and cuts
 COCO_LENGTH = 14.5, 3.0  # mean and deviation of its captions' tokens, <START>, space and <END> too
 
 
-@dataclass(frozen=True)
-class TrainingRate:
+@dataclass(frozen=True, kw_only=True)
+class TrainingRate(Result):
     """What each way learns in a second, by its name, and the memory that its process needed."""
 
     ratio: float  # captions a second, ours over the original's: median over the rounds
     captions_per_second: dict[str, float]
     images_per_second: dict[str, float]
     peak_gigabytes: dict[str, float]
-    comparison: Comparison  # of a step's seconds
+    seconds: dict[str, list[float]]  # of steps, round by round
 
     def __str__(self) -> str:
         lines = [f"training: {self.ratio:.3g} times as many captions a second as the original's"]
@@ -49,12 +45,6 @@ class TrainingRate:
             for way in CAPTIONS
         ]
         return "\n".join(lines)
-
-    def save(self, folder: str | Path | None = None) -> Path:
-        """Write all of it as `training.json`, by default among the package's results."""
-        folder = Path(folder or RESULTS)
-        folder.mkdir(parents=True, exist_ok=True)
-        return write_whole(folder / "training.json", json.dumps(asdict(self), indent=1) + "\n")
 
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[TrainingRate]:
@@ -69,24 +59,20 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Traini
     """
     config = captioner.model.config if quick else QVisionConfig()
     with _process("original", config) as original, _process("ours", config) as ours:
-        settings = {"images": IMAGES, "captions": CAPTIONS, "policy": "published"}
-        comparison = compare(
-            original,
-            ours,
-            name="original vs our training",
-            rounds=10,
-            quick=quick,
-            settings={**settings, "dtype": "fp32", "coco_length": COCO_LENGTH},
-        )
+        seconds = take_turns({"original": original, "ours": ours}, 10, quick)
         peaks = {"original": original() / 1e9, "ours": ours() / 1e9}
-    seconds = {"original": comparison.baseline, "ours": comparison.candidate}
     images = {way: IMAGES * len(taken) / sum(taken) for way, taken in seconds.items()}
+    speedup = Spread.ratio(seconds["original"], seconds["ours"]).median
+    settings = {"images": IMAGES, "captions": CAPTIONS, "policy": "published", "dtype": "fp32"}
     yield TrainingRate(
-        comparison.speedup.median * CAPTIONS["ours"] / CAPTIONS["original"],
-        {way: rate * CAPTIONS[way] for way, rate in images.items()},
-        images,
-        peaks,
-        comparison,
+        name="training",
+        settings={**settings, "coco_length": COCO_LENGTH},
+        quick=quick,
+        ratio=speedup * CAPTIONS["ours"] / CAPTIONS["original"],
+        captions_per_second={way: rate * CAPTIONS[way] for way, rate in images.items()},
+        images_per_second=images,
+        peak_gigabytes=peaks,
+        seconds=seconds,
     )
 
 
@@ -121,8 +107,9 @@ def _train(asked: Connection, way: str, config: QVisionConfig) -> None:
         model(**batch).loss.backward()
         clip_grad_norm_(trained, 5.0)
         optimizer.step()
-        unit = 1 if sys.platform == "darwin" else 1024
-        asked.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+        # What getrusage tells begins on Linux at the parent's peak; on macOS it is in bytes.
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        asked.send(process_bytes("status", "VmHWM") or usage.ru_maxrss)
 
 
 def random_batch(way: str, config: QVisionConfig) -> dict[str, Tensor]:

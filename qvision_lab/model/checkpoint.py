@@ -38,6 +38,7 @@ NEEDED_FILES = (
 )
 # What a recipe writes beside them: its card, settings, scores and the curves of its stages.
 COMPANIONS = ("README.md", "run.yaml", "scores.json", "vision.csv", "captioner.csv")
+EMBEDDED = "the embedded checkpoint"  # the source of what ships inside the package
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES.values()}
 
 
@@ -92,7 +93,7 @@ def load_checkpoint(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     needed = sorted(path for path in folder.iterdir() if _is_needed(path.name))
     files = {path.name: path.stat().st_size for path in needed}
-    name = "the embedded checkpoint" if source is None else str(source)
+    name = EMBEDDED if source is None else str(source)
     origin = Provenance(name, layout, commit, files, str(dtype).removeprefix("torch."))
     return Checkpoint(model.eval(), processor, origin)
 

@@ -65,7 +65,7 @@ class FeatureCache:
             raise ValueError(f"features are not kept in {dtype!r}: use {' or '.join(DTYPES)}.")
         self.folder, self.dtype = Path(folder), DTYPES[dtype]
         self.made_by = {
-            "tower": _fingerprint(model.vision.tower),
+            "tower": fingerprint_weights(model.vision.tower),
             "preprocessing": str(image_preset("training", model.config.vision_config.image_size)),
             "dtype": dtype,
         }
@@ -195,7 +195,7 @@ def _name(image: CaptionedImage) -> str:
     return f"{image.image} {status.st_size} {status.st_mtime_ns}"
 
 
-def _fingerprint(module: nn.Module) -> str:
+def fingerprint_weights(module: nn.Module) -> str:
     """A digest of all weights."""
     digest = hashlib.sha256()
     for name, weight in module.named_parameters():
