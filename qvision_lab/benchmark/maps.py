@@ -30,10 +30,6 @@ class MapRow:
     words: int
     images: int
 
-    def __str__(self) -> str:
-        interval = f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-        return f"{self.method}, {self.size} things: {self.measure} {interval}"
-
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
     """Score the maps of greedy captions of 500 test scenes; ten minutes on two cores.
