@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qvision_lab.interpretation.trace import Trace, Word
     from qvision_lab.model.captioner import QVisionForConditionalGeneration
 
-DEFAULT_METHOD = "composition"  # needs the trace alone; how well it points: `qvision bench maps`
+DEFAULT_METHOD = "integrated_gradients"  # points best: `qvision bench maps`
 IG_STEPS = (32, 64, 128, 256, 512)  # of integrated gradients, as many as it takes
 
 

@@ -62,7 +62,10 @@ class Trace:
     captioner: Captioner | None = field(repr=False)  # what made it; no file holds it
 
     def word_maps(self, method: str = DEFAULT_METHOD, **options) -> list[PatchMap]:
-        """A map for every word of the caption; `method` is a key of `maps.METHODS`."""
+        """A map for every word of the caption; `method` is a key of `maps.METHODS`.
+
+        The default points best, but runs the model again; `composition` and `rollout` do not.
+        """
         return word_maps(self, method, **options)
 
     def query_maps(self, block: int | None = None, head: int | None = None) -> list[PatchMap]:
