@@ -283,13 +283,11 @@ class Captioner:
         model, k = self.model.eval(), search.captions_per_image
         pixel_values = torch.cat([pixels for _, pixels in batch]).to(model.device)  # [B,3,H,W]
         visual_tokens = model.encode(pixel_values)[1].visual_tokens  # [B,1+Q,D]
-        ids = search.run(model, visual_tokens, [item.key for item, _ in batch])  # [k*B,T]
-        logits = model(ids, visual_tokens=visual_tokens).logits[:, :-1]  # [k*B,T-1,V]
-        logprobs = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]  # [k*B,T-1]
+        found = search.run(model, visual_tokens, [item.key for item, _ in batch])  # [k*B,T] each
         settings = {"preprocessing": preprocessing, **search.describe()}
         captions = []
-        for row, (row_ids, row_logprobs) in enumerate(zip(ids, logprobs, strict=True)):
-            generated = self._without_padding(row_ids[1:].tolist())
+        for row, (row_ids, row_logprobs) in enumerate(zip(*found, strict=True)):
+            generated = self._without_padding(row_ids.tolist())
             captions.append(
                 Caption(
                     text=self.processor.decode(generated),

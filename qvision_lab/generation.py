@@ -127,11 +127,15 @@ class Search:
         model: QVisionForConditionalGeneration,
         visual_tokens: Float[Tensor, "B N D"],
         keys: list[str],
-    ) -> Int[Tensor, "R T"]:
-        """Ids of R = B * `captions_per_image` captions, an image's together, `<START>` first.
+    ) -> tuple[Int[Tensor, "R T"], Float[Tensor, "R T"]]:
+        """Tokens of R = B * `captions_per_image` captions, an image's together.
 
         Args:
             keys: one an image; its draws depend on its key and the seed alone.
+
+        Returns:
+            Ids, without `<START>`, and their log-probabilities (nats) before penalties,
+            temperature and all else that a search puts on top of the model.
         """
         config, live, k = copy.deepcopy(self.config), dict(self.live), self.captions_per_image
         if config.do_sample:
@@ -140,4 +144,9 @@ class Search:
             live["logits_processor"] = [*live.get("logits_processor", ()), sampling]
             config.update(**NOT_SAMPLING, num_return_sequences=1)
             visual_tokens = visual_tokens.repeat_interleave(k, dim=0)  # [R,1+Q,D]
-        return model.generate(visual_tokens=visual_tokens, generation_config=config, **live)
+        config.update(return_dict_in_generate=True, output_logits=True)
+        found = model.generate(visual_tokens=visual_tokens, generation_config=config, **live)
+        logprobs = model.compute_transition_scores(
+            found.sequences, found.logits, found.get("beam_indices"), normalize_logits=True
+        )
+        return found.sequences[:, 1:], logprobs

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from qvision_lab.benchmark.latency import race
 from qvision_lab.benchmark.original import generate_the_original_way
-from qvision_lab.compiled import CompiledQVision, Int8Linear
+from qvision_lab.compiled import CompiledQVision, StreamedLinear
 from qvision_lab.model.checkpoint import load_checkpoint
 
 
@@ -65,7 +65,7 @@ def test_compiled_shares_weights_and_scores_alike(tiny, pixels):
 
 def test_int8_weights_are_within_half_a_step():
     linear = torch.nn.Linear(24, 16)
-    rounded = Int8Linear(linear)
+    rounded = StreamedLinear(linear, int8=True)
     x = torch.randn(5, 24)
     step = linear.weight.abs().amax(dim=1) / 127
     assert (rounded(x) - linear(x)).abs().le(x.abs().sum(1, keepdim=True) * step / 2 + 1e-5).all()

@@ -26,7 +26,7 @@ from qvision_lab.data.coco import CaptionDataset, open_dataset
 from qvision_lab.data.whole_files import write_whole
 from qvision_lab.evaluation import evaluate_dataset
 from qvision_lab.interpretation.faithfulness import examples_of, score_maps
-from qvision_lab.interpretation.maps import DEFAULT_METHOD, METHODS
+from qvision_lab.interpretation.maps import composition
 from qvision_lab.model.captioner import QVisionForConditionalGeneration, generation_preset
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.training.caption_stage import caption_seen, learn_to_tell, see_scenes
@@ -126,8 +126,8 @@ def _pointing(captioner: Captioner, dataset: CaptionDataset) -> float:
         return nan
     pairs = zip(examples_of(dataset), dataset, strict=True)
     examples = [replace(example, caption=image.references[0]) for example, image in pairs]
-    scores = score_maps(captioner, examples, {DEFAULT_METHOD: METHODS[DEFAULT_METHOD]})
-    by_size = scores[(scores["method"] == DEFAULT_METHOD) & (scores["measure"] == "pointing")]
+    scores = score_maps(captioner, examples, {"attention": composition})  # one pass is enough
+    by_size = scores[(scores["method"] == "attention") & (scores["measure"] == "pointing")]
     return float(np.average(by_size["value"], weights=by_size["words"]))
 
 
