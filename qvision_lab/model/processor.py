@@ -142,7 +142,14 @@ class QVisionProcessor(ProcessorMixin):
             settings = image_preset(preset, self.image_size)
             if settings["do_center_crop"]:
                 images = [_without_far_ends(image) for image in images]
-            features.update(self.image_processor(images, return_tensors="pt", **settings))
+            normalize = settings.pop("do_normalize")  # transformers' takes as long as all the rest
+            settings |= {"do_normalize": False, "return_tensors": "pt"}
+            pixels = self.image_processor(images, **settings)["pixel_values"]
+            if normalize:
+                mean, std = self.image_processor.image_mean, self.image_processor.image_std
+                mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+                pixels = (pixels - mean) / std
+            features["pixel_values"] = pixels
         if text is not None:
             captions = [text] if isinstance(text, str) else text
             rows = [self.encode(caption, max_length) for caption in captions]
