@@ -175,7 +175,7 @@ def integrated_gradients(trace: Trace, words: Sequence[Word]) -> Float[np.ndarra
 
 
 def agreement(trace: Trace, words: Sequence[Word]) -> Float[np.ndarray, "W P"]:
-    """Where attention and gradients agree: the first block's composition times integrated gradients.
+    """Where attention and gradients agree: `composition` of block 0 times `integrated_gradients`.
 
     A patch must have been looked at, and the word must hang on it. The two err in different
     places: attention in what it reads and does not use, gradients in what words share.
