@@ -4,10 +4,13 @@ import random
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import pandas as pd
@@ -196,14 +199,35 @@ def test_five_kills_change_nothing(finished, tmp_path):
     assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES))
 
 
+@contextmanager
+def dask_workers(n: int) -> Iterator[Executor]:
+    """A real scheduler and workers, which have imported what they need."""
+    cluster = LocalCluster(n, threads_per_worker=1, dashboard_address=None)
+    with cluster, Client(cluster) as client:
+        client.run(import_module, "qvision_lab.ablation.arm")
+        yield client.get_executor()
+
+
 def test_two_dask_workers_give_the_same_table(finished, tmp_path):
     _, table = finished
-    with (
-        LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster,
-        Client(cluster) as client,
-    ):
-        again = TINY.run(tmp_path, client.get_executor(), processes=1)
+    with dask_workers(2) as workers:
+        again = TINY.run(tmp_path, workers, processes=1)
     assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES))
+
+
+@pytest.mark.slow
+def test_more_dask_workers_change_no_number_and_are_sooner_done(tmp_path):
+    base = {"pictures": 300, "steps": 40, "batch_size": 24, "measurements": 1}
+    base |= {"held_out": 20, "scored": 50, "pointed": 5}
+    study = replace(TINY, variants={"chance": {"control": True}}, seeds=range(4), base=base)
+    tables, seconds = [], []
+    for n in (1, 2):
+        with dask_workers(n) as workers:
+            start = perf_counter()
+            tables.append(study.run(tmp_path / str(n), workers, processes=1).drop(columns=TIMES))
+            seconds.append(perf_counter() - start)
+    assert_frame_equal(*tables)
+    print(f"8 runs: {seconds[0]:.0f} s by one worker, {seconds[1] / seconds[0]:.2f} of it by two")
 
 
 @pytest.mark.parametrize(
