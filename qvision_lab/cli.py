@@ -232,11 +232,21 @@ def train(options: argparse.Namespace) -> int:
 
 def ablate(options: argparse.Namespace) -> int:
     """Carry out a study of variants and say what its intervals support; run again, it goes on."""
-    from qvision_lab.ablation import Study, summarise
+    from qvision_lab.ablation import Study
+    from qvision_lab.demo import tell_study
 
     study = Study.read(options.study)
-    table = study.run(options.output, processes=options.processes)
-    print("\n".join(summarise(table, options.metric)))
+    output = options.output or f"runs/{study.name}"
+    study.run(output, processes=options.processes)
+    tell_study(output, options.metric, options.figures)
+    return 0
+
+
+def findings(options: argparse.Namespace) -> int:
+    """Say and draw what a finished study found."""
+    from qvision_lab.demo import STUDY, tell_study
+
+    tell_study(options.results or STUDY, options.metric, options.figures)
     return 0
 
 
@@ -363,7 +373,11 @@ def _parser() -> argparse.ArgumentParser:
     add("study", help="name of a study, or a YAML file")
     add("--output", metavar="DIR", help="folder of its runs and table (default: runs/NAME)")
     add("--processes", type=int, metavar="N", help="runs at once (default: one for every core)")
-    add("--metric", default="CIDEr", help="column of the table to speak of (%(default)s)")
+    _add_findings(add)
+
+    add = _command(commands, "findings", findings)
+    add("results", nargs="?", metavar="DIR", help="of a study (default: the package's own)")
+    _add_findings(add)
 
     add = _command(commands, "bench", bench)
     add("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (default: all)")
@@ -383,6 +397,11 @@ def _command(commands: argparse._SubParsersAction, name: str, run: Run) -> Add:
     command = commands.add_parser(name, help=says[0].lower() + says[1:], description=run.__doc__)
     command.set_defaults(run=run)
     return command.add_argument
+
+
+def _add_findings(add: Add) -> None:
+    add("--metric", default="CIDEr", help="column of the table to speak of (%(default)s)")
+    add("--figures", metavar="DIR", help="draw effects, trade-off and curves here")
 
 
 def _add_model(add: Add) -> None:

@@ -34,6 +34,9 @@ class CompiledQVision(QVisionForConditionalGeneration):
 
     Attributes:
         compile_seconds: what compiling took, half a minute or so at the published size.
+
+    Raises:
+        ValueError: for a model whose bridge is a prefix, or that adds its global token to the text.
     """
 
     def __init__(
@@ -43,7 +46,13 @@ class CompiledQVision(QVisionForConditionalGeneration):
         length: int = 64,
         int8: bool = False,
     ):
-        super(QVisionForConditionalGeneration, self).__init__(model.config)  # builds no parts
+        config = model.config
+        if config.bridge == "prefix" or config.global_token == "added":
+            raise ValueError(
+                f"the compiled step knows no bridge={config.bridge!r} with "
+                f"global_token={config.global_token!r}; caption with the model as it is."
+            )
+        super(QVisionForConditionalGeneration, self).__init__(config)  # builds no parts
         self.vision, self.qformer = model.vision, model.qformer
         self.decoder = CompiledDecoder(model.decoder, rows, int8)
         self.generation_config, self.length = model.generation_config, length

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from qvision_lab import plots
+from qvision_lab.ablation import differences, summarise
 from qvision_lab.captioning import load
 from qvision_lab.data import scenes
 from qvision_lab.data.coco import open_dataset
@@ -27,6 +28,7 @@ from qvision_lab.interpretation.trace import Trace, Word, trace_all
 
 SHEET = 24  # scenes that are drawn on the contact sheet
 LOOKED_INTO = 2  # the test scene whose words and queries are drawn
+STUDY = files("qvision_lab.ablation") / "results" / "architecture"
 CURVES = {"vision": "Learning to see", "captioner": "Learning to tell"}
 
 
@@ -117,6 +119,27 @@ def draw_inside(
         ax.set_title(kind, loc="left")
     axes[0].invert_xaxis()
     _write(figure, folder / "deletion.png")
+
+
+def tell_study(
+    results: str | Path = STUDY, metric: str = "CIDEr", folder: str | Path | None = None
+) -> None:
+    """Print what the intervals of a study support, and draw it.
+
+    Args:
+        results: folder with the study's `table.csv` and `curves.csv`.
+        metric: column of the table.
+        folder: of `study_effects.png`, `study_tradeoff.png` and `study_curves.png`, if any.
+    """
+    table, curves = (pd.read_csv(Path(results) / f"{name}.csv") for name in ("table", "curves"))
+    print("\n".join(summarise(table, metric)))
+    if folder is None:
+        return
+    effects = plots.plot_differences(differences(table, metric), f"{metric}, less the base's")
+    tradeoff = plots.plot_tradeoff(table, "latency", metric)
+    learning = plots.plot_curves(curves)
+    for name, ax in {"effects": effects, "tradeoff": tradeoff, "curves": learning}.items():
+        _write(ax.figure, Path(folder) / f"study_{name}.png")
 
 
 def _objects(trace: Trace) -> list[Word]:

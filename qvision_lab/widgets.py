@@ -53,7 +53,7 @@ class Question:
     muted: tuple[str, ...] = ()  # labels of interventions
     word: tuple[str, int] | None = None  # of a caption; else the longest, mostly a thing
     method: str = maps.DEFAULT_METHOD
-    token: int = 0  # of the visual tokens; 0 is the global one
+    token: int = 0  # of the visual tokens
     block: int | None = None  # None: the mean of all, as for `head`
     head: int | None = None
 
@@ -149,7 +149,9 @@ def parts(model: QVisionForConditionalGeneration) -> dict[str, dict[str, Interve
     heads = [(str(h), h) for h in range(model.config.num_attention_heads)]
     blocks = range(len(model.qformer.blocks))
     queries = {str(q): mute(model, queries=[q]) for q in range(model.config.num_query_tokens)}
-    found = {"Queries": {"global": mute(model, global_token=True), **queries}}
+    if model.config.global_token != "none":
+        queries = {"global": mute(model, global_token=True), **queries}
+    found = {"Queries": queries}
     for b in blocks:
         cross = {name: mute(model, heads=[(b, h)]) for name, h in heads}
         itself = {name: mute(model, self_heads=[(b, h)]) for name, h in heads}
@@ -213,7 +215,7 @@ class Explorer(w.VBox):
         self.penalty = w.FloatSlider(usual, min=1, max=2, description="Repetition penalty", **late)
         methods = {"options": list(maps.METHODS), "value": maps.DEFAULT_METHOD}
         self.method = w.Dropdown(description="Map of the word", **methods, **style)
-        labels = maps.visual_token_labels(1 + config.num_query_tokens)
+        labels = config.visual_token_labels
         tokens = {"options": [(x, i) for i, x in enumerate(labels)], "layout": {"width": "380px"}}
         self.token = w.SelectionSlider(description="Visual token", **tokens, **late)
         self.block, self.head = (
@@ -335,6 +337,7 @@ def explore(captioner: Captioner) -> w.Widget:
     """Explore a captioner in Jupyter: pick a picture, click a word, mute what it may hang on.
 
     Raises:
-        ValueError: for a compiled captioner, whose decoding passes over what is muted.
+        ValueError: for a compiled captioner, whose decoding passes over what is muted, and a model
+            without Q-Former or bridge.
     """
     return Explorer(captioner)

@@ -1,17 +1,22 @@
 """Studies: one table whatever the order and the interruptions, and only what it supports."""
 
 import random
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from distributed import Client, LocalCluster
 from pandas.testing import assert_frame_equal
 
 from qvision_lab.ablation import Study, averages, differences, summarise
@@ -100,8 +105,9 @@ def test_a_table_has_a_row_a_run_and_gaps_where_an_arm_has_no_maps(finished):
     assert (table[TIMES] > 0).all().all()
     assert table["parameters"].nunique() == 2
     assert not list(folder.glob("runs/*/checkpoint-*"))
-    curves = TINY.curves(folder)
+    curves = pd.read_csv(folder / "curves.csv")
     assert curves.groupby(["variant", "seed"])["loss"].count().eq(3).all()
+    assert curves["eval_true"].between(0, 1).any()
     read = pd.read_csv(folder / "table.csv")
     assert_frame_equal(read, table.astype({"failed": float}))
 
@@ -164,7 +170,12 @@ def test_the_command_runs_a_study_in_spawned_processes(finished, tmp_path, capsy
     path.write_text(yaml.safe_dump({**content, "base": TINY.base}))
     arguments = ["ablate", str(path), "--output", str(tmp_path / "out"), "--processes", "1"]
     assert main(arguments) == 0
-    assert "prefix: nothing can be said with 1 pairs of runs." in capsys.readouterr().out
+    said = "prefix: nothing can be said with 1 pairs of runs."
+    assert said in capsys.readouterr().out
+    drawn = tmp_path / "figures"
+    assert main(["findings", str(tmp_path / "out"), "--figures", str(drawn)]) == 0
+    assert said in capsys.readouterr().out
+    assert len(list(drawn.glob("study_*.png"))) == 3
     spawned = pd.read_csv(tmp_path / "out/table.csv")
     here = table[(table["seed"] == 0) & (table["variant"] != "chance")].reset_index(drop=True)
     assert_frame_equal(
@@ -188,13 +199,35 @@ def test_five_kills_change_nothing(finished, tmp_path):
     assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES))
 
 
+@contextmanager
+def dask_workers(n: int) -> Iterator[Executor]:
+    """A real scheduler and workers, which have imported what they need."""
+    cluster = LocalCluster(n, threads_per_worker=1, dashboard_address=None)
+    with cluster, Client(cluster) as client:
+        client.run(import_module, "qvision_lab.ablation.arm")
+        yield client.get_executor()
+
+
 def test_two_dask_workers_give_the_same_table(finished, tmp_path):
-    distributed = pytest.importorskip("distributed")
     _, table = finished
-    cluster = distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None)
-    with cluster, distributed.Client(cluster) as client:
-        again = TINY.run(tmp_path, client.get_executor(), processes=1)
+    with dask_workers(2) as workers:
+        again = TINY.run(tmp_path, workers, processes=1)
     assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES))
+
+
+@pytest.mark.slow
+def test_more_dask_workers_change_no_number_and_are_sooner_done(tmp_path):
+    base = {"pictures": 300, "steps": 40, "batch_size": 24, "measurements": 1}
+    base |= {"held_out": 20, "scored": 50, "pointed": 5}
+    study = replace(TINY, variants={"chance": {"control": True}}, seeds=range(4), base=base)
+    tables, seconds = [], []
+    for n in (1, 2):
+        with dask_workers(n) as workers:
+            start = perf_counter()
+            tables.append(study.run(tmp_path / str(n), workers, processes=1).drop(columns=TIMES))
+            seconds.append(perf_counter() - start)
+    assert_frame_equal(*tables)
+    print(f"8 runs: {seconds[0]:.0f} s by one worker, {seconds[1] / seconds[0]:.2f} of it by two")
 
 
 @pytest.mark.parametrize(
@@ -219,6 +252,43 @@ def test_results_of_another_base_are_refused_with_the_difference(finished):
     folder, _ = finished
     with pytest.raises(ValueError, match=r"base.dropout \(0.0, not 0.2\)"):
         replace(TINY, base={**TINY.base, "dropout": 0.2}).run(folder, AtOnce())
+
+
+def test_a_full_disk_keeps_finished_runs(finished, tmp_path, monkeypatch):
+    """The kernel refuses to let a file grow, as it does on a full disk."""
+    _, table = finished
+    limit, save = resource.getrlimit(resource.RLIMIT_FSIZE), StageTrainer._save_checkpoint
+    saved = []
+
+    def cramped(trainer, *args):
+        saved.append(trainer)
+        if len(saved) > 3:  # which are those of the first run
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        try:
+            return save(trainer, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StageTrainer, "_save_checkpoint", cramped)
+        with pytest.raises(OSError, match=r"step 1 could not be saved in .*make room"):
+            TINY.run(tmp_path, AtOnce(), processes=1)
+    (row,) = tmp_path.glob("runs/*/row.json")
+    kept = row.stat().st_mtime_ns
+    again = TINY.run(tmp_path, AtOnce(), processes=1)
+    assert row.stat().st_mtime_ns == kept
+    assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES))
+
+
+def test_scenes_that_do_not_fit_on_the_disk_leave_no_half_file(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"requested|too large|No space"):
+            TINY.run(tmp_path, AtOnce(), processes=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.glob("states/*.npy"))
 
 
 def test_studies_are_read_by_name_and_name_what_they_do_not_know(tmp_path):

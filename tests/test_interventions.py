@@ -303,7 +303,7 @@ def test_half_precision(captioner, pictures):
 def test_what_does_not_exist_is_named(captioner, pictures):
     model = captioner.model
     for part, message in (
-        ({"queries": [4]}, "query 4 does not exist; choose from 0 to 3"),
+        ({"queries": [4]}, "query 4 does not exist; choose from global token to query 3"),
         ({"queries": [-1]}, "query -1 does not exist"),
         ({"heads": [(2, 0)]}, "block 2 does not exist; choose from 0 to 1"),
         ({"self_heads": [(0, 8)]}, "head 8 does not exist; choose from 0 to 7"),

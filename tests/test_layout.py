@@ -27,7 +27,7 @@ ALLOWED = {
         *("model", "data", "images", "captioning", "compiled"),
         *("evaluation", "interpretation", "training", "benchmark", "plots"),
     },
-    "demo": {"captioning", "data", "evaluation", "interpretation", "plots"},
+    "demo": {"ablation", "captioning", "data", "evaluation", "interpretation", "plots"},
     "widgets": {
         *("model", "data", "images", "captioning"),
         *("compiled", "interpretation", "plots"),

@@ -3,12 +3,19 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from test_model import ONE_BY_ONE, TOLERANCE, generate_with_and_without_cache
 from torch.testing import assert_close
 
+from qvision_lab.captioning import Captioner
+from qvision_lab.compiled import CompiledQVision
+from qvision_lab.interpretation.interventions import mute, patch, sweep
+from qvision_lab.interpretation.trace import Trace, trace
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
+from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.training.trainer import MuonAdamW
+from qvision_lab.widgets import explore, parts
 
 VARIANTS = {
     "no global token": {"global_token": "none"},
@@ -20,12 +27,20 @@ VARIANTS = {
 }
 
 
+PICTURE = Image.new("RGB", (32, 32), "teal")
+
+
+def varied(tiny, changes):
+    """A random model in the sizes of `tiny`."""
+    torch.manual_seed(5)
+    config = QVisionConfig.from_dict({**tiny.config.to_dict(), **changes})
+    return QVisionForConditionalGeneration(config).eval()
+
+
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request, tiny):
-    """A random model of each variant, in the sizes of `tiny`."""
-    torch.manual_seed(5)
-    config = QVisionConfig.from_dict({**tiny.config.to_dict(), **VARIANTS[request.param]})
-    model = QVisionForConditionalGeneration(config).eval()
+    """A random model of each variant, with biases too."""
+    model = varied(tiny, VARIANTS[request.param])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -98,6 +113,7 @@ def test_maps_say_what_visual_tokens_are_made_of(variant, pixels, captions):
     logits = variant(input_ids=captions, pixel_values=pixels).logits
     assert_close(shown.logits, logits, **TOLERANCE)
     count = shown.visual_tokens.shape[1]
+    assert len(variant.config.visual_token_labels) == count
     for cross in shown.qformer_cross_attentions:
         assert cross.shape == (4, 8, count, 4)
         assert_close(cross.sum(-1), torch.ones(cross.shape[:-1]))
@@ -108,8 +124,7 @@ def test_maps_say_what_visual_tokens_are_made_of(variant, pixels, captions):
 
 
 def test_an_added_global_token_reaches_every_word(tiny, pixels, captions):
-    config = QVisionConfig.from_dict({**tiny.config.to_dict(), "global_token": "added"})
-    added = QVisionForConditionalGeneration(config).eval()
+    added = varied(tiny, {"global_token": "added"})
     added.load_state_dict(tiny.state_dict())
     states, plain = (
         model(input_ids=captions, pixel_values=pixels, output_hidden_states=True).hidden_states[0]
@@ -128,3 +143,50 @@ def test_configurations_of_before_are_the_published_architecture(tiny):
     assert config.bridge_reads == "visual_tokens"
     with pytest.raises(StrictDataclassError, match="bridge"):
         QVisionConfig(bridge="none")
+
+
+@pytest.fixture
+def captioner_of(tiny, byte_tokenizer):
+    def make(**changes) -> Captioner:
+        model = varied(tiny, changes)
+        return Captioner(model, QVisionProcessor.from_config(model.config, byte_tokenizer))
+
+    return make
+
+
+def test_queries_keep_their_names_without_the_global_token(captioner_of, tmp_path):
+    captioner = captioner_of(global_token="none")
+    queries = [f"query {i}" for i in range(4)]
+    assert [effect.label for effect in sweep(captioner, PICTURE, "a dog", "queries")] == queries
+    with mute(captioner.model, queries=[3]):
+        traced = trace(captioner, PICTURE, "a dog")
+    assert (traced.bridge_attentions[..., 3] == 0).all()
+    assert (traced.bridge_attentions[..., :3] > 0).all()
+    traced.save(tmp_path / "trace.safetensors")
+    maps = Trace.load(tmp_path / "trace.safetensors").query_maps()
+    assert [patch_map.label for patch_map in maps] == queries
+    assert [part.label for part in parts(captioner.model)["Queries"].values()] == queries
+    with pytest.raises(ValueError, match=r"global token does not exist; .* query 0 to query 3"):
+        mute(captioner.model, global_token=True)
+
+
+def test_looking_inside_names_the_part_that_a_variant_lacks(captioner_of):
+    prefix, patches = captioner_of(bridge="prefix"), captioner_of(bridge_reads="image_tokens")
+    for look in (lambda: trace(prefix, PICTURE, "a dog"), lambda: explore(prefix)):
+        with pytest.raises(ValueError, match=r"this model has no bridge .*bridge='prefix'"):
+            look()
+    seen = trace(patches, PICTURE, "a dog")
+    assert seen.query_maps()[3].label == "image token 3"
+    for look in (
+        lambda: seen.word_maps("gradient"),
+        lambda: patch(patches, PICTURE, "visual_tokens"),
+        lambda: explore(patches),
+    ):
+        with pytest.raises(ValueError, match=r"no Q-Former .*bridge_reads='image_tokens'"):
+            look()
+
+
+@pytest.mark.parametrize("changes", [{"bridge": "prefix"}, {"global_token": "added"}])
+def test_steps_that_are_not_compiled_are_refused(tiny, changes):
+    with pytest.raises(ValueError, match="caption with the model as it is"):
+        CompiledQVision(varied(tiny, changes))

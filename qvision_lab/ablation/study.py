@@ -136,6 +136,8 @@ class Study:
     ) -> pd.DataFrame:
         """Carry out what is not done yet and give the `table`; stopped, the next call goes on.
 
+        It is kept as `table.csv` in the folder, with `curves.csv` beside it.
+
         Args:
             folder: of the results, by default `runs/NAME`. More variants and seeds may come.
             executor: any of `concurrent.futures`, such as dask's `client.get_executor()`, whose
@@ -168,6 +170,8 @@ class Study:
                 bar.update()
         table = self.table(folder)
         write_whole(folder / "table.csv", table.to_csv(index=False))
+        curves = self.curves(folder).to_csv(index=False, float_format="%.6g")
+        write_whole(folder / "curves.csv", curves)
         return table
 
     def table(self, folder: str | os.PathLike) -> pd.DataFrame:
@@ -186,11 +190,12 @@ class Study:
 
     def curves(self, folder: str | os.PathLike) -> pd.DataFrame:
         """The log of every run that has begun: `variant`, `seed`, `step`, `loss` and measures."""
-        return pd.concat(
+        logs = pd.concat(
             pd.read_csv(log).assign(variant=run.variant, seed=run.seed)
             for run in self.runs
             if (log := run.row(folder).with_name("curve.csv")).exists()
         )
+        return logs.filter(regex="^(variant|seed|step|loss|eval_.*)$")
 
 
 def _change(settings: dict[str, Any], changes: Mapping[str, Any], arm: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qvision_lab.captioning import Captioner
 from qvision_lab.images import Picture, open_image
-from qvision_lab.interpretation.maps import to_model, word_logprobs
+from qvision_lab.interpretation.maps import require_parts, to_model, word_logprobs
 from qvision_lab.interpretation.trace import Word, trace
 from qvision_lab.model.attention import MultiHeadAttention
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
@@ -147,9 +147,11 @@ def mute(
         bridge: its attention adds nothing, and the text is alone.
 
     Raises:
-        ValueError: if one does not exist; in the forward pass, if no visual token is left.
+        ValueError: if one does not exist, or the model has no Q-Former or no bridge; in the forward
+            pass, if no visual token is left.
     """
-    num_tokens, num_heads = 1 + model.config.num_query_tokens, model.config.num_attention_heads
+    require_parts(model, "Q-Former", "bridge")
+    tokens, num_heads = model.config.visual_token_labels, model.config.num_attention_heads
     reader = model.decoder.bridge.attention
     readers = [*(block.self_attention for block in model.qformer.blocks), reader]
     labels: list[str] = []
@@ -165,11 +167,10 @@ def mute(
     def head(index: int) -> Bool[Tensor, "1 1 H 1"]:
         return _mark([_existing("head", index, num_heads)], num_heads)[None]
 
-    if global_token:
-        silence("global token", _readable, _mark([0], num_tokens).mT[None], *readers)
-    for q in queries:
-        token = 1 + _existing("query", q, num_tokens - 1)
-        silence(f"query {q}", _readable, _mark([token], num_tokens).mT[None], *readers)
+    for token in [*["global token"] * global_token, *(f"query {q}" for q in queries)]:
+        if token not in tokens:
+            raise ValueError(f"{token} does not exist; choose from {tokens[0]} to {tokens[-1]}.")
+        silence(token, _readable, _mark([tokens.index(token)], len(tokens)).mT[None], *readers)
     for b, h in heads:
         silence(f"block {b}, head {h}", _heads, head(h), block(b).cross_attention)
     for b, h in self_heads:
@@ -208,9 +209,10 @@ def patch(
 
     Raises:
         ImageError, TypeError: if `image` is no picture, or several.
-        ValueError: if the stage or a position does not exist.
+        ValueError: if the stage or a position does not exist, or the model has no Q-Former.
     """
     model = captioner.model.eval()
+    require_parts(model, "Q-Former")
     blocks = [(block, _output) for block in model.qformer.blocks]
     stages = {"image_tokens": (model.qformer, _input), "visual_tokens": blocks[-1]}
     stages |= {f"block {i}": place for i, place in enumerate(blocks)}
@@ -279,8 +281,8 @@ def sweep(captioner: Captioner, image: Picture, caption: str | None, over: str) 
     """`effects` of muting every part of a kind, each by itself.
 
     Args:
-        over: "queries" (1 + Q, the global token first), "heads" or "self_heads" (each L * H, block
-            by block), "bridge_heads" (H) or "blocks" (L); see `mute`.
+        over: "queries" (all visual tokens, in their order), "heads" or "self_heads" (each L * H,
+            block by block), "bridge_heads" (H) or "blocks" (L); see `mute`.
     """
     model = captioner.model
     heads, blocks = range(model.config.num_attention_heads), range(len(model.qformer.blocks))
@@ -293,7 +295,8 @@ def sweep(captioner: Captioner, image: Picture, caption: str | None, over: str) 
     }
     if over not in parts:
         raise ValueError(f"no sweep over {over!r}; choose one of {', '.join(parts)}.")
-    first = [mute(model, global_token=True)] if over == "queries" else []
+    has_global = model.config.global_token != "none"
+    first = [mute(model, global_token=True)] if over == "queries" and has_global else []
     mutes = [mute(model, **{over: [part]}) for part in parts[over]]
     return effects(captioner, image, caption, [*first, *mutes])
 

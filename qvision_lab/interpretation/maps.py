@@ -64,17 +64,31 @@ def word_maps(
 
 
 def query_maps(trace: Trace, block: int | None = None, head: int | None = None) -> list[PatchMap]:
-    """Where each visual token looks, the global token first; None takes the mean of all."""
+    """Where each visual token looks, in their order; None takes the mean of all."""
     maps = _choose(_choose(trace.qformer_cross_attentions, block, "block"), head, "head")  # [N,P]
     return [
         PatchMap(values.reshape(trace.patch_grid), label, "attention")
-        for label, values in zip(visual_token_labels(len(maps)), maps, strict=True)
+        for label, values in zip(trace.visual_token_labels, maps, strict=True)
     ]
 
 
-def visual_token_labels(n: int) -> list[str]:
-    """What the n visual tokens are called, in their order."""
-    return ["global token", *(f"query {i}" for i in range(n - 1))]
+def require_parts(model: QVisionForConditionalGeneration, *parts: str) -> None:
+    """Refuse a variant of the model that was made without "bridge" or "Q-Former".
+
+    Raises:
+        ValueError: it lacks one of them, naming the setting that says so.
+    """
+    config = model.config
+    lacking = {
+        "bridge": config.bridge == "prefix" and f"bridge={config.bridge!r}",
+        "Q-Former": config.bridge_reads != "visual_tokens"
+        and f"bridge_reads={config.bridge_reads!r}",
+    }
+    for part in parts:
+        if setting := lacking[part]:
+            raise ValueError(
+                f"this model has no {part} to look into ({setting}); choose one that has it."
+            )
 
 
 def composition(
@@ -115,6 +129,7 @@ def gradient(trace: Trace, words: Sequence[Word]) -> Float[np.ndarray, "W P"]:
     Q-Former and on through the bridge.
     """
     model, tokens = _model(trace), to_model(trace, trace.image_tokens)
+    require_parts(model, "Q-Former")
 
     def watch(block: nn.Module, inputs: tuple) -> tuple:  # frozen weights know no gradients
         return inputs[0].detach().requires_grad_(), *inputs[1:]

@@ -10,7 +10,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from qvision_lab.interpretation.interventions import sweep
-from qvision_lab.interpretation.maps import PatchMap, visual_token_labels
+from qvision_lab.interpretation.maps import PatchMap
 from qvision_lab.interpretation.trace import Trace
 
 REDUNDANT = 0.9  # correlation of two queries' maps from which on they are one cluster
@@ -61,7 +61,7 @@ def similarities(
 
 
 def profile_queries(traces: Iterable[Trace]) -> list[QueryProfile]:
-    """Profile every visual token, the global one first, over the traces of a set of pictures.
+    """Profile every visual token, in their order, over the traces of a set of pictures.
 
     Raises:
         ValueError: if there is no trace, or one was read from a file without its captioner.
@@ -98,5 +98,5 @@ def profile_queries(traces: Iterable[Trace]) -> list[QueryProfile]:
             cluster=int(clusters[i]),
             cost=float(costs[i]),
         )
-        for i, label in enumerate(visual_token_labels(len(means)))
+        for i, label in enumerate(traces[0].visual_token_labels)
     ]

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from qvision_lab.captioning import Captioner
 from qvision_lab.data.whole_files import write_whole
 from qvision_lab.images import Picture, open_image, picture_name
-from qvision_lab.interpretation.maps import DEFAULT_METHOD, PatchMap, query_maps, word_maps
+from qvision_lab.interpretation.maps import (
+    DEFAULT_METHOD,
+    PatchMap,
+    query_maps,
+    require_parts,
+    word_maps,
+)
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*|[^\w\s]+|_+")  # "it's", "x-ray"; punctuation
 
@@ -48,6 +54,7 @@ class Trace:
     words: tuple[Word, ...]
     tokens: tuple[str, ...]
     patch_grid: tuple[int, int]  # rows, columns; their product is P
+    visual_token_labels: tuple[str, ...]
     norms: dict[str, list[float]]  # lengths of the residual stream at each stage, per token of it
     image: UInt8[np.ndarray, "height width 3"]
     token_ids: Int[np.ndarray, " T"]
@@ -69,7 +76,7 @@ class Trace:
         return word_maps(self, method, **options)
 
     def query_maps(self, block: int | None = None, head: int | None = None) -> list[PatchMap]:
-        """A map for every visual token, the global one first; None takes the mean."""
+        """A map for every visual token, in their order; None takes the mean."""
         return query_maps(self, block, head)
 
     def save(self, path: str | Path) -> None:
@@ -90,7 +97,8 @@ class Trace:
         rest["words"] = [
             Word(word["text"], tuple(word["span"]), tuple(word["tokens"])) for word in rest["words"]
         ]
-        rest |= {name: tuple(rest[name]) for name in ("words", "tokens", "patch_grid")}
+        sequences = ("words", "tokens", "patch_grid", "visual_token_labels")
+        rest |= {name: tuple(rest[name]) for name in sequences}
         return cls(**rest, **load_file(path), captioner=captioner)
 
 
@@ -102,7 +110,7 @@ def trace(captioner: Captioner, image: Picture, caption: str | None = None) -> T
 
     Raises:
         ImageError, TypeError: if `image` is no picture, or several (`trace_all` takes those).
-        ValueError: if the model gives no attention maps.
+        ValueError: if the model has no bridge, or gives no attention maps.
     """
     return next(trace_all(captioner, [image], None if caption is None else [caption]))
 
@@ -125,6 +133,7 @@ def _trace_batch(
     captioner: Captioner, pictures: list[Picture], captions: list[str | None]
 ) -> list[Trace]:
     model, processor = captioner.model.eval(), captioner.processor
+    require_parts(model, "bridge")
     images = [open_image(picture) for picture in pictures]
     if None in captions:
         greedy = captioner.caption(images, preset="greedy")
@@ -171,6 +180,7 @@ def _trace_batch(
                 words=_words(caption, processor.tokenizer.convert_ids_to_tokens(token_ids)),
                 tokens=tuple(processor.tokenizer.decode([i]) for i in token_ids),
                 patch_grid=model.config.patch_grid,
+                visual_token_labels=model.config.visual_token_labels,
                 norms={stage: x.float().norm(dim=-1).tolist() for stage, x in norms.items()},
                 image=np.array(images[row]),
                 token_ids=np.array(token_ids),

@@ -1,5 +1,6 @@
 """QVisionConfig: one object that fixes every size of the model."""
 
+from math import prod
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -87,6 +88,16 @@ class QVisionConfig(PreTrainedConfig):
         """Rows and columns of the patch grid; their product is P."""
         side = self.vision_config.image_size // self.vision_config.patch_size
         return side, side
+
+    @property
+    def visual_token_labels(self) -> tuple[str, ...]:
+        """What the visual tokens are called, in their order."""
+        if self.bridge_reads == "mean_image_token":
+            return ("mean image token",)
+        if self.bridge_reads == "image_tokens":
+            return tuple(f"image token {i}" for i in range(prod(self.patch_grid)))
+        first = () if self.global_token == "none" else ("global token",)
+        return (*first, *(f"query {i}" for i in range(self.num_query_tokens)))
 
 
 AutoConfig.register(QVisionConfig.model_type, QVisionConfig)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 
 import numpy as np
@@ -23,6 +21,7 @@ from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.training.features import SeenPictures
 from qvision_lab.training.finetune_recipe import Training
+from qvision_lab.training.trainer import WholeCheckpoints
 
 TIMED_STEPS = 20  # after so many it is told how long the rest takes
 
@@ -91,7 +90,7 @@ class Validation:
         return 100 * report.scores["CIDEr"]
 
 
-class CaptionTrainer(Seq2SeqTrainer):
+class CaptionTrainer(WholeCheckpoints, Seq2SeqTrainer):
     """transformers' trainer, which also scores captions, and saves nothing that is not whole.
 
     Evaluation leaves the random numbers of training alone, so that the number of evaluations
@@ -120,17 +119,9 @@ class CaptionTrainer(Seq2SeqTrainer):
         return output
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
-        folder, step = Path(self.args.output_dir), self.state.global_step
         if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
-            raise self._diverged("weights are no numbers any more", step)
-        try:
-            super()._save_checkpoint(model, trial)
-        except Exception as error:  # torch, safetensors and the file system raise their own
-            shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
-            raise OSError(
-                f"step {step} could not be saved in {folder} ({error}). What was saved before is "
-                "whole: make room, and run the same command again."
-            ) from error
+            raise self._diverged("weights are no numbers any more", self.state.global_step)
+        super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -66,7 +67,22 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share_groups()
 
 
-class StageTrainer(Trainer):
+class WholeCheckpoints:
+    """Mixed into a trainer: a checkpoint that could not be written to its end is none."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # torch, safetensors and the file system raise their own
+            shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
+            raise OSError(
+                f"step {step} could not be saved in {folder} ({error}). What was saved before is "
+                "whole: make room, and run the same command again."
+            ) from error
+
+
+class StageTrainer(WholeCheckpoints, Trainer):
     """A Trainer whose evaluation is the stage's own measure.
 
     Args:

@@ -88,12 +88,14 @@ def filled_once(
     """
     with PartialState().main_process_first():
         if not path.exists():
-            partial = path.with_suffix(".partial")
-            array = np.lib.format.open_memmap(partial, "w+", dtype, shape)
+            array = np.empty(shape, dtype)
             for i, row in enumerate(tqdm(rows, path.stem, total=len(array), unit="picture")):
                 array[i] = row
-            array.flush()
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
+                np.save(file, array)
             partial.replace(path)
+            del array  # or it would be held twice
     array = np.load(path)
     if array.shape != shape or array.dtype != dtype:
         raise ValueError(
