@@ -77,10 +77,7 @@ class QVisionProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike, **kwargs) -> QVisionProcessor:
-        """Read `preprocessor_config.json` and, where there is one, the tokenizer beside it.
-
-        A Hub id works too, with transformers' arguments; `ql.load` checks more and says more.
-        """
+        """Read a folder or Hub id, and its tokenizer if it has one; `ql.load` checks more."""
         image_processor = CLIPImageProcessorPil.from_pretrained(source, **kwargs)
         has_tokenizer = not Path(source).is_dir() or holds_tokenizer(Path(source))
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs) if has_tokenizer else None
@@ -153,10 +150,9 @@ class QVisionProcessor(ProcessorMixin):
         if text is not None:
             captions = [text] if isinstance(text, str) else text
             rows = [self.encode(caption, max_length) for caption in captions]
-            ones = [torch.ones_like(row) for row in rows]
             pad = self.tokenizer.pad_token_id
-            features["input_ids"] = pad_sequence(rows, batch_first=True, padding_value=pad)
-            features["attention_mask"] = pad_sequence(ones, batch_first=True)
+            ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+            features.update({"input_ids": ids, "attention_mask": (ids != pad).long()})
         return features.convert_to_tensors(return_tensors)
 
     def encode(self, caption: str, max_length: int | None = None) -> Tensor:
