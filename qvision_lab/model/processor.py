@@ -151,8 +151,9 @@ class QVisionProcessor(ProcessorMixin):
             captions = [text] if isinstance(text, str) else text
             rows = [self.encode(caption, max_length) for caption in captions]
             pad = self.tokenizer.pad_token_id
-            ids = pad_sequence(rows, batch_first=True, padding_value=pad)
-            features.update({"input_ids": ids, "attention_mask": (ids != pad).long()})
+            ones = [torch.ones_like(row) for row in rows]
+            features["input_ids"] = pad_sequence(rows, batch_first=True, padding_value=pad)
+            features["attention_mask"] = pad_sequence(ones, batch_first=True)
         return features.convert_to_tensors(return_tensors)
 
     def encode(self, caption: str, max_length: int | None = None) -> Tensor:
