@@ -270,8 +270,10 @@ def bench(options: argparse.Namespace) -> int:
 def tables(options: argparse.Namespace) -> int:
     """Draw a page's tables, and how fast QVision is, from the results of the benchmarks."""
     from qvision_lab.benchmark import tables
+    from qvision_lab.demo import study_table
 
-    print(f"wrote {tables.fill(Path(options.page))}")
+    of_study = {"study": lambda _: study_table()}
+    print(f"wrote {tables.fill(Path(options.page), tables=tables.TABLES | of_study)}")
     for name, draw in tables.FIGURES.items() if options.figures else ():
         figure = Path(options.figures, f"{name}.png")
         draw().figure.savefig(figure, dpi=150)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -311,12 +312,22 @@ def plot_tradeoff(table: pd.DataFrame, cost: str, quality: str, ax: Axes | None 
     Args:
         table: a row a run with `variant` and both columns, as `ablation.Study.table` gives.
     """
-    ax = ax or plt.subplots(layout="constrained")[1]
-    for variant, runs in table.groupby("variant", sort=False):
-        mean = runs[[cost, quality]].mean()
+    ax = ax or plt.subplots(figsize=(8, 5), layout="constrained")[1]
+    means = table.groupby("variant", sort=False)[[cost, quality]].mean().sort_values(quality)
+    for variant in means.index:
+        runs = table[table["variant"] == variant]
         dots = ax.scatter(runs[cost], runs[quality], s=8, alpha=0.4)
-        ax.scatter(*mean, s=40, color=dots.get_facecolor(), alpha=1)
-        ax.annotate(variant, mean, xytext=(4, 4), textcoords="offset points", fontsize=8, color=INK)
+        ax.scatter(*means.loc[variant], s=40, color=dots.get_facecolor(), alpha=1)
+    ax.margins(x=0.25)
+    free = defaultdict(float)  # in a fifth of the width, the height from which no name stands
+    for variant, mean in means.iterrows():
+        fifth = int(5 * ax.transAxes.inverted().transform(ax.transData.transform(mean))[0])
+        height = ax.transData.transform(mean)[1] * 72 / ax.figure.dpi  # in points
+        lifted = max(height, free[fifth])
+        place = {"xytext": (14, lifted - height - 3), "textcoords": "offset points"}
+        line = {"arrowstyle": "-", "lw": 0.4, "color": INK}
+        ax.annotate(variant, mean, **place, fontsize=8, color=INK, arrowprops=line)
+        free[fifth] = lifted + 10
     ax.set(xlabel=cost, ylabel=quality)
     ax.grid(alpha=0.3)
     return ax

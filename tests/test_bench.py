@@ -100,7 +100,7 @@ def test_a_page_is_drawn_from_results(results, tmp_path):
     marked = "".join(f"# {name}\n<!-- table {name} --><!-- end -->\n" for name in tables.TABLES)
     page.write_text(marked)
     tables.fill(page, tmp_path / "nothing")
-    assert page.read_text().count("not measured") == 6 + 8  # a claim a line
+    assert page.read_text().count("not measured") == 7 + 8  # a claim a line
     tables.fill(page, results)
     tables.fill(page, results)  # what was drawn is replaced
     drawn = page.read_text()

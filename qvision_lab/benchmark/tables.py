@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -103,6 +103,24 @@ def folders(folder: Path = RESULTS) -> pd.DataFrame:
     )
 
 
+def training(folder: Path = RESULTS) -> pd.DataFrame:
+    """What is learned in a second at the published sizes, beside the original's way."""
+    result = _read(folder, "training")
+    ratios = {"ours": "ratio", "ours_bf16": "bf16_ratio"}
+    return _frame(
+        {
+            "way": way.replace("_", ", "),
+            "captions a second": f"{rate:.2f}",
+            "images a second": f"{result['images_per_second'][way]:.2f}",
+            "times the original's captions": f"{result.get(ratios.get(way), 1):.2f}",
+            "peak GB": f"{result['peak_gigabytes'][way]:.1f}"
+            if way in result["peak_gigabytes"]
+            else "",
+        }
+        for way, rate in result.get("captions_per_second", {}).items()
+    )
+
+
 def recovery(folder: Path = RESULTS) -> pd.DataFrame:
     """A Q-Former and bridge that start from random weights, beside those of the checkpoint."""
     rows = _read(folder, "recovery")["rows"]
@@ -197,6 +215,7 @@ TABLES: dict[str, Callable[[Path], pd.DataFrame]] = {
     "peers": peers,
     "loading": loading,
     "folder": folders,
+    "training": training,
     "recovery": recovery,
     "claims": claims,
     "maps": maps,
@@ -249,7 +268,11 @@ def draw_recovery(folder: Path = RESULTS, ax: Axes | None = None) -> Axes:
 FIGURES = {"speed": draw_ratios, "recovery": draw_recovery}
 
 
-def fill(page: Path, folder: Path = RESULTS) -> Path:
+def fill(
+    page: Path,
+    folder: Path = RESULTS,
+    tables: Mapping[str, Callable[[Path], pd.DataFrame]] = TABLES,
+) -> Path:
     """Draw a page's tables anew: whatever stands between `<!-- table NAME -->` and `<!-- end -->`.
 
     Raises:
@@ -257,9 +280,9 @@ def fill(page: Path, folder: Path = RESULTS) -> Path:
     """
 
     def table(match: re.Match) -> str:
-        if match[1] not in TABLES:
-            raise ValueError(f"{page}: no table {match[1]!r}; there are {', '.join(TABLES)}.")
-        drawn = as_markdown(TABLES[match[1]](folder))
+        if match[1] not in tables:
+            raise ValueError(f"{page}: no table {match[1]!r}; there are {', '.join(tables)}.")
+        drawn = as_markdown(tables[match[1]](folder))
         return f"<!-- table {match[1]} -->\n\n{drawn}\n\n<!-- end -->"
 
     text = page.read_text(encoding="utf-8")
