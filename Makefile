@@ -29,4 +29,4 @@ figures: demo  ## every picture of the README, drawn anew
 	$(BIN)/qvision curves --output figures/training.png
 	$(BIN)/qvision look --folder figures
 	$(BIN)/qvision findings --figures figures
-	$(BIN)/qvision tables README.md
+	$(BIN)/qvision tables README.md --figures figures

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SUITES = (  # modules of benchmark/
     *("parameters", "latency", "peers", "loading", "folder"),
-    *("scoring", "interpret", "maps", "training"),
+    *("scoring", "interpret", "maps", "training", "recovery"),
 )
 Run = Callable[[argparse.Namespace], int]
 Add = Callable[..., argparse.Action]
@@ -272,8 +272,10 @@ def tables(options: argparse.Namespace) -> int:
     from qvision_lab.benchmark import tables
 
     print(f"wrote {tables.fill(Path(options.page))}")
-    if options.figure:
-        tables.draw_ratios().figure.savefig(options.figure, dpi=150)
+    for name, draw in tables.FIGURES.items() if options.figures else ():
+        figure = Path(options.figures, f"{name}.png")
+        draw().figure.savefig(figure, dpi=150)
+        print(f"wrote {figure}")
     return 0
 
 
@@ -385,7 +387,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = _command(commands, "tables", tables)
     add("page", nargs="?", default="README.md", help="Markdown file (%(default)s)")
-    add("--figure", metavar="FILE", help="picture to draw, such as figures/speed.png")
+    add("--figures", metavar="DIR", help="folder for speed.png and recovery.png")
     return parser
 
 

@@ -10,7 +10,7 @@ import torch
 from test_captioning import tiny_captioner
 from test_peers import shrink
 
-from qvision_lab.benchmark import loading, maps, peers, tables
+from qvision_lab.benchmark import loading, maps, peers, recovery, tables
 from qvision_lab.captioning import load
 from qvision_lab.cli import main
 from qvision_lab.model.checkpoint import Checkpoint, Provenance, load_checkpoint, save_checkpoint
@@ -74,6 +74,17 @@ def test_folder_notes_memory_and_rates(results):
     assert row["share_of_model_rate"]["median"] == pytest.approx(sum(shares) / 2)
 
 
+def test_a_recovery_is_scored_and_drawn(tmp_path):
+    *_, grown = recovery.run_benchmarks(load(), quick=True)
+    grown.save(tmp_path)
+    whole, tuned = tables.recovery(tmp_path).to_dict("records")
+    assert (whole["learned anew from"], tuned["learned anew from"]) == ("(not)", "24 pictures")
+    assert whole["of the checkpoint's"] == "100.0%"
+    (curve, line) = tables.draw_recovery(tmp_path).lines
+    assert curve.get_xdata().tolist() == [1]
+    assert line.get_ydata()[0] == pytest.approx(100 * grown.rows[0].score)
+
+
 def test_maps_are_scored_and_drawn(tmp_path):
     (scored,) = maps.run_benchmarks(load(), quick=True)
     scored.save(tmp_path)
@@ -89,7 +100,7 @@ def test_a_page_is_drawn_from_results(results, tmp_path):
     marked = "".join(f"# {name}\n<!-- table {name} --><!-- end -->\n" for name in tables.TABLES)
     page.write_text(marked)
     tables.fill(page, tmp_path / "nothing")
-    assert page.read_text().count("not measured") == 5 + 8  # a claim a line
+    assert page.read_text().count("not measured") == 6 + 8  # a claim a line
     tables.fill(page, results)
     tables.fill(page, results)  # what was drawn is replaced
     drawn = page.read_text()

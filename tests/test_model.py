@@ -105,8 +105,10 @@ def test_every_generation_equals_the_original_token_for_token(reference):
         assert ids[0].tolist() == case["ids"], case["name"]
 
 
-def test_gradients_equal_the_original_with_frozen_blocks(reference):
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_equal_the_original_with_frozen_blocks(reference, training):
     model, expected, facts = reference
+    model.training = training  # but not its parts: no dropout
     norms = facts["gradient_norms_freeze_0.4"]
     parameters = {stored_name(name): p for name, p in model.named_parameters()}
     assert norms.keys() <= parameters.keys() | {"query_proj.weight", "query_proj.bias"}
@@ -114,7 +116,10 @@ def test_gradients_equal_the_original_with_frozen_blocks(reference):
         parameter.requires_grad_(name in facts["trainable"]["0.4"])
         parameter.grad = None
     ids = expected["input_ids"]
-    model(input_ids=ids, pixel_values=expected["pixel_values"], labels=ids).loss.backward()
+    output = model(input_ids=ids, pixel_values=expected["pixel_values"], labels=ids)
+    output.loss.backward()
+    model.training = False
+    assert (output.logits is None) == training
     trained = {name: p.grad.norm().item() for name, p in parameters.items() if p.grad is not None}
     model.requires_grad_(True)
     assert trained == pytest.approx(norms, rel=1e-4, abs=1e-6)

@@ -96,7 +96,7 @@ def test_saved_and_loaded_it_is_the_same(captioner, pictures, tmp_path):
     ):
         np.testing.assert_array_equal(mine.values, theirs.values)
     with pytest.raises(ValueError, match=r"Trace\.load"):
-        modelless.word_maps("occlusion")
+        modelless.word_maps()
 
 
 def test_a_missing_map_is_an_error_and_leaves_no_hook(captioner, pictures):

@@ -29,8 +29,10 @@ def test_rates_count_captions_and_images(tiny, tmp_path):
     taken = zip(rate.seconds["original"], rate.seconds["ours"], strict=True)
     ratios = [5 * baseline / candidate for baseline, candidate in taken]
     assert saved["ratio"] == pytest.approx(sum(ratios) / 2)
-    for way, captions in (("original", 1), ("ours", 5)):
+    assert saved["bf16_ratio"] > 0
+    assert saved["peak_gigabytes"].keys() == {"original", "ours"}
+    assert min(saved["peak_gigabytes"].values()) > 0.1
+    for way, captions in (("original", 1), ("ours", 5), ("ours_bf16", 5)):
         per_image = saved["captions_per_second"][way] / saved["images_per_second"][way]
         assert per_image == pytest.approx(captions)
-        assert saved["peak_gigabytes"][way] > 0.1
         assert way in str(rate)

@@ -118,9 +118,7 @@ def test_a_drawing_follows_its_map_and_has_a_text(bench, question):
     told = tell(replace(first, said="<b>"), [1, 1], "a < b")
     assert "a &lt; b" in told
     assert "&lt;b&gt;" in told
-    assert (
-        f'alt="{first.maps[0].label} (composition): highest in patch {first.maps[0].peak}' in told
-    )
+    assert f'alt="{first.maps[0].label} (agreement): highest in patch {first.maps[0].peak}' in told
     np.testing.assert_array_equal(drawn(told), pixels(draw(first, [1, 1])))
 
 

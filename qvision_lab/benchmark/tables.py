@@ -103,6 +103,22 @@ def folders(folder: Path = RESULTS) -> pd.DataFrame:
     )
 
 
+def recovery(folder: Path = RESULTS) -> pd.DataFrame:
+    """A Q-Former and bridge that start from random weights, beside those of the checkpoint."""
+    rows = _read(folder, "recovery")["rows"]
+    return _frame(
+        {
+            "learned anew from": f"{row['pictures']:,} pictures" if row["pictures"] else "(not)",
+            "epochs": row["epochs"] or "",
+            "minutes": f"{row['seconds'] / 60:.1f}" if row["seconds"] else "",
+            "CIDEr": _share(row),
+            "of the checkpoint's": f"{row['score'] / rows[0]['score']:.1%}",
+            "true captions": f"{row['true']:.1%}",
+        }
+        for row in rows
+    )
+
+
 def claims(folder: Path = RESULTS) -> pd.DataFrame:
     """The card's lines, and peers that it leaves out: claimed, measured, on what, how."""
     lines, parts = [], _read(folder, "parameters")["rows"]
@@ -181,6 +197,7 @@ TABLES: dict[str, Callable[[Path], pd.DataFrame]] = {
     "peers": peers,
     "loading": loading,
     "folder": folders,
+    "recovery": recovery,
     "claims": claims,
     "maps": maps,
     "scores": scores,
@@ -188,7 +205,13 @@ TABLES: dict[str, Callable[[Path], pd.DataFrame]] = {
 
 
 def draw_ratios(folder: Path = RESULTS, ax: Axes | None = None) -> Axes:
-    """How many times as fast as the original's way, with quartiles over the rounds."""
+    """How many times as fast as the original's way, with quartiles over the rounds.
+
+    Raises:
+        ValueError: if that was not measured.
+    """
+    if not (rows := _read(folder, "latency")["rows"]):
+        raise ValueError(f"{folder} has no latency.json: run `qvision bench latency` first.")
     frame = pd.DataFrame(
         {
             "name": f"{row['mode']} {row['dtype']}, {row['batch']} at once",
@@ -196,11 +219,34 @@ def draw_ratios(folder: Path = RESULTS, ax: Axes | None = None) -> Axes:
             "low": row["ratio"]["lower"],
             "high": row["ratio"]["upper"],
         }
-        for row in _read(folder, "latency")["rows"]
+        for row in rows
     )
     ax = plots.plot_scores({"latency": frame.set_index("name")}, scale=1, ax=ax)
     ax.set(xlabel="times as fast as the original's way, an image", xscale="log")
     return ax
+
+
+def draw_recovery(folder: Path = RESULTS, ax: Axes | None = None) -> Axes:
+    """CIDEr while a Q-Former learns anew, beside that of the checkpoint.
+
+    Raises:
+        ValueError: if that was not measured.
+    """
+    if not (rows := _read(folder, "recovery")["rows"]):
+        raise ValueError(f"{folder} has no recovery.json: run `qvision bench recovery` first.")
+    whole, *tuned = rows
+    curves = pd.DataFrame(
+        {"variant": f"{row['pictures']:,} pictures", "step": int(step), "CIDEr": 100 * cider}
+        for row in tuned
+        for step, cider in row["curve"].items()
+    )
+    ax = plots.plot_curves(curves, "CIDEr", ax=ax)
+    ax.axhline(100 * whole["score"], color="gray", lw=1, ls="--")
+    ax.set_title("dashed: the checkpoint as it was, on its test scenes", fontsize=9)
+    return ax
+
+
+FIGURES = {"speed": draw_ratios, "recovery": draw_recovery}
 
 
 def fill(page: Path, folder: Path = RESULTS) -> Path:

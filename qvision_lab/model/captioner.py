@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
     initialization,
 )
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_outputs import ModelOutput
 
 from qvision_lab.model.attention import MultiHeadAttention
@@ -79,8 +79,13 @@ class QVisionOutput(ModelOutput):
     decoder_cross_attentions: Float[Tensor, "R H T N"] | None = None
 
 
-class QVisionPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know: how new weights start, and what may be split or fused."""
+class QVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Frozen CLIP -> Q-Former -> GPT-Neo with a bridge: an image captioner.
+
+    Every method takes one of four inputs, each a later point of the same walk, so that nothing
+    already known is computed again: `pixel_values` [B,3,H,W], `vision_states` [B,P,C] (CLIP's
+    output), `image_tokens` [B,P,D] or `visual_tokens` [B,1+Q,D].
+    """
 
     config: QVisionConfig
     config_class = QVisionConfig
@@ -89,28 +94,6 @@ class QVisionPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["CLIPEncoderLayer", "QFormerBlock", "GPTNeoBlock"]
     _supports_sdpa = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, MultiHeadAttention):
-            initialization.xavier_uniform_(module.in_proj_weight)
-            initialization.zeros_(module.in_proj_bias)
-        elif isinstance(module, QFormer):
-            initialization.normal_(module.global_token, std=0.02)
-            initialization.normal_(module.query_tokens, std=0.02)
-        elif isinstance(module, Bridge):
-            initialization.ones_(module.scale)
-
-
-class QVisionForConditionalGeneration(QVisionPreTrainedModel, GenerationMixin):
-    """Frozen CLIP -> Q-Former -> GPT-Neo with a bridge: an image captioner.
-
-    Every method takes one of four inputs, each a later point of the same walk, so that nothing
-    already known is computed again: `pixel_values` [B,3,H,W], `vision_states` [B,P,C] (CLIP's
-    output), `image_tokens` [B,P,D] or `visual_tokens` [B,1+Q,D].
-    """
-
     _tied_weights_keys = {"decoder.lm_head.weight": "decoder.language_model.wte.weight"}
 
     def __init__(self, config: QVisionConfig):
@@ -124,6 +107,18 @@ class QVisionForConditionalGeneration(QVisionPreTrainedModel, GenerationMixin):
         self.decoder = Decoder(GPTNeoModel._from_config(config.text_config), config)
         self.generation_config = generation_preset("published", config)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MultiHeadAttention):
+            initialization.xavier_uniform_(module.in_proj_weight)
+            initialization.zeros_(module.in_proj_bias)
+        elif isinstance(module, QFormer):
+            initialization.normal_(module.global_token, std=0.02)
+            initialization.normal_(module.query_tokens, std=0.02)
+        elif isinstance(module, Bridge):
+            initialization.ones_(module.scale)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.language_model.wte
@@ -188,7 +183,8 @@ class QVisionForConditionalGeneration(QVisionPreTrainedModel, GenerationMixin):
         Args:
             input_ids: R = k * B rows, the k captions of an image next to each other; each image is
                 looked at once.
-            labels: targets, not yet shifted; pads and `IGNORED_LABEL` count for nothing.
+            labels: targets, not yet shifted; pads and `IGNORED_LABEL` count for nothing. In
+                training mode only the others are scored, and no logits come back.
             num_items_in_batch: divisor of the summed loss when the batch is one part of a larger
                 one (the Trainer passes it, so that accumulation changes nothing).
             logits_to_keep: 0 for all positions, 1 for the last alone.
@@ -207,6 +203,11 @@ class QVisionForConditionalGeneration(QVisionPreTrainedModel, GenerationMixin):
                 f"{len(input_ids)} rows of input_ids for {len(visual.visual_tokens)} images: give "
                 "every image the same number of captions, next to each other."
             )
+        loss = scored = None
+        if labels is not None:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # [R,T]
+            scored = (targets != IGNORED_LABEL) & (targets != self.config.pad_token_id)
+        only_loss = self.training and labels is not None
         text = self.decoder(
             input_ids,
             visual.visual_tokens.repeat_interleave(captions_per_image, dim=0),  # [R,1+Q,D]
@@ -217,14 +218,14 @@ class QVisionForConditionalGeneration(QVisionPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             last_logit_only=logits_to_keep == 1,
+            scored=scored if only_loss else None,
         )
-        loss = None
         if labels is not None:
-            targets = labels.masked_fill(labels == self.config.pad_token_id, IGNORED_LABEL)
-            loss = ForCausalLMLoss(text.logits, targets, self.config.vocab_size, num_items_in_batch)
+            logits = text.logits if only_loss else text.logits[scored]  # [K,V]
+            loss = fixed_cross_entropy(logits.float(), targets[scored], num_items_in_batch)
         return QVisionOutput(
             loss=loss,
-            logits=text.logits,
+            logits=None if only_loss else text.logits,
             past_key_values=text.past_key_values,
             hidden_states=text.hidden_states,
             attentions=text.self_attentions,

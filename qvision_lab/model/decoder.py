@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, GPTNeoModel
@@ -16,7 +16,7 @@ from qvision_lab.model.config import QVisionConfig
 class DecoderOutput:
     """Logits of the next token at each position, the KV cache, and what was asked for."""
 
-    logits: Float[Tensor, "B T V"]
+    logits: Float[Tensor, "B T V"] | Float[Tensor, "K V"]
     past_key_values: Cache | None = None
     hidden_states: tuple[Float[Tensor, "B _ D"], ...] | None = None  # a prefix's come first
     self_attentions: tuple[Float[Tensor, "B G _ S"], ...] | None = None
@@ -61,6 +61,9 @@ class Decoder(nn.Module):
         super().__init__()
         width, heads, dropout = config.hidden_size, config.num_attention_heads, config.dropout
         self.language_model = language_model
+        if language_model.config.activation_function == "gelu_new":
+            for block in language_model.h:
+                block.mlp.act = nn.GELU("tanh")  # the same in one pass over memory, not in eight
         self.bridge = None if config.bridge == "prefix" else Bridge(width, heads, dropout)
         if config.global_token == "added":
             self.global_weight = 0.2  # as the original once tried
@@ -78,6 +81,7 @@ class Decoder(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         last_logit_only: bool = False,
+        scored: Bool[Tensor, "B T"] | None = None,
     ) -> DecoderOutput:
         """Read the words with GPT-Neo, look at the image through the bridge, score every next word.
 
@@ -85,6 +89,7 @@ class Decoder(nn.Module):
             attention_mask: 1 for words, 0 for padding. Padding on the right needs none: attention
                 is causal.
             last_logit_only: score the last position alone, as a generation step does.
+            scored: score these K positions alone, as training does; the logits are then [K,V].
         """
         embeddings = self.dropout(self.language_model.wte(input_ids))  # [B,T,D]
         if self.global_weight:
@@ -104,12 +109,12 @@ class Decoder(nn.Module):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        scored = 1 if last_logit_only else input_ids.shape[1]
-        states, cross_map = text.last_hidden_state[:, -scored:], None  # [B,T,D]
+        last = 1 if last_logit_only else input_ids.shape[1]
+        states, cross_map = text.last_hidden_state[:, -last:], None  # [B,T,D]
         if self.bridge is not None:
             states, cross_map = self.bridge(states, visual_tokens, output_attentions)
         return DecoderOutput(
-            logits=self.lm_head(states),  # [B,T,V]
+            logits=self.lm_head(states if scored is None else states[scored]),  # [...,V]
             past_key_values=text.past_key_values,
             hidden_states=text.hidden_states,
             self_attentions=text.attentions,

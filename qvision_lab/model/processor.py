@@ -77,10 +77,7 @@ class QVisionProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike, **kwargs) -> QVisionProcessor:
-        """Read `preprocessor_config.json` and, where there is one, the tokenizer beside it.
-
-        A Hub id works too, with transformers' arguments; `ql.load` checks more and says more.
-        """
+        """Read a folder or Hub id, and its tokenizer if it has one; `ql.load` checks more."""
         image_processor = CLIPImageProcessorPil.from_pretrained(source, **kwargs)
         has_tokenizer = not Path(source).is_dir() or holds_tokenizer(Path(source))
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs) if has_tokenizer else None
@@ -142,12 +139,19 @@ class QVisionProcessor(ProcessorMixin):
             settings = image_preset(preset, self.image_size)
             if settings["do_center_crop"]:
                 images = [_without_far_ends(image) for image in images]
-            features.update(self.image_processor(images, return_tensors="pt", **settings))
+            normalize = settings.pop("do_normalize")  # transformers' takes as long as all the rest
+            settings |= {"do_normalize": False, "return_tensors": "pt"}
+            pixels = self.image_processor(images, **settings)["pixel_values"]
+            if normalize:
+                mean, std = self.image_processor.image_mean, self.image_processor.image_std
+                mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+                pixels = (pixels - mean) / std
+            features["pixel_values"] = pixels
         if text is not None:
             captions = [text] if isinstance(text, str) else text
             rows = [self.encode(caption, max_length) for caption in captions]
-            ones = [torch.ones_like(row) for row in rows]
             pad = self.tokenizer.pad_token_id
+            ones = [torch.ones_like(row) for row in rows]
             features["input_ids"] = pad_sequence(rows, batch_first=True, padding_value=pad)
             features["attention_mask"] = pad_sequence(ones, batch_first=True)
         return features.convert_to_tensors(return_tensors)

@@ -84,10 +84,8 @@ class QFormer(nn.Module):
         for block in self.blocks:
             queries, *block_maps = block(queries, key, value, output_attentions)
             maps.append(block_maps)
-        if not output_attentions:
-            return QFormerOutput(queries)
-        self_attentions, cross_attentions = zip(*maps, strict=True)
-        return QFormerOutput(queries, self_attentions, cross_attentions)
+        maps = zip(*maps, strict=True) if output_attentions else ()  # all self, all cross
+        return QFormerOutput(queries, *maps)
 
 
 class WithoutQFormer(nn.Module):
