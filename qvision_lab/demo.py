@@ -135,9 +135,12 @@ def tell_study(
     print("\n".join(summarise(table, metric)))
     if folder is None:
         return
-    effects = plots.plot_differences(differences(table, metric), f"{metric}, less the base's")
-    tradeoff = plots.plot_tradeoff(table, "latency", metric)
-    learning = plots.plot_curves(curves)
+    rows = differences(table, metric)
+    effects = plots.plot_differences(rows, f"{metric}, less the base's")
+    room = plt.subplots(figsize=(10, 7), layout="constrained")[1]
+    tradeoff = plots.plot_tradeoff(table, "latency", metric, room)
+    furthest = rows["difference"].abs().nlargest(4).index  # all of them would hide each other
+    learning = plots.plot_curves(curves[curves["variant"].isin(["base", *furthest])])
     for name, ax in {"effects": effects, "tradeoff": tradeoff, "curves": learning}.items():
         _write(ax.figure, Path(folder) / f"study_{name}.png")
 
