@@ -15,10 +15,7 @@ from qvision_lab.model.attention import MultiHeadAttention
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.decoder import Decoder, DecoderOutput
 
-INDUCTOR = {
-    "realize_reads_threshold": 1,  # what a product reads for each of its rows is made once
-    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,  # all are frozen
-}
+INDUCTOR = {"realize_reads_threshold": 1}  # what a product reads for each row is made once
 
 
 class CompiledQVision(QVisionForConditionalGeneration):

@@ -325,7 +325,7 @@ def plot_tradeoff(table: pd.DataFrame, cost: str, quality: str, ax: Axes | None 
         height = ax.transData.transform(mean)[1] * 72 / ax.figure.dpi  # in points
         lifted = max(height, free[fifth])
         place = {"xytext": (14, lifted - height - 3), "textcoords": "offset points"}
-        line = {"arrowstyle": "-", "lw": 0.4, "color": INK}
+        line = {"arrowstyle": "-", "lw": 0.4, "color": INK, "relpos": (0, 0.5)}
         ax.annotate(variant, mean, **place, fontsize=8, color=INK, arrowprops=line)
         free[fifth] = lifted + 10
     ax.set(xlabel=cost, ylabel=quality)

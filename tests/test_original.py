@@ -38,6 +38,12 @@ def test_faster_ways_give_the_same_ids(tiny, pixels):
     greedy = {**length, "do_sample": False, "repetition_penalty": 1.0}
     one = compiled.generate(pixel_values=pixels[:1], **greedy)  # the one that really compiles
     assert one[0].tolist() == slow[0]
+    rounded = CompiledQVision(tiny, length=32, int8=True)  # a second one, and not the first's code
+    said = rounded.generate(pixel_values=pixels[:1], **greedy)
+    assert compiled.generate(pixel_values=pixels[:1], **greedy).equal(one)
+    with torch.compiler.set_stance("force_eager"):
+        assert rounded.generate(pixel_values=pixels[:1], **greedy).equal(said)
+    assert not rounded.decoder.lm_head.weight.is_floating_point()
     with torch.compiler.set_stance("force_eager"):
         compiled_for_three = CompiledQVision(tiny, rows=3, length=32)
         for way in (tiny, compiled, compiled_for_three):  # the second goes the eager way
