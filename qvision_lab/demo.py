@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
