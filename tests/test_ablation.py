@@ -1,5 +1,6 @@
 """Studies: one table whatever the order and the interruptions, and only what it supports."""
 
+import os
 import random
 import resource
 import subprocess
@@ -11,6 +12,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -202,10 +204,11 @@ def test_five_kills_change_nothing(finished, tmp_path):
 @contextmanager
 def dask_workers(n: int) -> Iterator[Executor]:
     """A real scheduler and workers, which have imported what they need."""
-    cluster = LocalCluster(n, threads_per_worker=1, dashboard_address=None)
-    with cluster, Client(cluster) as client:
-        client.run(import_module, "qvision_lab.ablation.arm")
-        yield client.get_executor()
+    with patch.dict(os.environ):  # dask leaves OMP_NUM_THREADS=1 there for all that come later
+        cluster = LocalCluster(n, threads_per_worker=1, dashboard_address=None)
+        with cluster, Client(cluster) as client:
+            client.run(import_module, "qvision_lab.ablation.arm")
+            yield client.get_executor()
 
 
 def test_two_dask_workers_give_the_same_table(finished, tmp_path):
