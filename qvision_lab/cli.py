@@ -233,20 +233,20 @@ def train(options: argparse.Namespace) -> int:
 def ablate(options: argparse.Namespace) -> int:
     """Carry out a study of variants and say what its intervals support; run again, it goes on."""
     from qvision_lab.ablation import Study
-    from qvision_lab.demo import tell_study
+    from qvision_lab.findings import tell
 
     study = Study.read(options.study)
     output = options.output or f"runs/{study.name}"
     study.run(output, processes=options.processes)
-    tell_study(output, options.metric, options.figures)
+    tell(output, options.metric, options.figures)
     return 0
 
 
 def findings(options: argparse.Namespace) -> int:
     """Say and draw what a finished study found."""
-    from qvision_lab.demo import STUDY, tell_study
+    from qvision_lab.findings import STUDY, tell
 
-    tell_study(options.results or STUDY, options.metric, options.figures)
+    tell(options.results or STUDY, options.metric, options.figures)
     return 0
 
 
@@ -270,13 +270,14 @@ def bench(options: argparse.Namespace) -> int:
 def tables(options: argparse.Namespace) -> int:
     """Draw a page's tables, and how fast QVision is, from the results of the benchmarks."""
     from qvision_lab.benchmark import tables
-    from qvision_lab.demo import study_table
+    from qvision_lab.findings import as_table
+    from qvision_lab.plots import write_figure
 
-    of_study = {"study": lambda _: study_table()}
+    of_study = {"study": lambda _: as_table()}
     print(f"wrote {tables.fill(Path(options.page), tables=tables.TABLES | of_study)}")
     for name, draw in tables.FIGURES.items() if options.figures else ():
         figure = Path(options.figures, f"{name}.png")
-        draw().figure.savefig(figure, dpi=150)
+        write_figure(draw().figure, figure, dpi=150)
         print(f"wrote {figure}")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +16,7 @@ from qvision_lab.model.attention import MultiHeadAttention
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.decoder import Decoder, DecoderOutput
 
+Module = TypeVar("Module", bound=nn.Module)
 INDUCTOR = {"realize_reads_threshold": 1}  # what a product reads for each row is made once
 
 
@@ -181,13 +183,18 @@ def streamed(decoder: Decoder, int8: bool) -> Decoder:
 
     It shares the weights of the one given; with int8 it has its own, and computes in float32.
     """
-    tensors = [] if int8 else [*decoder.parameters(), *decoder.buffers()]
-    decoder = copy.deepcopy(decoder, {id(tensor): tensor for tensor in tensors})
+    decoder = copy.deepcopy(decoder) if int8 else copy_sharing_weights(decoder)
     for module in list(decoder.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, StreamedLinear(child, int8))
     return decoder.float() if int8 else decoder
+
+
+def copy_sharing_weights(module: Module) -> Module:
+    """A copy whose parts can be changed, with the very parameters and buffers of the original."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def _project(attention: MultiHeadAttention, x: Float[Tensor, "R T D"], part: int) -> Tensor:

@@ -11,10 +11,8 @@ from tempfile import TemporaryDirectory
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from qvision_lab import plots
-from qvision_lab.ablation import averages, differences, summarise
 from qvision_lab.captioning import load
 from qvision_lab.data import scenes
 from qvision_lab.data.coco import open_dataset
@@ -28,7 +26,6 @@ from qvision_lab.interpretation.trace import Trace, Word, trace_all
 
 SHEET = 24  # scenes that are drawn on the contact sheet
 LOOKED_INTO = 2  # the test scene whose words and queries are drawn
-STUDY = files("qvision_lab.ablation") / "results" / "architecture"
 CURVES = {"vision": "Learning to see", "captioner": "Learning to tell"}
 
 
@@ -61,7 +58,9 @@ def run_demo(
             for caption, image in zip(captions, written, strict=True)
         ]
         marks = [check.true for check in checks[:SHEET]]
-        _write(plots.caption_sheet(captions[:SHEET], ncols=6, marks=marks), Path(output))
+        plots.write_figure(
+            plots.caption_sheet(captions[:SHEET], ncols=6, marks=marks), Path(output)
+        )
     rates = scenes.score(checks)
     print(f"\n{n} scenes that training never saw, captioned from disk:\n")
     for name, rate in rates.items():
@@ -76,7 +75,7 @@ def draw_curves(output: str | Path = "figures/training.png") -> None:
     for ax, (stage, title) in zip(axes, CURVES.items(), strict=True):
         with (files("qvision_lab") / "scenes_checkpoint" / f"{stage}.csv").open() as file:
             plots.plot_training_curves(pd.read_csv(file), ax).set_title(title, loc="left")
-    _write(figure, Path(output))
+    plots.write_figure(figure, Path(output))
 
 
 def draw_inside(
@@ -98,11 +97,11 @@ def draw_inside(
     things = _objects(shown)
     told = [word for word in shown.words if word.text in COLORS or word in things]
     rows = {name: [_as_shares(m) for m in shown.word_maps(name, words=told)] for name in METHODS}
-    _write(plots.map_sheet(shown.image, rows), folder / "words.png")
+    plots.write_figure(plots.map_sheet(shown.image, rows), folder / "words.png")
 
     profiles = zip(profile_queries(traces), shown.query_maps(), strict=True)
     here = [replace(profile, map=of_picture) for profile, of_picture in profiles]
-    _write(plots.query_sheet(here, shown.image), folder / "queries.png")
+    plots.write_figure(plots.query_sheet(here, shown.image), folder / "queries.png")
 
     rng = np.random.default_rng(seed)
     size = len(shown.image_tokens)
@@ -118,50 +117,7 @@ def draw_inside(
         plots.plot_removal_curves(runs[0].kept, dict(zip(orders, curves, strict=True)), ax)
         ax.set_title(kind, loc="left")
     axes[0].invert_xaxis()
-    _write(figure, folder / "deletion.png")
-
-
-def tell_study(
-    results: str | Path = STUDY, metric: str = "CIDEr", folder: str | Path | None = None
-) -> None:
-    """Print what the intervals of a study support, and draw it.
-
-    Args:
-        results: folder with the study's `table.csv` and `curves.csv`.
-        metric: column of the table.
-        folder: of `study_effects.png`, `study_tradeoff.png` and `study_curves.png`, if any.
-    """
-    table, curves = (pd.read_csv(Path(results) / f"{name}.csv") for name in ("table", "curves"))
-    print("\n".join(summarise(table, metric)))
-    if folder is None:
-        return
-    found = differences(table, metric)
-    furthest = found["difference"].abs().nlargest(4).index
-    effects = plots.plot_differences(found, f"{metric}, less the base's")
-    tradeoff = plots.plot_tradeoff(table, "parameters", metric)
-    learning = plots.plot_curves(curves[curves["variant"].isin([table["variant"][0], *furthest])])
-    for name, ax in {"effects": effects, "tradeoff": tradeoff, "curves": learning}.items():
-        _write(ax.figure, Path(folder) / f"study_{name}.png")
-
-
-def study_table(results: str | Path = STUDY, metric: str = "CIDEr") -> pd.DataFrame:
-    """What a study's variants are worth, the best first, and what they have over the base."""
-    table = pd.read_csv(Path(results) / "table.csv")
-    rows = averages(table).join(differences(table, metric), rsuffix=" of pairs")
-    rows = rows.sort_values(metric, ascending=False)  # the base has no difference
-    pairs = 100 * rows[["difference", "low", "high"]]
-    shares = {"true": "true captions", "object recall": "objects named", "pointing": "maps point"}
-    columns = {
-        "variant": rows.index,
-        f"{metric} x 100": rows[metric].map(lambda score: f"{100 * score:.0f}"),
-        "above the base's": [
-            f"{d:+.0f} [{low:+.0f}, {high:+.0f}]" for d, low, high in pairs.values
-        ],
-        "p, corrected": rows["corrected"].map("{:.2g}".format),
-        **{title: rows[name].map("{:.1%}".format) for name, title in shares.items()},
-        "parameters trained": rows["parameters"].map("{:,.0f}".format),
-    }
-    return pd.DataFrame(columns).replace(r".*nan.*", "", regex=True)
+    plots.write_figure(figure, folder / "deletion.png")
 
 
 def _objects(trace: Trace) -> list[Word]:
@@ -174,10 +130,3 @@ def _as_shares(patch_map: PatchMap) -> PatchMap:
     """Positive values as shares of their sum: where a map points, whatever its unit."""
     positive = patch_map.values.clip(0)
     return replace(patch_map, values=positive / (positive.sum() or 1))
-
-
-def _write(figure: Figure, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"partial-{output.name}")  # the suffix chooses the format
-    figure.savefig(partial, dpi=80)
-    partial.replace(output)

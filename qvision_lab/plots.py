@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import matplotlib.pyplot as plt
@@ -321,8 +322,9 @@ def plot_tradeoff(table: pd.DataFrame, cost: str, quality: str, ax: Axes | None 
     ax.margins(x=0.25)
     free = defaultdict(float)  # in a fifth of the width, the height from which no name stands
     for variant, mean in means.iterrows():
-        fifth = int(5 * ax.transAxes.inverted().transform(ax.transData.transform(mean))[0])
-        height = ax.transData.transform(mean)[1] * 72 / ax.figure.dpi  # in points
+        point = ax.transData.transform(mean)  # in pixels
+        fifth = int(5 * ax.transAxes.inverted().transform(point)[0])
+        height = point[1] * 72 / ax.figure.dpi
         lifted = max(height, free[fifth])
         place = {"xytext": (14, lifted - height - 3), "textcoords": "offset points"}
         line = {"arrowstyle": "-", "lw": 0.4, "color": INK, "relpos": (0, 0.5)}
@@ -349,6 +351,14 @@ def plot_curves(curves: pd.DataFrame, measure: str = "loss", ax: Axes | None = N
     ax.set(xlabel="step", ylabel=measure.removeprefix("eval_").replace("_", " "))
     ax.legend(frameon=False, fontsize=8)
     return ax
+
+
+def write_figure(figure: Figure, output: Path, dpi: int = 80) -> None:
+    """Write a figure whole, in a folder that need not be there."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"partial-{output.name}")  # the suffix chooses the format
+    figure.savefig(partial, dpi=dpi)
+    partial.replace(output)
 
 
 def _tiles(nrows: int, ncols: int, below: float = 0.25) -> tuple[Figure, np.ndarray]:

@@ -7,7 +7,6 @@ controls of `Explorer` only ask and show, so that each can be tested without the
 from __future__ import annotations
 
 import base64
-import copy
 import io
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from qvision_lab.captioning import Captioner
-from qvision_lab.compiled import CompiledQVision
+from qvision_lab.compiled import CompiledQVision, copy_sharing_weights
 from qvision_lab.data import scenes
 from qvision_lab.images import Picture, find_pictures, open_image
 from qvision_lab.interpretation import maps
@@ -98,8 +97,7 @@ class Bench:
     def __init__(self, captioner: Captioner):
         if isinstance(captioner.model, CompiledQVision):
             raise ValueError("a compiled captioner ignores mutes; explore what it was made from.")
-        tensors = [*captioner.model.parameters(), *captioner.model.buffers()]
-        model = copy.deepcopy(captioner.model, {id(tensor): tensor for tensor in tensors})
+        model = copy_sharing_weights(captioner.model)
         self.captioner = replace(captioner, model=model)
         self.parts = parts(model)
         self._by_label = {i.label: i for group in self.parts.values() for i in group.values()}

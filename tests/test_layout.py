@@ -27,14 +27,15 @@ ALLOWED = {
         *("model", "data", "images", "captioning", "compiled"),
         *("evaluation", "interpretation", "training", "benchmark", "plots"),
     },
-    "demo": {"ablation", "captioning", "data", "evaluation", "interpretation", "plots"},
+    "demo": {"captioning", "data", "evaluation", "interpretation", "plots"},
+    "findings": {"ablation", "plots"},
     "widgets": {
         *("model", "data", "images", "captioning"),
         *("compiled", "interpretation", "plots"),
     },
     "cli": {
         *("model", "data", "images", "captioning", "evaluation"),
-        *("training", "ablation", "benchmark", "demo", "plots"),
+        *("training", "ablation", "benchmark", "demo", "findings", "plots"),
     },
 }
 CHECKPOINT_READERS = {"captioning", "training", "benchmark", "cli"}

@@ -139,10 +139,9 @@ class QVisionProcessor(ProcessorMixin):
             settings = image_preset(preset, self.image_size)
             if settings["do_center_crop"]:
                 images = [_without_far_ends(image) for image in images]
-            normalize = settings.pop("do_normalize")  # transformers' takes as long as all the rest
-            settings |= {"do_normalize": False, "return_tensors": "pt"}
-            pixels = self.image_processor(images, **settings)["pixel_values"]
-            if normalize:
+            plain = {**settings, "do_normalize": False, "return_tensors": "pt"}
+            pixels = self.image_processor(images, **plain)["pixel_values"]
+            if settings["do_normalize"]:  # by torch: transformers' own takes as long as all else
                 mean, std = self.image_processor.image_mean, self.image_processor.image_std
                 mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
                 pixels = (pixels - mean) / std
@@ -150,8 +149,8 @@ class QVisionProcessor(ProcessorMixin):
         if text is not None:
             captions = [text] if isinstance(text, str) else text
             rows = [self.encode(caption, max_length) for caption in captions]
-            pad = self.tokenizer.pad_token_id
             ones = [torch.ones_like(row) for row in rows]
+            pad = self.tokenizer.pad_token_id
             features["input_ids"] = pad_sequence(rows, batch_first=True, padding_value=pad)
             features["attention_mask"] = pad_sequence(ones, batch_first=True)
         return features.convert_to_tensors(return_tensors)
