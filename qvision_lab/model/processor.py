@@ -141,10 +141,10 @@ class QVisionProcessor(ProcessorMixin):
                 images = [_without_far_ends(image) for image in images]
             plain = {**settings, "do_normalize": False, "return_tensors": "pt"}
             pixels = self.image_processor(images, **plain)["pixel_values"]
-            if settings["do_normalize"]:  # by torch: transformers' own takes as long as all else
+            if settings["do_normalize"]:  # transformers' own takes as long as all else
                 mean, std = self.image_processor.image_mean, self.image_processor.image_std
-                mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
-                pixels = (pixels - mean) / std
+                mean, std = (np.float32(values)[:, None, None] for values in (mean, std))
+                pixels = torch.from_numpy((pixels.numpy() - mean) / std)
             features["pixel_values"] = pixels
         if text is not None:
             captions = [text] if isinstance(text, str) else text
