@@ -205,7 +205,7 @@ def test_five_kills_change_nothing(finished, tmp_path):
 def dask_workers(n: int) -> Iterator[Executor]:
     """A real scheduler and workers, which have imported what they need."""
     with patch.dict(os.environ):  # dask leaves OMP_NUM_THREADS=1 there for all that come later
-        cluster = LocalCluster(n, threads_per_worker=1, dashboard_address=None)
+        cluster = LocalCluster(n_workers=n, threads_per_worker=1, dashboard_address=None)
         with cluster, Client(cluster) as client:
             client.run(import_module, "qvision_lab.ablation.arm")
             yield client.get_executor()
