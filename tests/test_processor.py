@@ -29,6 +29,15 @@ def test_presets_equal_the_original_pixels(shared):
         assert_close(ours, pixels, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("preset", IMAGE_PRESETS)
+@pytest.mark.parametrize("size", [(32, 32), (41, 67), (320, 99)])
+def test_pixels_are_those_of_transformers_to_the_bit(processor, preset, size):
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    theirs = processor.image_processor(noise, return_tensors="pt", **image_preset(preset, 32))
+    ours = processor(images=Image.fromarray(noise), preset=preset)["pixel_values"]
+    assert torch.equal(ours, theirs["pixel_values"])
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
 def test_any_mode_becomes_three_channels(processor, mode):
     pixels = processor(images=[Image.new(mode, (50, 20))])["pixel_values"]
