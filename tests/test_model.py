@@ -82,6 +82,18 @@ def test_forward_equals_the_original(reference, output_attentions):
         assert output.qformer_cross_attentions is output.decoder_cross_attentions is None
 
 
+def test_bfloat16_has_the_same_loss_with_and_without_a_gradient(tiny, pixels, captions):
+    """A CPU computes attention openly for the first, by its fused kernel for the second."""
+    batch = {"input_ids": captions, "labels": captions, "pixel_values": pixels}
+    with torch.autocast("cpu", torch.bfloat16):
+        output = tiny(**batch)
+        with torch.no_grad():
+            fused = tiny(**batch)
+    assert output.loss.requires_grad
+    assert output.qformer_cross_attentions is None
+    assert_close(output.loss.detach(), fused.loss, rtol=1e-2, atol=0)
+
+
 def test_text_without_an_image_equals_the_original(reference):
     model, expected, _ = reference
     words = expected["input_ids"] != model.config.pad_token_id

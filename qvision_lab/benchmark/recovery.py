@@ -18,7 +18,8 @@ from qvision_lab.evaluation import evaluate_dataset
 from qvision_lab.training.finetune import run_finetune
 from qvision_lab.training.recipe import load_recipe
 
-EPOCHS = {100: 100, 300: 45, 1000: 25, 3000: 14}  # by pictures; a minute to five of two cores
+# By pictures; what two cores learn in one minute to five.
+EPOCHS = {100: 60, 300: 45, 1000: 25, 3000: 10, 6000: 6}
 SCENES = 1000
 
 
