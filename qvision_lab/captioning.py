@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol
 
@@ -31,7 +31,7 @@ from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.checkpoint import Provenance, load_checkpoint
 from qvision_lab.model.processor import QVisionProcessor
 
-READERS = 4  # threads that open pictures while the model works
+READERS = 2  # threads that open pictures while the model works; more stand in its way
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ class Captioner:
             for i, picture in enumerate([images] if single else images)
         )
         results = []
-        for _, captions in self._captions(items, search, preprocessing, batch_size):
+        batches = self._caption_batches(items, search, preprocessing, batch_size)
+        for _, captions in chain.from_iterable(batches):
             if isinstance(captions, ImageError):
                 raise captions
             results.append(captions if search.captions_per_image > 1 else captions[0])
@@ -228,13 +229,14 @@ class Captioner:
             for record, _ in _records(output, told):
                 seen.add(record["source"])
             mine = islice(unseen(), index, None, count)
-            for item, captions in self._captions(mine, search, preprocessing, batch_size):
-                record = {"source": item.source, **_outcome(captions), "settings": told}
-                file.write(json.dumps(record) + "\n")
+            for batch in self._caption_batches(mine, search, preprocessing, batch_size):
+                for item, captions in batch:
+                    record = {"source": item.source, **_outcome(captions), "settings": told}
+                    file.write(json.dumps(record) + "\n")
+                    failed += isinstance(captions, ImageError)
+                    captioned += not isinstance(captions, ImageError)
                 file.flush()
-                failed += isinstance(captions, ImageError)
-                captioned += not isinstance(captions, ImageError)
-                progress.update(count)
+                progress.update(len(batch) * count)
         counts = gather_object([(captioned, failed)])  # waits for all of them
         if count > 1 and everyone.is_main_process:
             _gather(output, told, failures=True)
@@ -242,9 +244,9 @@ class Captioner:
         captioned, failed = map(sum, zip(*counts, strict=True))
         return FolderReport(captioned, skipped, failed, output)
 
-    def _captions(
+    def _caption_batches(
         self, items: Iterable[_Item], search: Search, preprocessing: str, batch_size: int
-    ) -> Iterator[tuple[_Item, list[Caption] | ImageError]]:
+    ) -> Iterator[list[tuple[_Item, list[Caption] | ImageError]]]:
         """Caption items in order; one that cannot be read comes back with its error.
 
         Threads open the pictures of the next batch while the model works on this one.
@@ -270,8 +272,10 @@ class Captioner:
                 opened = list(now)
                 good = [(item, pixels) for item, pixels in opened if isinstance(pixels, Tensor)]
                 captions = iter(self._caption_batch(good, search, preprocessing) if good else ())
-                for item, pixels in opened:
-                    yield item, next(captions) if isinstance(pixels, Tensor) else pixels
+                yield [
+                    (item, next(captions) if isinstance(pixels, Tensor) else pixels)
+                    for item, pixels in opened
+                ]
 
     @torch.no_grad()
     def _caption_batch(

@@ -57,7 +57,7 @@ class CompiledQVision(QVisionForConditionalGeneration):
         self.generation_config, self.length = model.generation_config, length
         self.eval()
         start = perf_counter()
-        shape = rows, 1 + self.config.num_query_tokens, self.config.hidden_size
+        shape = rows, len(config.visual_token_labels), config.hidden_size
         visual_tokens = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.generate(visual_tokens=visual_tokens, do_sample=False, min_length=0, max_new_tokens=2)
         self.compile_seconds = perf_counter() - start

@@ -31,6 +31,7 @@ from qvision_lab.training.recipe import load_recipe, run_recipe
 from qvision_lab.training.trainer import MuonAdamW, StageTrainer, last_checkpoint, run_stage
 from qvision_lab.training.vision_stage import (
     SHOWN,
+    PatchEmbedding,
     SeeingModel,
     Sights,
     collate,
@@ -266,6 +267,11 @@ def test_sights_tell_what_a_patch_shows_and_mirror_it():
     assert (mirrored["box"][other][1:] == plain["box"][patch][1:]).all()
     batch = collate([plain, mirrored])
     assert batch["pixel_values"].shape == (2, 3, 224, 224)
+
+
+def test_patches_are_embedded_as_by_the_convolution():
+    embedding, pixels = PatchEmbedding(8, side=4), torch.randn(2, 3, 12, 12)
+    torch.testing.assert_close(embedding(pixels), torch.nn.Conv2d.forward(embedding, pixels))
 
 
 def test_training_pixels_are_the_processors(captioner_config, tokenizer):

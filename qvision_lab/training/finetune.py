@@ -62,7 +62,7 @@ class MemoryEstimate:
 def estimate_memory(
     model: QVisionForConditionalGeneration, settings: Training, pictures: int
 ) -> MemoryEstimate:
-    """Estimate a step's memory, with `pictures` a batch on one device.
+    """Estimate a step's memory, `pictures` a batch on one device, captions at their longest.
 
     Weights, gradients and AdamW's two moments are 4 bytes a parameter. What a transformer layer
     keeps for its gradient are 34 + 5 * heads * length / width bytes a value in half precision and

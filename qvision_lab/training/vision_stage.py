@@ -143,6 +143,19 @@ def collate(samples: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
     return {"pixel_values": pixel_values, **truth}
 
 
+class PatchEmbedding(nn.Conv2d):
+    """CLIP's convolution as the matrix product that it is: its gradient took half of a step."""
+
+    def __init__(self, width: int, side: int):
+        super().__init__(3, width, kernel_size=side, stride=side, bias=False)
+
+    def forward(self, pixel_values: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C rows columns"]:
+        side = self.kernel_size[0]
+        patches = pixel_values.unfold(2, side, side).unfold(3, side, side)
+        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)  # [B,rows,columns,3*side*side]
+        return F.linear(patches, self.weight.flatten(1)).permute(0, 3, 1, 2)
+
+
 class SeeingModel(nn.Module):
     """A vision tower with heads that name what each patch shows; only the tower is kept."""
 
@@ -152,11 +165,14 @@ class SeeingModel(nn.Module):
         super().__init__()
         self.told = told
         self.tower = CLIPVisionModel(config)
+        if not torch.cuda.is_available():  # the CPU's fused kernel: see `MultiHeadAttention`
+            self.tower.set_attn_implementation("eager")
         self.tower.post_layernorm.requires_grad_(False)  # behind the states that QVision reads
         width = config.hidden_size
         grid = config.image_size // config.patch_size
         with torch.no_grad():
             embeddings = self.tower.embeddings
+            embeddings.patch_embedding = PatchEmbedding(width, config.patch_size)
             embeddings.patch_embedding.weight.copy_(low_frequencies(width, config.patch_size))
             embeddings.position_embedding.weight[1:].copy_(0.5 * sine_cosine(grid, width))
         # Objects as points (Zhou et al. 2019, arXiv:1904.07850): each patch says what its object
