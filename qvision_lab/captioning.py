@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -24,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from qvision_lab.caption_file import SeenNames, gather_records, read_records
 from qvision_lab.compiled import CompiledQVision
 from qvision_lab.generation import Search
 from qvision_lab.images import ImageError, Picture, open_image, picture_name, walk_pictures
@@ -211,7 +210,7 @@ class Captioner:
             part = output.with_name(f"{output.name}.part{index}")
         with everyone.main_process_first():
             if everyone.is_main_process:
-                _gather(output, told, failures=False)
+                gather_records(output, told, failures=False)
         skipped = captioned = failed = 0
         quiet = total == 1 or not everyone.is_main_process
         progress = tqdm(total=total, unit="picture", disable=quiet)
@@ -225,8 +224,8 @@ class Captioner:
                     skipped += 1
                     progress.update()
 
-        with closing(_Seen()) as seen, open(part, "a", encoding="utf-8") as file, progress:
-            for record, _ in _records(output, told):
+        with closing(SeenNames()) as seen, open(part, "a", encoding="utf-8") as file, progress:
+            for record, _ in read_records(output, told):
                 seen.add(record["source"])
             mine = islice(unseen(), index, None, count)
             for batch in self._caption_batches(mine, search, preprocessing, batch_size):
@@ -239,7 +238,7 @@ class Captioner:
                 progress.update(len(batch) * count)
         counts = gather_object([(captioned, failed)])  # waits for all of them
         if count > 1 and everyone.is_main_process:
-            _gather(output, told, failures=True)
+            gather_records(output, told, failures=True)
         everyone.wait_for_everyone()
         captioned, failed = map(sum, zip(*counts, strict=True))
         return FolderReport(captioned, skipped, failed, output)
@@ -355,67 +354,6 @@ def _outcome(captions: list[Caption] | ImageError) -> dict:
     return {"caption": texts[0], "score": scores[0], **several}
 
 
-class _Seen:
-    """Names met so far, on disk where they are many."""
-
-    def __init__(self):
-        self.names = sqlite3.connect("")  # a file of its own, gone when it is closed
-        self.names.execute("CREATE TABLE names (name BLOB PRIMARY KEY) WITHOUT ROWID")
-
-    def add(self, name: str) -> bool:
-        """Whether the name is new."""
-        row = (name.encode("utf-8", "surrogatepass"),)  # a file may be called anything
-        return self.names.execute("INSERT OR IGNORE INTO names VALUES (?)", row).rowcount == 1
-
-    def close(self) -> None:
-        self.names.close()
-
-
 def _processes() -> PartialState:
     """The processes of `accelerate launch`, or this one alone; a slow one is waited for."""
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(weeks=1))
-
-
-def _gather(output: Path, settings: dict, *, failures: bool) -> None:
-    """Bring the records of all processes into one file, one a picture; torn lines go.
-
-    Without `failures` those go too, to be tried again.
-    """
-    parts = sorted(output.parent.glob(f"{glob.escape(output.name)}.part[0-9]*"))
-    whole = output.with_name(output.name + ".partial")
-    with closing(_Seen()) as seen, open(whole, "w", encoding="utf-8") as file:
-        for part in (output, *parts):
-            for record, line in _records(part, settings):
-                if (failures or "caption" in record) and seen.add(record["source"]):
-                    file.write(line)
-    whole.replace(output)
-    for part in parts:
-        part.unlink()
-
-
-def _records(path: Path, settings: dict) -> Iterator[tuple[dict, str]]:
-    """Records of an output file with their lines; one torn by an interruption is passed over."""
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n") and line[:11] == '{"source": '[: len(line)]:
-                return
-            try:
-                record = json.loads(line)
-                _, earlier = record["source"], record["settings"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"line {number} of {path} is no caption record; choose another output."
-                ) from error
-            changed = [
-                f"{name} was {earlier.get(name)!r}, now {settings.get(name)!r}"
-                for name in sorted(settings.keys() | earlier.keys())
-                if settings.get(name) != earlier.get(name)
-            ]
-            if changed:
-                raise ValueError(
-                    f"{path} was made with other settings ({'; '.join(changed)}): choose another "
-                    "output, or delete this one to caption everything anew."
-                )
-            yield record, line
