@@ -50,7 +50,7 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
             "model": partial(_caption_tensors, captioner, ready),
             "folder": lambda: captioner.caption_folder(paths[:timed], next(outputs), **GREEDY),
         }
-        seconds = take_turns(ways, 5, quick)
+        seconds = take_turns(ways, 11, quick)
         resident = {}
         captioner.caption_folder(
             _noting(paths, resident, at=(early, pictures)), folder / "all.jsonl", **GREEDY
