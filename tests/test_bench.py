@@ -78,7 +78,7 @@ def test_a_recovery_is_scored_and_drawn(tmp_path):
     *_, grown = recovery.run_benchmarks(load(), quick=True)
     grown.save(tmp_path)
     whole, tuned = tables.recovery(tmp_path).to_dict("records")
-    assert (whole["learned anew from"], tuned["learned anew from"]) == ("(not)", "24 pictures")
+    assert (whole["learned anew from"], tuned["learned anew from"]) == ("(not)", "48 pictures")
     assert whole["of the checkpoint's"] == "100.0%"
     (curve, line) = tables.draw_recovery(tmp_path).lines
     assert curve.get_xdata().tolist() == [1]

@@ -40,7 +40,7 @@ class RecoveryRow:
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
     """Fine-tune by the recipe `finetune_scenes`, with fewer and fewer pictures; 20 minutes."""
     tests = open_dataset("scenes:test", n=6 if quick else SCENES)
-    epochs = {24: 1} if quick else EPOCHS
+    epochs = {48: 1} if quick else EPOCHS
     return growing_table("recovery", _rows(captioner, tests, epochs), quick=quick)
 
 
