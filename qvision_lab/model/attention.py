@@ -56,7 +56,7 @@ class MultiHeadAttention(nn.Module):
 
 
 def _fused_gradient_is_slow(query: Tensor) -> bool:
-    """A CPU's fused kernel takes ten times as long for it in bfloat16 as the open computation."""
+    """A CPU's fused kernel takes 3 to 10 times as long for it in bfloat16 as the open way."""
     return query.requires_grad and query.is_cpu and query.dtype == torch.bfloat16
 
 
