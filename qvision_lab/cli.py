@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from qvision_lab.benchmark.parameters import PartSize
 
 SUITES = (  # modules of benchmark/
-    *("parameters", "latency", "peers", "loading", "folder"),
-    *("scoring", "interpret", "maps", "training", "recovery"),
+    *("parameters", "latency", "peers", "loading", "folder", "maps", "training", "recovery"),
 )
 Run = Callable[[argparse.Namespace], int]
 Add = Callable[..., argparse.Action]
@@ -385,7 +384,7 @@ def _parser() -> argparse.ArgumentParser:
     add = _command(commands, "bench", bench)
     add("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (default: all)")
     add("--quick", action="store_true", help="few rounds: shows that it runs, measures little")
-    add("--output", metavar="DIR", help="folder of the results (default: the package's own)")
+    add("--output", metavar="DIR", help="folder of the results (default: the package's, by device)")
     _add_model(add)
 
     add = _command(commands, "tables", tables)

@@ -15,7 +15,7 @@ from qvision_lab.captioning import load
 from qvision_lab.cli import main
 from qvision_lab.model.checkpoint import Checkpoint, Provenance, load_checkpoint, save_checkpoint
 
-SUITES = ("parameters", "latency", "peers", "loading", "folder", "interpret")
+SUITES = ("parameters", "latency", "peers", "loading", "folder")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def rows(results, suite):
 def test_latency_rows_tell_how_they_were_taken(results):
     found = rows(results, "latency")
     ways = {(row["mode"], row["dtype"], row["batch"]) for row in found}
-    assert {("original", "fp32", 1), ("eager", "bf16", 16), ("compiled", "int8", 1)} <= ways
+    assert {("original", "fp32", 1), ("default", "bf16", 16), ("compiled", "int8", 1)} <= ways
     assert all(len(row["seconds"]) == 2 for row in found)
     assert all(row["same_tokens"] == 1.0 for row in found if row["dtype"] == "fp32")
 
@@ -72,6 +72,63 @@ def test_folder_notes_memory_and_rates(results):
     assert row["late_gigabytes"] > 0.1
     shares = [m / f for m, f in zip(row["model_seconds"], row["seconds"], strict=True)]
     assert row["share_of_model_rate"]["median"] == pytest.approx(sum(shares) / 2)
+
+
+@pytest.fixture
+def devices(results, tmp_path):
+    """The same results on the CPU and on two GPUs, one of which has a way of its own."""
+    for slug, gpu in (("nvidia_b", "NVIDIA B"), ("cpu", None), ("nvidia_a", "NVIDIA A")):
+        for path in results.glob("*.json"):
+            result = json.loads(path.read_text())
+            result["machine"] |= {"gpu": gpu, "processor": "Some CPU", "threads": 2}
+            if gpu == "NVIDIA A" and result["name"] == "latency":
+                result["rows"][1]["mode"] = "its own"
+            if gpu == "NVIDIA A" and result["name"] == "peers":
+                peer = result["rows"][0]
+                peer["fastest_seconds"] = peer["seconds"]
+                peer["fastest_seconds_per_caption"] = peer["seconds_per_caption"]
+                peer |= {"fastest_ratio_to_compiled": 4.0, "ratio_to_compiled": 8.0}
+            (tmp_path / slug).mkdir(exist_ok=True)
+            (tmp_path / slug / path.name).write_text(json.dumps(result))
+    return tmp_path
+
+
+def test_every_device_has_columns_of_its_own(devices):
+    on = ["CPU, Some CPU, 2 threads", "NVIDIA A", "NVIDIA B"]
+    latency = tables.latency(devices)
+    assert [*dict.fromkeys(latency.columns.get_level_values(0))] == ["", *on]
+    by_way = latency.set_index([("", "dtype"), ("", "way"), ("", "images at once")])
+    (own,) = (key for key in by_way.index if key[1] == "its own")
+    assert by_way.loc[own, "NVIDIA A"]["ms an image"]
+    assert not by_way.loc[own, "NVIDIA B"].any()
+    assert by_way.loc[("fp32", "compiled", 1), on[0]]["images a second"]
+    assert "peak GB" not in latency["NVIDIA A"]  # nobody measured it
+    found = tables.peers(devices).set_index([("", "system"), ("", "way")])
+    fastest = found.loc[("GIT base", "compiled")]
+    assert fastest["NVIDIA A", "times QVision's, compiled"] == "4.00"
+    assert not fastest["NVIDIA B", "time"]
+    header, rule, titles, *_ = tables.as_markdown(latency).splitlines()
+    assert header.startswith(f"|  |  |  | {on[0]} |  |")
+    assert header.count("|") == rule.count("|") == titles.count("|")
+    assert tables.loading(devices).device.to_list() == [name for name in on for _ in range(3)]
+
+
+def test_claims_say_what_they_were_measured_on(devices):
+    claims = tables.claims(devices)
+    assert claims.on.all()
+    timed = claims[claims.line == "QVision, time"]
+    assert set(timed.claimed) == {"~50 ms, no hardware named"}
+    assert {"fp32, CPU, Some CPU, 2 threads", "fp32, NVIDIA A", "int8, NVIDIA B"} <= set(timed.on)
+    (ours,) = claims[claims.line == "QVision, all"].measured  # counted once
+    assert ours.startswith("574,061,314")
+    git = claims[claims.line == "GIT base"].measured.to_list()
+    assert "8 times QVision's compiled; compiled by its library" in git[1]
+    assert "compiled" not in git[0] + git[2]
+
+
+def test_figures_have_a_colour_a_device(devices):
+    names = [text.get_text() for text in tables.draw_ratios(devices).get_legend().texts]
+    assert names == ["CPU, Some CPU, 2 threads", "NVIDIA A", "NVIDIA B"]
 
 
 def test_a_recovery_is_scored_and_drawn(tmp_path):
@@ -112,3 +169,5 @@ def test_a_page_is_drawn_from_results(results, tmp_path):
     with pytest.raises(ValueError, match="no table 'nonsense'; there are latency"):
         tables.fill(page, results)
     assert tables.draw_ratios(results).get_xscale() == "log"
+    with pytest.raises(ValueError, match=r"no latency\.json"):
+        tables.draw_ratios(tmp_path / "nothing")

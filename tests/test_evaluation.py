@@ -15,7 +15,6 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 import qvision_lab as ql
-from qvision_lab.benchmark import scoring
 from qvision_lab.cli import main
 from qvision_lab.data import coco, scenes
 from qvision_lab.evaluation import (
@@ -349,9 +348,3 @@ def test_the_command_scores_and_compares(tmp_path, capsys):
     assert EvaluationReport.load(tmp_path / "b").scores["ROUGE-L"] > 0.9
     assert main(["eval", "--data", str(tmp_path / "nowhere")]) == 2
     assert main([*command, str(tmp_path / "c"), "--predictions", str(tmp_path / "none.json")]) == 2
-
-
-def test_scoring_is_measured_beside_cocoevalcap(monkeypatch):
-    monkeypatch.setattr(scoring, "QUICK_IMAGES", 3)
-    names = [comparison.name for comparison in scoring.run_benchmarks(quick=True)]
-    assert names == ["COCOEvalCap vs evaluate", "bootstrap vs none"]

@@ -1,37 +1,40 @@
-"""The harness takes turns, and writes down everything that a ratio hangs on."""
+"""The harness takes turns, and writes down everything that a ratio depends on."""
 
 import json
 
 import pytest
+import torch
 
-from qvision_lab.benchmark.harness import Spread, compare, growing_table
+from qvision_lab.benchmark import harness
+from qvision_lab.benchmark.harness import Result, Spread, growing_table, machine, take_turns
 
 
-def test_takes_turns_after_a_warm_up(tmp_path):
+def test_takes_turns_after_a_warm_up():
     calls = []
-    comparison = compare(
-        lambda: calls.append("A"),
-        lambda: calls.append("B"),
-        name="a vs b",
-        rounds=3,
-        settings={"size": 1},
-    )
+    ways = {"a": lambda: calls.append("A"), "b": lambda: calls.append("B")}
+    seconds = take_turns(ways, rounds=3)
     assert "".join(calls) == "AB" * 4
-    saved = json.loads(comparison.save(tmp_path).read_text())
-    assert len(saved["baseline"]) == len(saved["candidate"]) == 3
-    ratios = [a / b for a, b in zip(saved["baseline"], saved["candidate"], strict=True)]
-    assert saved["speedup"]["median"] == pytest.approx(sorted(ratios)[1])
-    assert saved["ratio"] == saved["speedup"]["median"]
+    assert {name: len(taken) for name, taken in seconds.items()} == {"a": 3, "b": 3}
+    assert len(take_turns({"a": dict}, rounds=9, quick=True)["a"]) == 2
+
+
+def test_a_result_is_kept_in_the_folder_of_its_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    result = Result(name="a b", settings={"size": 1})
+    path = result.save()
+    assert path == tmp_path / "cpu" / "a_b.json"
+    saved = json.loads(path.read_text())
     assert saved["settings"] == {"size": 1}
-    assert {"python", "torch"} <= saved["versions"].keys()
     assert saved["machine"]["cores"]
-    assert [path.name for path in tmp_path.iterdir()] == ["a_vs_b.json"]
-
-
-def test_quick_takes_two_rounds():
-    comparison = compare(dict, dict, name="nothing", quick=True)
-    assert len(comparison.baseline) == 2
-    assert comparison.quick
+    assert saved["machine"]["gpu"] is None
+    assert {"python", "torch"} <= saved["versions"].keys()
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    result = Result(name="a b")
+    assert result.save() == tmp_path / "nvidia_h100_80gb_hbm3" / "a_b.json"
+    assert "cuda" in result.versions
+    assert result.save(tmp_path / "mine") == tmp_path / "mine" / "a_b.json"
+    assert Result(name="a b", machine=machine(gpu=False)).device == "cpu"
 
 
 def test_spread_is_median_and_quartiles():
@@ -40,7 +43,7 @@ def test_spread_is_median_and_quartiles():
 
 def test_no_rounds():
     with pytest.raises(ValueError, match="rounds=0"):
-        compare(dict, dict, name="nothing", rounds=0)
+        take_turns({"nothing": dict}, rounds=0)
 
 
 def test_a_table_is_saved_row_by_row(tmp_path):

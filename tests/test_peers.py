@@ -1,5 +1,6 @@
 """Peers are as big as their authors say, and no row shows a number that was not measured."""
 
+import copy
 import json
 from collections import Counter
 from dataclasses import replace
@@ -8,13 +9,14 @@ from threading import Event, Thread
 
 import pytest
 import torch
+import transformers as hf
 from PIL import Image
 from transformers import PreTrainedConfig
 
 from qvision_lab.benchmark import peers
 from qvision_lab.benchmark.gpt4 import EndpointError, Gpt4Captioner
 from qvision_lab.benchmark.harness import Table
-from qvision_lab.benchmark.peers import PEERS, gpt4_row, run_peers
+from qvision_lab.benchmark.peers import PEERS, Peer, gpt4_row, qvision_ways, run_peers
 
 SIZES = {
     "GIT base": (176_619_066, 176_619_066),
@@ -71,6 +73,65 @@ def test_what_does_not_fit_says_what_it_needs(tiny, monkeypatch):
     assert row.seconds is row.ratio_to_qvision is None
     assert row.not_measured == "needs 8.2 GB of memory, 4.0 are free"
     assert "8.2 GB" in str(Table(name="peers", rows=(row,)))
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """BLIP-2 and LLaVA, small but taken for large on a device where transformers compiles."""
+    monkeypatch.setattr(peers, "LARGE", 0)
+    monkeypatch.setattr(peers, "COMPILED_ON", ("cpu",))
+    found = [replace(peer, config=copy.deepcopy(peer.config)) for peer in (PEERS[3], PEERS[5])]
+    for peer in found:
+        shrink(peer.config)
+    return found
+
+
+def test_a_library_that_does_not_compile_says_so(tiny, large):
+    for row in run_peers(tiny, large, quick=True):  # transformers compiles on no CPU
+        assert len(row.seconds) == len(row.qvision_seconds) == 2
+        assert row.ratio_to_qvision > 0
+        assert row.fastest_seconds is row.fastest_ratio_to_qvision is None
+        assert row.fastest_not_measured.endswith("transformers compiled no step of it")
+
+
+def test_the_fastest_way_is_timed_in_the_same_rounds(tiny, large, monkeypatch):
+    compile_none = hf.GenerationMixin._valid_auto_compile_criteria
+
+    def compile_all(self, *arguments):
+        self._compiled_call = self.__call__  # what it would be, were it compiled
+        return compile_none(self, *arguments)
+
+    def with_compiled(model):
+        (ours,) = qvision_ways(model).values()
+        return {peers.QVISION: ours, peers.COMPILED: ours}
+
+    monkeypatch.setattr(hf.GenerationMixin, "_valid_auto_compile_criteria", compile_all)
+    monkeypatch.setattr(peers, "qvision_ways", with_compiled)
+    for row in run_peers(tiny, large, quick=True):
+        assert row.not_measured is row.fastest_not_measured is None
+        ratios = {}
+        for name in ("qvision_seconds", "qvision_compiled_seconds"):
+            pairs = zip(row.fastest_seconds, getattr(row, name), strict=True)
+            ratios[name] = sum(theirs / ours for theirs, ours in pairs) / 2
+        assert row.fastest_ratio_to_qvision == pytest.approx(ratios["qvision_seconds"])
+        assert row.fastest_ratio_to_compiled == pytest.approx(ratios["qvision_compiled_seconds"])
+
+
+def test_a_peer_that_fails_leaves_the_others_measured(tiny, large, monkeypatch):
+    caption = Peer.caption
+
+    def fail(self, *arguments, **settings):
+        if self.name == large[0].name or settings:
+            raise RuntimeError("out of\nmemory")
+        return caption(self, *arguments)
+
+    monkeypatch.setattr(Peer, "caption", fail)
+    broken, static_fails = run_peers(tiny, large, quick=True)
+    assert broken.seconds is None
+    assert broken.not_measured == "RuntimeError: out of memory"
+    assert len(static_fails.seconds) == 2
+    assert static_fails.fastest_seconds is None
+    assert static_fails.fastest_not_measured == "RuntimeError: out of memory"
 
 
 @pytest.fixture

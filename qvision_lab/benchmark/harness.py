@@ -44,8 +44,12 @@ class Spread:
         return f"{self.median:.3g} ({self.lower:.3g} to {self.upper:.3g})"
 
 
-def _machine() -> dict:
-    """What the times hang on; no names of hosts or users."""
+def machine(gpu: bool = True) -> dict:
+    """What the times depend on; no names of hosts or users.
+
+    Args:
+        gpu: name the GPU, where CUDA is in use; False for what is measured beside it.
+    """
     cpuinfo = Path("/proc/cpuinfo")  # on Linux
     names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return {
@@ -53,12 +57,19 @@ def _machine() -> dict:
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
+        "gpu": torch.cuda.get_device_name() if gpu and _cuda_in_use() else None,
     }
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    versions = {name: version(name) for name in PACKAGES}
+    versions |= {"cuda": torch.version.cuda} if _cuda_in_use() else {}
+    return {"python": platform.python_version(), **versions}
+
+
+def _cuda_in_use() -> bool:
+    """Whether this process has held anything on a GPU."""
+    return torch.cuda.max_memory_allocated() > 0
 
 
 def _now() -> str:
@@ -67,56 +78,26 @@ def _now() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Something measured, with all that it hangs on."""
+    """Something measured, with all that it depends on."""
 
     name: str
     settings: dict = field(default_factory=dict)
     quick: bool = False
-    machine: dict = field(default_factory=_machine, repr=False)
+    machine: dict = field(default_factory=machine, repr=False)
     versions: dict[str, str] = field(default_factory=_versions, repr=False)
     taken: str = field(default_factory=_now)  # date and time, UTC
 
-    def as_dict(self) -> dict:
-        return asdict(self)
+    @property
+    def device(self) -> str:
+        """The GPU's name as a folder's, or `cpu`."""
+        return re.sub(r"\W+", "_", self.machine["gpu"] or "cpu").strip("_").lower()
 
     def save(self, folder: str | Path | None = None) -> Path:
-        """Write all of it as `<name>.json`, by default among the package's results."""
-        folder = Path(folder or RESULTS)
+        """Write all of it as `<name>.json`, by default among the package's results by device."""
+        folder = Path(folder or RESULTS / self.device)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name.replace(' ', '_')}.json"
-        return write_whole(path, json.dumps(self.as_dict(), indent=1) + "\n")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison(Result):
-    """Seconds of two callables; `baseline[i]` and `candidate[i]` were taken one after the other.
-
-    Times differ from machine to machine and from hour to hour; the ratio within a round is what
-    can be compared.
-    """
-
-    baseline: list[float]
-    candidate: list[float]
-
-    @property
-    def speedup(self) -> Spread:
-        """Baseline's seconds over the candidate's, round by round: above 1 the candidate wins."""
-        return Spread.ratio(self.baseline, self.candidate)
-
-    def as_dict(self) -> dict:
-        summary = {
-            "ratio": self.speedup.median,
-            "speedup": asdict(self.speedup),
-            "baseline_seconds": asdict(Spread.of(self.baseline)),
-            "candidate_seconds": asdict(Spread.of(self.candidate)),
-        }
-        return summary | super().as_dict()
-
-    def __str__(self) -> str:
-        return (
-            f"{self.name}: {Spread.of(self.baseline)} s -> {Spread.of(self.candidate)} s, "
-            f"{self.speedup} times as fast; median (quartiles) of {len(self.baseline)} rounds"
-        )
+        return write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,36 +121,19 @@ def growing_table(name: str, rows: Iterable, **about) -> Iterator[Table]:
         yield Table(name=name, rows=measured, **about)
 
 
-def compare(
-    baseline: Callable[[], object],
-    candidate: Callable[[], object],
-    *,
-    name: str,
-    rounds: int = 15,
-    quick: bool = False,
-    settings: dict | None = None,
-) -> Comparison:
-    """Time two callables in turn, after one warm-up of each.
-
-    Args:
-        rounds: times that each is run; `quick` takes two, to show that the comparison runs.
-        settings: what was compared, for the record.
-    """
-    ways = {"baseline": baseline, "candidate": candidate}
-    seconds = take_turns(ways, rounds, quick)
-    return Comparison(name=name, settings=settings or {}, quick=quick, **seconds)
-
-
 def take_turns(
-    ways: Mapping[str, Callable[[], object]], rounds: int, quick: bool = False, warm_up: bool = True
+    ways: Mapping[str, Callable[[], object]], rounds: int, quick: bool = False
 ) -> dict[str, list[float]]:
     """Seconds of callables, called in turn; the i-th of each were taken in the same round.
 
-    CUDA, where it is in use, is waited for before the clock is read.
+    Each is warmed up once. CUDA, where it is in use, is waited for before the clock is read.
+
+    Args:
+        rounds: times that each is run; `quick` takes two, to show that the comparison runs.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}; a median needs at least 1.")
-    for way in ways.values() if warm_up else ():
+    for way in ways.values():
         way()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(min(rounds, 2) if quick else rounds):

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from qvision_lab.benchmark.harness import Spread, Table, growing_table, process_bytes
+from qvision_lab.benchmark.harness import Spread, Table, growing_table, machine, process_bytes
 from qvision_lab.benchmark.latency import BATCH, GREEDY, timed_model
 from qvision_lab.captioning import Captioner
 from qvision_lab.model import published
@@ -58,9 +58,10 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
     """Load a checkpoint in the published layout, with all its copies, every time in a new process.
 
     The card's way builds CLIP and GPT-Neo with random weights (its snippet downloads them), reads
-    all three files and copies each over the model.
+    all three files and copies each over the model. All of it is on the CPU.
     """
-    return growing_table("loading", _rows(captioner, quick), quick=quick, settings=GREEDY)
+    about = {"quick": quick, "settings": GREEDY, "machine": machine(gpu=False)}
+    return growing_table("loading", _rows(captioner, quick), **about)
 
 
 def _rows(captioner: Captioner, quick: bool) -> Iterator[LoadingRow]:

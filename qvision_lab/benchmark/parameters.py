@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from qvision_lab.benchmark.harness import Table, growing_table
+from qvision_lab.benchmark.harness import Table, growing_table, machine
 from qvision_lab.captioning import Captioner
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
@@ -38,7 +38,8 @@ class PartSize:
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
     """Count the published model's parts; no captioner takes part, and nothing is quicker."""
-    return growing_table("parameters", parameter_table(QVisionConfig()), quick=quick)
+    parts = parameter_table(QVisionConfig())
+    return growing_table("parameters", parts, quick=quick, machine=machine(gpu=False))
 
 
 def parameter_table(config: QVisionConfig) -> list[PartSize]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,19 +17,23 @@ from torch import Tensor
 
 from qvision_lab.benchmark.gpt4 import EndpointError, Gpt4Captioner
 from qvision_lab.benchmark.harness import Spread, Table, growing_table, take_turns
-from qvision_lab.benchmark.latency import DTYPES, GREEDY, TOKENS, timed_model
+from qvision_lab.benchmark.latency import DTYPES, GREEDY, ROUNDS, TOKENS, timed_model
 from qvision_lab.benchmark.parameters import count_parameters
 from qvision_lab.captioning import Captioner
 from qvision_lab.data import scenes
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 
 ROOM = 1.1  # memory over that of the weights: activations and caches
-LARGE = 10**9  # parameters: beyond, a peer is timed in bfloat16, twice, and not warmed up
+LARGE = 10**9  # parameters: beyond, a peer is timed in bfloat16, and compiled too
+COMPILED_ON = ("cuda",)  # devices for which transformers compiles a model with a static cache
+QVISION = "QVision"
+COMPILED = "QVision, compiled"
+FASTEST = "the peer's fastest"
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A captioner to compare with; neither time nor parameters hang on its weights' values."""
+    """A captioner to compare with; neither time nor parameters depend on its weights' values."""
 
     name: str
     hub_id: str
@@ -60,7 +65,7 @@ class Peer:
 
     @torch.no_grad()
     def caption(
-        self, model: hf.PreTrainedModel, pixels: Float[Tensor, "1 3 H W"], tokens: int
+        self, model: hf.PreTrainedModel, pixels: Float[Tensor, "1 3 H W"], tokens: int, **settings
     ) -> Int[Tensor, "1 T"]:
         """Ids of a greedy caption of exactly so many new tokens."""
         prompt = torch.tensor([self.prompt], device=pixels.device) if self.prompt else None
@@ -70,6 +75,7 @@ class Peer:
             do_sample=False,
             max_new_tokens=tokens,
             min_new_tokens=tokens,
+            **settings,
         )
 
 
@@ -158,7 +164,10 @@ PEERS = (
 
 @dataclass(frozen=True)
 class PeerRow:
-    """A peer beside QVision: its size, and its time where it could be measured."""
+    """A peer beside QVision: its size, and its time where it could be measured.
+
+    Ratios are its seconds over QVision's, median over the rounds: below 1 the peer is faster.
+    """
 
     name: str
     parameters: int | None  # None: not public
@@ -166,22 +175,31 @@ class PeerRow:
     dtype: str | None = None
     gigabytes: float | None = None  # memory that it needs
     seconds_per_caption: Spread | None = None
-    ratio_to_qvision: float | None = None  # its seconds over QVision's: below 1 the peer is faster
+    ratio_to_qvision: float | None = None
+    ratio_to_compiled: float | None = None  # to QVision's, compiled
     not_measured: str | None = None  # why
-    seconds: list[float] | None = None
-    qvision_seconds: list[float] | None = None  # in the same rounds
+    fastest_seconds_per_caption: Spread | None = None  # the fastest way of the peer's own library
+    fastest_ratio_to_qvision: float | None = None
+    fastest_ratio_to_compiled: float | None = None
+    fastest_not_measured: str | None = None  # why, where it was tried
+    seconds: list[float] | None = None  # these four were taken in the same rounds
+    fastest_seconds: list[float] | None = None
+    qvision_seconds: list[float] | None = None
+    qvision_compiled_seconds: list[float] | None = None
 
     def timed(self, seconds: dict[str, list[float]]) -> PeerRow:
         """The row with what was measured in turns."""
-        theirs, ours = seconds[self.name], seconds.get("QVision")
-        ratio = Spread.ratio(theirs, ours).median if ours else None
-        return replace(
-            self,
-            seconds_per_caption=Spread.of(theirs),
-            ratio_to_qvision=ratio,
-            seconds=theirs,
-            qvision_seconds=ours,
-        )
+        ours = {"qvision": seconds.get(QVISION), "compiled": seconds.get(COMPILED)}
+        measured: dict = {"qvision_seconds": ours["qvision"]}
+        measured["qvision_compiled_seconds"] = ours["compiled"]
+        for prefix, name in (("", self.name), ("fastest_", FASTEST)):
+            theirs = seconds.get(name)
+            measured[f"{prefix}seconds"] = theirs
+            measured[f"{prefix}seconds_per_caption"] = Spread.of(theirs) if theirs else None
+            for way, own in ours.items():
+                ratio = Spread.ratio(theirs, own).median if theirs and own else None
+                measured[f"{prefix}ratio_to_{way}"] = ratio
+        return replace(self, **measured)
 
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
@@ -200,6 +218,12 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
     return growing_table("peers", rows(), quick=quick, settings=settings)
 
 
+def qvision_ways(model: QVisionForConditionalGeneration) -> dict[str, Callable[[], object]]:
+    """QVision's own ways to caption a picture, by name."""
+    pixels = _pixels(model, model.config.vision_config.image_size)
+    return {QVISION: partial(model.generate, pixel_values=pixels, **GREEDY)}
+
+
 def run_peers(
     model: QVisionForConditionalGeneration,
     peers: Sequence[Peer] = PEERS,
@@ -209,31 +233,60 @@ def run_peers(
 ) -> Iterator[PeerRow]:
     """Time peers in turn with QVision, on its device: 20 tokens of one picture.
 
-    A peer that does not fit the free memory is not tried; its row says what it needs.
+    A peer that does not fit the free memory is not tried; its row says what it needs. Where a
+    peer's library fails, the row says how.
 
     Args:
         pretrained: use the peers' own weights from the Hub, or its cache, instead of random ones.
     """
+    ours: dict[torch.dtype, dict[str, Callable[[], object]]] = {}  # of the last dtype
     for peer in peers:
         parameters, trained = peer.sizes()
-        large = parameters > LARGE
-        dtype = torch.bfloat16 if large else torch.float32
+        dtype = torch.bfloat16 if parameters > LARGE else torch.float32
         needs, free = ROOM * parameters * dtype.itemsize, free_memory(model.device)
         row = PeerRow(peer.name, parameters, trained, DTYPES[dtype], needs / 1e9)
         if needs > free:
             reason = f"needs {needs / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
             yield replace(row, not_measured=reason)
             continue
-        ours = copy.deepcopy(model).to(dtype)
-        theirs = peer.build(dtype, model.device, pretrained)
-        our_pixels = _pixels(ours, ours.config.vision_config.image_size)
-        ways = {
-            peer.name: partial(peer.caption, theirs, _pixels(theirs, peer.image_size), TOKENS),
-            "QVision": partial(ours.generate, pixel_values=our_pixels, **GREEDY),
-        }
-        seconds = take_turns(ways, 2 if large else 5, quick, warm_up=not large)
-        del theirs, ways  # its memory is the next one's
-        yield row.timed(seconds)
+        if dtype not in ours:
+            ours = {}  # its memory first
+            ours = {dtype: qvision_ways(copy.deepcopy(model).to(dtype))}
+        ways, reason = _tried_ways(peer, dtype, model.device, pretrained)
+        if ways:
+            row = replace(row, fastest_not_measured=reason)
+            row = row.timed(take_turns(ways | ours[dtype], ROUNDS, quick))
+        else:
+            row = replace(row, not_measured=reason)
+        del ways  # its memory is the next one's
+        gc.collect()
+        torch.cuda.empty_cache()
+        yield row
+
+
+def _tried_ways(
+    peer: Peer, dtype: torch.dtype, device: torch.device, pretrained: bool
+) -> tuple[dict[str, Callable[[], object]], str | None]:
+    """A peer's ways to caption, each tried once, and why one is not among them.
+
+    Large ones have a second, the fastest of their own library: transformers compiles the step where
+    the cache is static.
+    """
+    ways: dict[str, Callable[[], object]] = {}
+    try:
+        theirs = peer.build(dtype, device, pretrained)
+        plain = partial(peer.caption, theirs, _pixels(theirs, peer.image_size), TOKENS)
+        plain()
+        ways[peer.name] = plain
+        if dtype == torch.bfloat16 and device.type in COMPILED_ON:
+            static = partial(plain, cache_implementation="static")
+            static()
+            if not any("_compiled_call" in vars(part) for part in theirs.modules()):
+                raise NotImplementedError("transformers compiled no step of it")
+            ways[FASTEST] = static
+    except Exception as error:  # whatever a library raises: the other peers go on
+        return ways, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ways, None
 
 
 def gpt4_row(picture: Image.Image, *, quick: bool = False) -> PeerRow:
@@ -242,7 +295,7 @@ def gpt4_row(picture: Image.Image, *, quick: bool = False) -> PeerRow:
     try:
         captioner = Gpt4Captioner()
         asking = partial(captioner.caption, picture, TOKENS)
-        return row.timed(take_turns({row.name: asking}, 5, quick))
+        return row.timed(take_turns({row.name: asking}, ROUNDS, quick))
     except (EndpointError, ImportError) as error:
         return replace(row, not_measured=str(error))
 
