@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain, islice
@@ -18,19 +19,22 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from qvision_lab.caption_file import SeenNames, gather_records, read_records
-from qvision_lab.compiled import CompiledQVision
+from qvision_lab.compiled import FastDecoding
+from qvision_lab.decoding_step import Int8Decoder, copy_sharing_weights
 from qvision_lab.generation import Search
-from qvision_lab.images import ImageError, Picture, open_image, picture_name, walk_pictures
+from qvision_lab.images import ImageError, Picture, picture_name, walk_pictures
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.checkpoint import Provenance, load_checkpoint
-from qvision_lab.model.processor import QVisionProcessor
+from qvision_lab.model.processor import QVisionProcessor, image_preset
+from qvision_lab.reading import Read, Reader, read_with_processes, read_with_threads
 
-READERS = 2  # threads that open pictures while the model works; more stand in its way
+BATCH_SIZES = {"cpu": 16, "cuda": 256}  # where none is asked for; on CUDA, what fills a card
+MANY = 512  # pictures in files, from which processes read them for a GPU
 
 
 @dataclass(frozen=True)
@@ -73,19 +77,72 @@ class Identified(Protocol):
     picture: Picture
 
 
+@dataclass(eq=False)
+class _Batch:
+    """What was found for a batch of pictures, to be made into records when there is time."""
+
+    captioner: Captioner
+    items: list[_Item]
+    errors: list[ImageError | None]  # of the items
+    ids: Int[Tensor, "R T"]  # R = k captions of each readable picture
+    logprobs: Float[Tensor, "R T"]
+    search: Search
+    settings: dict
+
+    def captions(self) -> Iterator[list[Caption] | ImageError]:
+        """The captions of each picture, or what is wrong with it."""
+        rows = iter(zip(self.ids.tolist(), self.logprobs, strict=True))
+        for item, error in zip(self.items, self.errors, strict=True):
+            several = islice(rows, self.search.captions_per_image)
+            yield error or [self._caption(item, *row) for row in several]
+
+    def _caption(self, item: _Item, ids: list[int], logprobs: Float[Tensor, " T"]) -> Caption:
+        processor, generated = self.captioner.processor, self._without_padding(ids)
+        logprobs = logprobs[: len(generated)]
+        return Caption(
+            text=processor.decode(generated),
+            tokens=tuple(map(self.captioner._spell, generated)),
+            token_ids=tuple(generated),
+            logprobs=tuple(logprobs.tolist()),
+            score=logprobs.mean().item(),
+            source=item.source,
+            settings=self.settings,
+            seed=self.search.drawn_seed,
+        )
+
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        """Up to the end token; where a stopping criterion came first, up to the padding."""
+        config = self.captioner.model.config
+        if config.end_token_id in ids:
+            return ids[: ids.index(config.end_token_id) + 1]
+        while len(ids) > 1 and ids[-1] == config.pad_token_id:
+            ids = ids[:-1]
+        return ids
+
+
 @dataclass(eq=False, repr=False)
 class Captioner:
-    """A model with the preprocessing that matches it; `qvision_lab.load()` makes one."""
+    """A model with the preprocessing that matches it; `qvision_lab.load()` makes one.
+
+    Attributes:
+        decoding: how captions are made: compiled by `compile`, and on CUDA captured in graphs at
+            the first batch of a size.
+    """
 
     model: QVisionForConditionalGeneration
     processor: QVisionProcessor
     provenance: Provenance | None = None
+    decoding: FastDecoding = field(init=False)
+    _spelled: dict[int, str] = field(init=False, default_factory=dict)
+
+    def __post_init__(self):
+        self.decoding = FastDecoding(self.model)
 
     def caption(
         self,
         images: Picture | Iterable[Picture],
         *,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         preset: str | None = None,
         preprocessing: str = "training",
         seed: int = 0,
@@ -99,6 +156,7 @@ class Captioner:
 
         Args:
             images: anything that `open_image` takes, or an iterable of it, read as it is needed.
+            batch_size: pictures at once; None: 16, or 256 on CUDA, halved where its memory is less.
             preset: a key of `GENERATION_PRESETS`; by default the model's own generation settings.
             preprocessing: "training" (how the model was trained), "model_card" or "clip".
             settings: any setting of transformers' `generate`, on top of the preset. One of sampling
@@ -121,7 +179,7 @@ class Captioner:
         )
         results = []
         batches = self._caption_batches(items, search, preprocessing, batch_size)
-        for _, captions in chain.from_iterable(batches):
+        for captions in chain.from_iterable(batch.captions() for batch in batches):
             if isinstance(captions, ImageError):
                 raise captions
             results.append(captions if search.captions_per_image > 1 else captions[0])
@@ -178,16 +236,33 @@ class Captioner:
         total = len(images) if isinstance(images, Sized) else None
         return self._caption_to_file(items, total, output, **how)
 
-    def compile(self, batch_size: int = 1, *, length: int = 64, int8: bool = False) -> Captioner:
+    def compile(self, batch_size: int = 1, *, length: int = 32, int8: bool = False) -> Captioner:
         """The same captioner with its decoding step compiled for batches of one size.
 
-        Compiling takes `captioner.model.compile_seconds`, a minute or so at the published size.
-        Batches of another size are captioned as before; `CompiledQVision` tells the arguments.
+        Compiling takes `captioner.decoding.compile_seconds`, half a minute or so at the published
+        size. Batches of another size, and captions of more than `length` tokens, are made as
+        before; all settings work as before.
+
+        Args:
+            batch_size: captions at once; smaller batches are padded up to it, down to its half.
+            length: tokens of a caption that there is room for.
+            int8: round the decoder's matrices to 8 bits, on a CPU. A token then reads half of what
+                it reads in bfloat16, and words may change.
+
+        Raises:
+            ValueError: for a variant of the architecture that the step does not know, and for int8
+                on another device.
         """
-        model, origin = CompiledQVision(self.model, batch_size, length, int8), self.provenance
-        if int8 and origin:  # its captions are not those of the weights as they were loaded
-            origin = replace(origin, dtype="int8")
-        return Captioner(model, self.processor, origin)
+        model, origin = self.model, self.provenance
+        if int8 and model.device.type != "cpu":
+            raise ValueError(f"int8=True gains nothing on {model.device}: use it on a CPU.")
+        if int8:
+            model = copy_sharing_weights(model)
+            model.decoder = Int8Decoder(model.decoder)
+            origin = origin and replace(origin, dtype="int8")  # its captions may be others
+        captioner = Captioner(model.eval(), self.processor, origin)
+        captioner.decoding = FastDecoding(model, batch_size, length)
+        return captioner
 
     def _caption_to_file(
         self,
@@ -195,7 +270,7 @@ class Captioner:
         total: int | None,
         output: str | os.PathLike,
         *,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         preset: str | None = None,
         preprocessing: str = "training",
         seed: int = 0,
@@ -224,18 +299,33 @@ class Captioner:
                     skipped += 1
                     progress.update()
 
-        with closing(SeenNames()) as seen, open(part, "a", encoding="utf-8") as file, progress:
+        def write(batch: _Batch) -> None:
+            nonlocal captioned, failed
+            for item, captions in zip(batch.items, batch.captions(), strict=True):
+                record = {"source": item.source, **_outcome(captions), "settings": told}
+                file.write(json.dumps(record) + "\n")
+                failed += isinstance(captions, ImageError)
+                captioned += not isinstance(captions, ImageError)
+            file.flush()
+            progress.update(len(batch.items) * count)
+
+        with (
+            closing(SeenNames()) as seen,
+            open(part, "a", encoding="utf-8") as file,
+            progress,
+            ThreadPoolExecutor(1) as writer,  # waited for, also where an error ends the job
+        ):
             for record, _ in read_records(output, told):
                 seen.add(record["source"])
             mine = islice(unseen(), index, None, count)
-            for batch in self._caption_batches(mine, search, preprocessing, batch_size):
-                for item, captions in batch:
-                    record = {"source": item.source, **_outcome(captions), "settings": told}
-                    file.write(json.dumps(record) + "\n")
-                    failed += isinstance(captions, ImageError)
-                    captioned += not isinstance(captions, ImageError)
-                file.flush()
-                progress.update(len(batch) * count)
+            workers = self._reading_processes(total, count)
+            written: Future | None = None
+            for batch in self._caption_batches(mine, search, preprocessing, batch_size, workers):
+                if written is not None:
+                    written.result()
+                written = writer.submit(write, batch)
+            if written is not None:
+                written.result()
         counts = gather_object([(captioned, failed)])  # waits for all of them
         if count > 1 and everyone.is_main_process:
             gather_records(output, told, failures=True)
@@ -243,76 +333,71 @@ class Captioner:
         captioned, failed = map(sum, zip(*counts, strict=True))
         return FolderReport(captioned, skipped, failed, output)
 
+    def _reading_processes(self, total: int | None, sharing: int) -> int:
+        """How many read pictures: for a GPU and many of them, all cores but one."""
+        if self.model.device.type != "cuda" or (total is not None and total < MANY):
+            return 0
+        return max(1, len(os.sched_getaffinity(0)) // sharing - 1)
+
     def _caption_batches(
-        self, items: Iterable[_Item], search: Search, preprocessing: str, batch_size: int
-    ) -> Iterator[list[tuple[_Item, list[Caption] | ImageError]]]:
-        """Caption items in order; one that cannot be read comes back with its error.
-
-        Threads open the pictures of the next batch while the model works on this one.
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1.")
-
-        def read(item: _Item) -> Float[Tensor, "1 3 H W"] | ImageError:
-            try:
-                picture = item.picture() if callable(item.picture) else item.picture
-                image = open_image(picture, item.source)
-            except ImageError as error:
-                return error
-            return self.processor(images=image, preset=preprocessing)["pixel_values"]
-
-        items = iter(items)
-        batches = iter(lambda: list(islice(items, batch_size)), [])
-        with ThreadPoolExecutor(READERS) as pool:
-            reading = (zip(batch, pool.map(read, batch), strict=True) for batch in batches)
-            ahead = next(reading, None)
-            while ahead:
-                now, ahead = ahead, next(reading, None)
-                opened = list(now)
-                good = [(item, pixels) for item, pixels in opened if isinstance(pixels, Tensor)]
-                captions = iter(self._caption_batch(good, search, preprocessing) if good else ())
-                yield [
-                    (item, next(captions) if isinstance(pixels, Tensor) else pixels)
-                    for item, pixels in opened
-                ]
-
-    @torch.no_grad()
-    def _caption_batch(
         self,
-        batch: list[tuple[_Item, Float[Tensor, "1 3 H W"]]],
+        items: Iterable[_Item],
         search: Search,
         preprocessing: str,
-    ) -> list[list[Caption]]:
-        model, k = self.model.eval(), search.captions_per_image
-        pixel_values = torch.cat([pixels for _, pixels in batch]).to(model.device)  # [B,3,H,W]
-        visual_tokens = model.encode(pixel_values)[1].visual_tokens  # [B,1+Q,D]
-        found = search.run(model, visual_tokens, [item.key for item, _ in batch])  # [k*B,T] each
-        settings = {"preprocessing": preprocessing, **search.describe()}
-        captions = []
-        for row, (row_ids, row_logprobs) in enumerate(zip(*found, strict=True)):
-            generated = self._without_padding(row_ids.tolist())
-            captions.append(
-                Caption(
-                    text=self.processor.decode(generated),
-                    tokens=tuple(self.processor.tokenizer.decode([i]) for i in generated),
-                    token_ids=tuple(generated),
-                    logprobs=tuple(row_logprobs[: len(generated)].tolist()),
-                    score=row_logprobs[: len(generated)].mean().item(),
-                    source=batch[row // k][0].source,
-                    settings=settings,
-                    seed=search.drawn_seed,
-                )
-            )
-        return [captions[i : i + k] for i in range(0, len(captions), k)]
+        batch_size: int | None,
+        workers: int = 0,
+    ) -> Iterator[_Batch]:
+        """Caption items in order; one that cannot be read comes back with its error.
 
-    def _without_padding(self, ids: list[int]) -> list[int]:
-        """Up to the end token; where a stopping criterion came first, up to the padding."""
-        end, pad = self.model.config.end_token_id, self.model.config.pad_token_id
-        if end in ids:
-            return ids[: ids.index(end) + 1]
-        while len(ids) > 1 and ids[-1] == pad:
-            ids = ids[:-1]
-        return ids
+        Threads, or processes, read the pictures of the next batches while the model works.
+        """
+        if batch_size is None:
+            batch_size = BATCH_SIZES.get(self.model.device.type, 16)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        image_preset(preprocessing, self.processor.image_size)  # refused before anything is read
+        reader = Reader(self.processor, preprocessing, self.model.device)
+        reading = (
+            read_with_processes(items, reader, batch_size, workers)
+            if workers
+            else read_with_threads(items, reader, batch_size)
+        )
+        for read in reading:
+            while read.items:  # at once, unless memory ran out
+                now, rest = read.split(batch_size)
+                found = None
+                try:
+                    found = self._caption_batch(now, search, preprocessing)
+                except torch.OutOfMemoryError:
+                    if len(now.items) == 1:
+                        raise
+                if found is None:  # here, since the error holds on to what was allocated
+                    batch_size = len(now.items) // 2
+                    self.decoding.release()
+                    warnings.warn(
+                        f"{len(now.items)} pictures at once need more memory than "
+                        f"{self.model.device} has: going on with batch_size={batch_size}.",
+                        stacklevel=2,
+                    )
+                else:
+                    yield found
+                    read = rest
+
+    @torch.no_grad()
+    def _caption_batch(self, read: Read, search: Search, preprocessing: str) -> _Batch:
+        self.model.eval()
+        ids = logprobs = torch.zeros(0, 0)
+        good = [item for item, error in zip(read.items, read.errors, strict=True) if not error]
+        if good:
+            pixels = self.processor.normalise(read.pixels.to(self.model.device), preprocessing)
+            ids, logprobs = search.run(self.decoding, pixels, [item.key for item in good])
+        settings = {"preprocessing": preprocessing, **search.describe()}
+        return _Batch(self, read.items, read.errors, ids, logprobs, search, settings)
+
+    def _spell(self, token_id: int) -> str:
+        if token_id not in self._spelled:
+            self._spelled[token_id] = self.processor.tokenizer.decode([token_id])
+        return self._spelled[token_id]
 
     def _tell_settings(self, search: Search, preprocessing: str) -> dict:
         """All that a caption depends on beside its picture, for records that outlive the model."""

@@ -1,211 +1,276 @@
-"""Captions from a compiled step: the same model and weights, one token at a time, faster."""
+"""The fast way to caption: one loop over fixed buffers, captured in CUDA graphs, or compiled."""
 
 from __future__ import annotations
 
-import copy
+import warnings
+from collections.abc import Callable
+from functools import partial
+from threading import Lock
 from time import perf_counter
-from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache, StaticCache
 
-from qvision_lab.model.attention import MultiHeadAttention
+from qvision_lab.decoding_step import Buffers, join_projections, padded_head, score_next_word
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
-from qvision_lab.model.decoder import Decoder, DecoderOutput
+from qvision_lab.sampling import Choice
 
-Module = TypeVar("Module", bound=nn.Module)
 INDUCTOR = {"realize_reads_threshold": 1}  # what a product reads for each row is made once
+CAPTURED, GRAPHS = 4, 32  # sizes of batches whose buffers are kept, and graphs
+CHECK_EVERY = 4  # steps on CUDA between two looks at whether all captions have ended
 
 
-class CompiledQVision(QVisionForConditionalGeneration):
-    """A captioner whose decoding step is compiled; it shares the weights of the one it is given.
+class FastDecoding:
+    """Captions by greedy search or sampling, as `generate` finds them, without its overhead.
 
-    All settings of `generate` work as before.
+    The picture is encoded once. A step scores the next word and chooses it, over buffers of fixed
+    size. On CUDA both are captured in graphs at the first batch of a size, and later batches are
+    padded up to a size that is there; on a CPU the same loop runs uncaptured. Graphs read the
+    weights where they lie, so weights that change in place are seen, and everything is captured
+    anew where they moved.
 
     Args:
-        rows: images times beams that the step is compiled for; others go the eager way.
-        length: positions of the cache; a caption has at most so many tokens, `<START>` included.
-        int8: round the decoder's matrices to 8 bits, with a scale a row: a token then reads half of
-            what it reads in bfloat16, and words may change. All else of it is float32.
+        model: whose captions they are. On CUDA the query, key and value matrices of each layer
+            become views of one matrix, and the tied embedding one of a matrix with more rows.
+        rows: captions at once that the step is compiled for by inductor; None: not compiled.
+        length: tokens of a caption that the compiled step has room for.
 
     Attributes:
-        compile_seconds: what compiling took, half a minute or so at the published size.
-
-    Raises:
-        ValueError: for a model whose bridge is a prefix, or that adds its global token to the text.
+        compile_seconds: what compiling took, where it was asked for.
     """
 
     def __init__(
-        self,
-        model: QVisionForConditionalGeneration,
-        rows: int = 1,
-        length: int = 64,
-        int8: bool = False,
+        self, model: QVisionForConditionalGeneration, rows: int | None = None, length: int = 32
     ):
-        config = model.config
-        if config.bridge == "prefix" or config.global_token == "added":
-            raise ValueError(
-                f"the compiled step knows no bridge={config.bridge!r} with "
-                f"global_token={config.global_token!r}; caption with the model as it is."
+        self.model, self.decoder = model, model.decoder
+        self.rows, self.length = rows, length
+        self.compile_seconds: float | None = None
+        self._lock = Lock()  # two threads would share the buffers
+        self._forget()
+        if rows is not None:
+            if not self._knows_architecture():
+                raise ValueError(
+                    f"the compiled step knows no bridge={model.config.bridge!r} with global_token="
+                    f"{model.config.global_token!r}; caption with the model as it is."
+                )
+            self._compiled = torch.compile(
+                score_next_word, fullgraph=True, dynamic=False, options=INDUCTOR
             )
-        super(QVisionForConditionalGeneration, self).__init__(config)  # builds no parts
-        self.vision, self.qformer = model.vision, model.qformer
-        self.decoder = CompiledDecoder(model.decoder, rows, int8)
-        self.generation_config, self.length = model.generation_config, length
-        self.eval()
-        start = perf_counter()
-        shape = rows, len(config.visual_token_labels), config.hidden_size
-        visual_tokens = torch.zeros(shape, dtype=model.dtype, device=model.device)
-        self.generate(visual_tokens=visual_tokens, do_sample=False, min_length=0, max_new_tokens=2)
-        self.compile_seconds = perf_counter() - start
+            start, config = perf_counter(), model.config
+            shape = rows, len(config.visual_token_labels), config.hidden_size
+            tokens = torch.zeros(shape, dtype=model.dtype, device=model.device)
+            self.run(Choice(1.0, min_length=0, sampling=None), 2, visual_tokens=tokens)
+            self.compile_seconds = perf_counter() - start
 
-    def generate(self, inputs: Int[Tensor, "R T"] | None = None, **settings):
-        """As the eager model does.
+    def __reduce__(self):
+        return FastDecoding, (self.model, self.rows, self.length)
 
-        Raises:
-            ValueError: if a caption outgrows the cache.
+    def _forget(self) -> None:
+        """Drop buffers and graphs: the weights that they read are elsewhere, or they are many."""
+        self._placed = None
+        self._captures = self.model.device.type == "cuda"
+        self._buffers: dict[tuple[int, int], Buffers] = {}
+        self._graphs: dict[tuple, Callable[[], object]] = {}
+        self._pixels: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def release(self) -> None:
+        """Give back the memory of buffers and graphs; they are made again where they are needed."""
+        self._forget()
+        if self._captures:
+            torch.cuda.empty_cache()
+
+    def can_run(self, steps: int) -> bool:
+        """Whether captions of so many tokens can be made this way, with the model as it is now.
+
+        Not where hooks change what its parts compute (interventions do), nor for variants of the
+        architecture, nor on devices other than CPU and CUDA: transformers' `generate` can.
         """
-        cache = StaticCache(self.config.text_config, max_cache_len=self.length)
-        settings |= {"past_key_values": cache, "disable_compile": True}  # the step is compiled
-        return super().generate(inputs, **settings)
+        positions = self.model.config.text_config.max_position_embeddings
+        if not self._knows_architecture() or not 1 <= steps <= positions:
+            return False
+        if self.model.device.type not in ("cpu", "cuda"):
+            return False
+        return not any(
+            hook.__module__ != "transformers.utils.output_capturing"  # they only look on
+            for module in self.model.modules()
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+            for hook in hooks.values()
+        )
 
+    def _knows_architecture(self) -> bool:
+        config = self.model.config
+        return config.bridge != "prefix" and config.global_token != "added"
 
-class CompiledDecoder(Decoder):
-    """A `Decoder` that goes one compiled step at a time where its cache is of fixed size.
-
-    GPT-Neo in transformers cannot: its local layers cut their masks to the length of the cache.
-    Here all positions have the same shapes, and the bridge's keys and values are made once a
-    caption.
-    """
-
-    def __init__(self, decoder: Decoder, rows: int, int8: bool):
-        nn.Module.__init__(self)
-        decoder = streamed(decoder, int8)
-        self.language_model, self.bridge = decoder.language_model, decoder.bridge
-        self.lm_head, self.dropout, self.rows = decoder.lm_head, decoder.dropout, rows
-        self.compiled = torch.compile(self.step, fullgraph=True, dynamic=False, options=INDUCTOR)
-
-    def forward(
+    @torch.no_grad()
+    def run(
         self,
-        input_ids: Int[Tensor, "R T"],
-        visual_tokens: Float[Tensor, "R N D"],
-        *,
-        past_key_values: Cache | None = None,
-        **settings,
-    ) -> DecoderOutput:
-        cache = past_key_values
-        if isinstance(cache, StaticCache) and len(input_ids) != self.rows:
-            cache = DynamicCache()
-            settings["attention_mask"] = None  # made for a cache of fixed size; all is causal
-        if not isinstance(cache, StaticCache):
-            return super().forward(input_ids, visual_tokens, past_key_values=cache, **settings)
-        if not cache.is_initialized:
-            heads = self.language_model.config.num_heads
-            width = visual_tokens.shape[-1] // heads
-            visual_tokens = visual_tokens.to(self.language_model.dtype)  # float32 beside int8
-            place = {"dtype": visual_tokens.dtype, "device": visual_tokens.device}
-            cache.early_initialization(self.rows, heads, width, **place)
-            attention = self.bridge.attention
-            cache.seen = [_project(attention, visual_tokens, part) for part in (1, 2)]
-        length = cache.layers[0].max_cache_len
-        if cache.get_seq_length() + input_ids.shape[1] > length:
-            raise ValueError(
-                f"the caption outgrew its cache of {length} positions; compile with a "
-                "larger length."
-            )
-        for ids in input_ids.split(1, dim=1):
-            logits = self.compiled(ids, cache)
-        return DecoderOutput(logits, past_key_values=cache)
+        choice: Choice,
+        steps: int,
+        draws: Int[Tensor, "R 2"] | None = None,
+        captions_per_image: int = 1,
+        **image: Tensor,
+    ) -> tuple[Int[Tensor, "R T"], Float[Tensor, "R T"]]:
+        """Caption images, in evaluation mode.
 
-    def step(self, input_ids: Int[Tensor, "R 1"], cache: StaticCache) -> Float[Tensor, "R 1 V"]:
-        """Score the next word after one more word, which joins those in the cache."""
-        text, bridge = self.language_model, self.bridge
-        position = cache.layers[0].cumulative_length.clone()  # []
-        places = torch.arange(cache.layers[0].max_cache_len, device=position.device)  # [S]
-        past = places <= position
-        masks = {"global": past, "local": past & (places > position - text.config.window_size)}
-        states = text.wte(input_ids) + text.wpe(position)  # [R,1,D]
-        for block, layer in zip(text.h, cache.layers, strict=True):
-            attention, normed = block.attn.attention, block.ln_1(states)
-            query, key, value = (
-                _split(project(normed), attention.num_heads)  # [R,G,1,E]
-                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            keys, values = layer.update(key, value)  # [R,G,S,E] each
-            scores = query.float() @ keys.float().mT  # [R,G,1,S]; GPT-Neo does not scale them
-            scores = scores.masked_fill(~masks[attention.attention_type], -torch.inf)
-            read = scores.softmax(-1).to(values.dtype) @ values  # [R,G,1,E]
-            states = states + attention.out_proj(_join(read))
-            states = states + block.mlp(block.ln_2(states))
-        states = text.ln_f(states)
-        query = _project(bridge.attention, bridge.attention_norm(states), 0)
-        read = F.scaled_dot_product_attention(query, *cache.seen)  # [R,H,1,C]
-        states = states + bridge.scale * bridge.attention.out_proj(_join(read))
-        states = states + bridge.ffn(bridge.ffn_norm(states))
-        return self.lm_head(states)
+        Args:
+            steps: new tokens of a caption, at most.
+            draws: `row_keys` of the captions, of which an image's stand together; for sampling.
+            image: one of the inputs of the model's `encode`.
 
+        Returns:
+            Ids without `<START>`, padded behind `<END>`, and the log-probabilities (nats) that the
+            model gave them, before penalties and what narrows the choice; both on the CPU.
+        """
+        with self._lock:
+            return self._run(choice, steps, draws, captions_per_image, image)
 
-class StreamedLinear(nn.Module):
-    """A linear layer whose matrix is read once a token, at the rate that memory gives.
+    def _run(
+        self,
+        choice: Choice,
+        steps: int,
+        draws: Int[Tensor, "R 2"] | None,
+        k: int,
+        image: dict[str, Tensor],
+    ) -> tuple[Int[Tensor, "R T"], Float[Tensor, "R T"]]:
+        self.follow_weights()
+        (images,) = {len(values) for values in image.values()}
+        used = images * k
+        compiled = self.rows is not None and self.rows // 2 < used <= self.rows
+        compiled = compiled and steps <= self.length
+        size, length = self._size(images, k, steps, compiled)
+        buffers = self._buffers_for(size * k, length)
+        self._encode(image, size, k, buffers)
+        step = self._step(buffers, choice, compiled)
+        buffers.begin(self.model.config.start_token_id, used, draws)
+        every = CHECK_EVERY if self._captures else 1
+        taken = 0
+        while taken < steps:
+            step()
+            taken += 1
+            if taken % every == 0 and buffers.finished.all():
+                break
+        ids, logprobs = buffers.ids[:used, 1 : taken + 1], buffers.logprobs[:used, :taken]
+        return ids.cpu(), logprobs.cpu()
 
-    A product with a single row is a sum, which inductor compiles into one pass over the matrix; the
-    matmul kernels of MKL and oneDNN reach about half of that rate. More rows go to those.
+    def _size(self, images: int, k: int, steps: int, compiled: bool) -> tuple[int, int]:
+        """Images and positions that a batch is padded to."""
+        if compiled and self.rows % k == 0:
+            return self.rows // k, self.length
+        positions = self.model.config.text_config.max_position_embeddings
+        length = min(-(-steps // 16) * 16, positions)
+        if not self._captures:
+            return images, length
+        there = [rows // k for rows, room in self._buffers if rows % k == 0 and room == length]
+        near = [size for size in there if images <= size <= 1.5 * images]
+        step = 8 if images > 8 else 1
+        return min(near, default=-(-images // step) * step), length
 
-    Args:
-        int8: round the matrix to whole numbers of 8 bits, with a scale for each row.
-    """
-
-    def __init__(self, linear: nn.Linear, int8: bool):
-        super().__init__()
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, None
-        if int8:
-            weight = linear.weight.detach().float()
-            scale = weight.abs().amax(dim=1).clamp(min=1e-8) / 127
-            rounded = (weight / scale[:, None]).round().to(torch.int8)
-            self.weight = nn.Parameter(rounded, requires_grad=False)
-            self.scale = nn.Parameter(scale, requires_grad=False)
-
-    def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
-        if x.numel() == x.shape[-1] and torch.compiler.is_compiling():
-            y = (self.weight.float() * x.float().unsqueeze(-2)).sum(-1)
+    def follow_weights(self) -> None:
+        """Begin anew where the weights are not where they were; join matrices on CUDA."""
+        if self._placed == self._places():
+            return
+        self._forget()
+        layers = [block.attn.attention for block in self.decoder.language_model.h]
+        if self._captures:
+            self._projections = [[join_projections(layer)] for layer in layers]
+            self._head = padded_head(self.decoder.lm_head)
+            self._pool = torch.cuda.graph_pool_handle()
         else:
-            y = F.linear(x, self.weight.to(x.dtype))
-        if self.scale is not None:
-            y = y * self.scale
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+            self._projections = [[layer.q_proj, layer.k_proj, layer.v_proj] for layer in layers]
+            self._head = self.decoder.lm_head
+        self._placed = self._places()
 
+    def _places(self) -> list[int]:
+        modules = self.model.modules()
+        weights = (weight for module in modules for weight in module._parameters.values())
+        return [weight.data_ptr() for weight in weights if weight is not None]
 
-def streamed(decoder: Decoder, int8: bool) -> Decoder:
-    """A decoder whose linear layers, the tied head among them, are streamed.
+    def _buffers_for(self, rows: int, length: int) -> Buffers:
+        if (rows, length) not in self._buffers:
+            if len(self._buffers) == CAPTURED:
+                self._forget()
+                self.follow_weights()
+            self._buffers[rows, length] = Buffers.allocate(self.model, rows, length)
+        return self._buffers[rows, length]
 
-    It shares the weights of the one given; with int8 it has its own, and computes in float32.
-    """
-    decoder = copy.deepcopy(decoder) if int8 else copy_sharing_weights(decoder)
-    for module in list(decoder.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, StreamedLinear(child, int8))
-    return decoder.float() if int8 else decoder
+    def _encode(self, image: dict[str, Tensor], size: int, k: int, buffers: Buffers) -> None:
+        """Put the bridge's keys and values of the images into the buffers."""
+        ((name, values),) = image.items()
+        if self._captures and name == "pixel_values":
+            if size not in self._pixels:
+                shape = size, *values.shape[1:]
+                pixels = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
+                self._pixels[size] = pixels, torch.empty_like(buffers.bridge[:, :size])
+            pixels, made = self._pixels[size]
+            pixels[: len(values)].copy_(values, non_blocking=True)
+            encode = partial(self._read_pixels, pixels, made)
+            self._captured((size, "encode"), encode)()
+        else:
+            made = self._read_image(**{name: values.to(self.model.device)})
+        rows = buffers.bridge[:, : made.shape[1] * k]
+        rows.unflatten(1, (-1, k)).copy_(made[:, :, None])
 
+    def _read_pixels(self, pixels: Tensor, made: Float[Tensor, "2 B H N C"]) -> None:
+        made.copy_(self._read_image(pixel_values=pixels))
 
-def copy_sharing_weights(module: Module) -> Module:
-    """A copy whose parts can be changed, with the very parameters and buffers of the original."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    def _read_image(self, **image: Tensor) -> Float[Tensor, "2 B H N C"]:
+        """Keys and values that the bridge makes of an image's visual tokens."""
+        tokens = self.model.encode(**image)[1].visual_tokens.to(self.decoder.language_model.dtype)
+        attention = self.decoder.bridge.attention
+        weight, bias = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+        made = [F.linear(tokens, weight[part], bias[part]) for part in (1, 2)]  # [B,N,D] each
+        heads = torch.stack(made).unflatten(-1, (attention.num_heads, -1))  # [2,B,N,H,C]
+        return heads.transpose(2, 3)
 
+    def _step(self, buffers: Buffers, choice: Choice, compiled: bool) -> Callable[[], None]:
+        step = partial(
+            self._choose, buffers, choice, self._compiled if compiled else score_next_word
+        )
+        if not self._captures:
+            return step
+        return self._captured((*buffers.logprobs.shape, choice, compiled), step, buffers)
 
-def _project(attention: MultiHeadAttention, x: Float[Tensor, "R T D"], part: int) -> Tensor:
-    """Queries (part 0), keys (1) or values (2) of an attention with joint weights, [R,H,T,C]."""
-    weight, bias = attention.in_proj_weight.chunk(3)[part], attention.in_proj_bias.chunk(3)[part]
-    return _split(F.linear(x, weight, bias), attention.num_heads)
+    def _captured(
+        self, key: tuple, function: Callable[[], object], buffers: Buffers | None = None
+    ) -> Callable[[], object]:
+        """A function of the buffers as a CUDA graph, which is kept under the key."""
+        if key in self._graphs:
+            return self._graphs[key]
+        if len(self._graphs) == GRAPHS:
+            self._graphs.clear()
+        if buffers is not None:
+            buffers.position.zero_()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # what is compiled, chosen or allocated at first happens here
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                function()
+            self._graphs[key] = graph.replay
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            warnings.warn(
+                f"CUDA captured no graph ({error}); captions are made without, more slowly.",
+                stacklevel=2,
+            )
+            self._graphs[key] = function
+        return self._graphs[key]
 
-
-def _split(x: Float[Tensor, "R T D"], num_heads: int) -> Float[Tensor, "R H T C"]:
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def _join(x: Float[Tensor, "R H T C"]) -> Float[Tensor, "R T D"]:
-    return x.transpose(1, 2).flatten(2)
+    def _choose(self, buffers: Buffers, choice: Choice, score: Callable) -> None:
+        """One step: score the next word of every row, choose it, and note it."""
+        config, position = self.model.config, buffers.position
+        logits = score(self.decoder, self._projections, self._head, buffers).float()  # [R,V]
+        chosen = choice.words(logits, buffers.ids, position + 1, config.end_token_id, buffers.draws)
+        logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])  # [R,1]
+        buffers.logprobs.index_copy_(1, position, logprobs)
+        words = chosen.masked_fill(buffers.finished, config.pad_token_id)
+        buffers.finished |= words == config.end_token_id
+        position += 1
+        buffers.ids.index_copy_(1, position, words[:, None])

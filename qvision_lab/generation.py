@@ -1,66 +1,21 @@
-"""How to look for a caption: a preset and settings on top of it, and sampling that batches keep."""
+"""The settings of a search for captions: a preset, what is put on top of it, and how it is run."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation import logits_process
+from transformers import GenerationConfig
 
+from qvision_lab.compiled import FastDecoding
 from qvision_lab.model.captioner import PLAIN, QVisionForConditionalGeneration, generation_preset
+from qvision_lab.sampling import NOT_SAMPLING, WARPERS, Choice, Sampling, SeededSampling, row_keys
 
-WARPERS = {  # settings of sampling, in transformers' order: what applies them, where they are off
-    "temperature": (logits_process.TemperatureLogitsWarper, 1.0),
-    "top_h": (logits_process.TopHLogitsWarper, None),
-    "top_k": (logits_process.TopKLogitsWarper, 0),
-    "top_p": (logits_process.TopPLogitsWarper, 1.0),
-    "min_p": (logits_process.MinPLogitsWarper, None),
-    "typical_p": (logits_process.TypicalLogitsWarper, 1.0),
-    "epsilon_cutoff": (logits_process.EpsilonLogitsWarper, 0.0),
-    "eta_cutoff": (logits_process.EtaLogitsWarper, 0.0),
-}
-# Where nothing is sampled, transformers warns about any other value; off is 50 for its top_k.
-NOT_SAMPLING = {name: off for name, (_, off) in WARPERS.items()} | {"top_k": 50, "do_sample": False}
 LIVE_SETTINGS = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer"}
 UNSAID = {"transformers_version", "return_dict_in_generate"}
 UNSAID |= {"bos_token_id", "eos_token_id", "pad_token_id"}
-
-
-class SeededSampling(LogitsProcessor):
-    """Sampling whose draws belong to a row of the batch, whatever stands in the other rows.
-
-    The largest of the logits plus Gumbel noise is a draw from their softmax (the Gumbel-max trick;
-    Maddison et al. 2014, arXiv:1411.0030), so a greedy search over these scores samples. Each row
-    has its own generator on the CPU, where `torch.multinomial` has one for the whole batch.
-    Temperature and all that narrows the choice come first, as in transformers.
-    """
-
-    def __init__(self, config: GenerationConfig, keys: list[str]):
-        self.warpers = LogitsProcessorList(
-            warper(value)
-            for name, (warper, off) in WARPERS.items()
-            if (value := getattr(config, name)) not in (None, off)
-        )
-        self.generators = [torch.Generator().manual_seed(_hash(key)) for key in keys]
-
-    def __call__(
-        self, input_ids: Int[Tensor, "R T"], scores: Float[Tensor, "R V"]
-    ) -> Float[Tensor, "R V"]:
-        scores = self.warpers(input_ids, scores.float())
-        exponential = torch.stack(
-            [torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.generators]
-        )
-        return scores - exponential.log().to(scores.device)  # -log of an exponential is Gumbel
-
-
-def _hash(key: str) -> int:
-    """A seed of 64 bits that is the same in every process."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
 @dataclass(frozen=True)
@@ -98,7 +53,9 @@ class Search:
                 "do_sample=False), or call model.generate, which knows beam sampling."
             )
         if config.do_sample:
-            SeededSampling(config, keys=[])  # a value out of range is found now, not in a batch
+            Sampling(
+                {name: getattr(config, name) for name in WARPERS}
+            )  # a value out of range is found now, not in a batch
         else:
             config.update(**NOT_SAMPLING)  # what the preset says of sampling would be warned about
         return cls(config, live, seed)
@@ -122,26 +79,41 @@ class Search:
         }
         return said | {name: type(value).__name__ for name, value in self.live.items()}
 
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens a caption has at most, `<END>` included."""
+        limit = self.config.max_new_tokens
+        return limit if limit is not None else (self.config.max_length or 20) - 1
+
     def run(
         self,
-        model: QVisionForConditionalGeneration,
-        visual_tokens: Float[Tensor, "B N D"],
-        keys: list[str],
+        decoding: FastDecoding,
+        pixel_values: Float[Tensor, "B 3 H W"],
+        names: list[str],
     ) -> tuple[Int[Tensor, "R T"], Float[Tensor, "R T"]]:
         """Tokens of R = B * `captions_per_image` captions, an image's together.
 
         Args:
-            keys: one an image; its draws depend on its key and the seed alone.
+            decoding: the fast way; what it cannot run, transformers' `generate` does.
+            names: one an image; its draws depend on its name and the seed alone.
 
         Returns:
             Ids, without `<START>`, and their log-probabilities (nats) before penalties,
             temperature and all else that a search puts on top of the model.
         """
-        config, live, k = copy.deepcopy(self.config), dict(self.live), self.captions_per_image
-        if config.do_sample:
-            rows = [f"{self.seed}/{key}/{n}" for key in keys for n in range(k)]
-            sampling = SeededSampling(config, rows)
-            live["logits_processor"] = [*live.get("logits_processor", ()), sampling]
+        model, k, keys = decoding.model, self.captions_per_image, None
+        if self.config.do_sample:
+            keys = row_keys([f"{self.seed}/{name}/{n}" for name in names for n in range(k)])
+        choice = None if self.live else Choice.from_config(self.config)
+        if choice is not None and decoding.can_run(self.new_tokens):
+            return decoding.run(choice, self.new_tokens, keys, k, pixel_values=pixel_values)
+        config, live = copy.deepcopy(self.config), dict(self.live)
+        _, visual = model.encode(pixel_values.to(model.device))
+        visual_tokens = visual.visual_tokens  # [B,1+Q,D]
+        if keys is not None:
+            sampling = Sampling({name: getattr(config, name) for name in WARPERS})
+            processors = live.get("logits_processor", ())
+            live["logits_processor"] = [*processors, SeededSampling(sampling, keys)]
             config.update(**NOT_SAMPLING, num_return_sequences=1)
             visual_tokens = visual_tokens.repeat_interleave(k, dim=0)  # [R,1+Q,D]
         config.update(return_dict_in_generate=True, output_logits=True)
@@ -149,4 +121,4 @@ class Search:
         logprobs = model.compute_transition_scores(
             found.sequences, found.logits, found.get("beam_indices"), normalize_logits=True
         )
-        return found.sequences[:, 1:], logprobs
+        return found.sequences[:, 1:].cpu(), logprobs.cpu()

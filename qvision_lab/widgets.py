@@ -22,8 +22,8 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from qvision_lab.captioning import Captioner
-from qvision_lab.compiled import CompiledQVision, copy_sharing_weights
 from qvision_lab.data import scenes
+from qvision_lab.decoding_step import copy_sharing_weights
 from qvision_lab.images import Picture, find_pictures, open_image
 from qvision_lab.interpretation import maps
 from qvision_lab.interpretation.interventions import Intervention, mute
@@ -95,8 +95,6 @@ class Bench:
     """
 
     def __init__(self, captioner: Captioner):
-        if isinstance(captioner.model, CompiledQVision):
-            raise ValueError("a compiled captioner ignores mutes; explore what it was made from.")
         model = copy_sharing_weights(captioner.model)
         self.captioner = replace(captioner, model=model)
         self.parts = parts(model)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import ByteLevelBPETokenizer
-from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCriteria
+from transformers import PreTrainedTokenizerFast, StoppingCriteria
 
 from qvision_lab.captioning import Captioner
-from qvision_lab.generation import SeededSampling
 from qvision_lab.images import ImageError
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.processor import QVisionProcessor
+from qvision_lab.sampling import Sampling, row_keys
 
 SPECIAL_TOKENS = {"pad_token": "<PAD>", "bos_token": "<START>", "eos_token": "<END>"}
 SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 0, "top_p": 0.95, "max_new_tokens": 8}
@@ -104,11 +104,10 @@ def test_seed_and_place_decide_what_is_drawn(captioner, pictures):
 
 def test_seeded_sampling_draws_from_the_softmax():
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0, -torch.inf])
-    keys = [str(i) for i in range(20_000)]
-    config = GenerationConfig(temperature=0.8, top_k=3)
-    sampling = SeededSampling(config, keys)
-    drawn = sampling(torch.zeros(len(keys), 1, dtype=torch.long), logits.expand(len(keys), -1))
-    shares = drawn.argmax(-1).bincount(minlength=5) / len(keys)
+    keys = row_keys([str(i) for i in range(20_000)])
+    sampling = Sampling({"temperature": 0.8, "top_k": 3})
+    drawn = sampling.words(torch.zeros(len(keys), 1).long(), logits.expand(len(keys), -1), keys, 1)
+    shares = drawn.bincount(minlength=5) / len(keys)
     expected = torch.tensor([1.0, 0.0, -torch.inf, 2.0, -torch.inf]).div(0.8).softmax(-1)
     torch.testing.assert_close(shares, expected, atol=0.015, rtol=0)
 
@@ -129,8 +128,8 @@ def test_seeded_sampling_draws_from_the_softmax():
 )
 def test_seeded_sampling_knows_every_warper(setting, value, kept):
     scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(300, -1)
-    sampling = SeededSampling(GenerationConfig(**{setting: value}), [str(i) for i in range(300)])
-    drawn = sampling(torch.zeros(300, 1, dtype=torch.long), scores).argmax(-1)
+    keys = row_keys([str(i) for i in range(300)])
+    drawn = Sampling({setting: value}).words(torch.zeros(300, 1).long(), scores, keys, 1)
     assert drawn.unique().tolist() == list(range(kept))
 
 
@@ -368,7 +367,7 @@ def test_foreign_files_are_left_alone(captioner, folder, tmp_path):
 def test_a_compiled_captioner_says_the_same(captioner, pictures):
     with torch.compiler.set_stance("force_eager"):
         compiled = captioner.compile(batch_size=2)
-        assert compiled.model.compile_seconds > 0
+        assert compiled.decoding.compile_seconds > 0
         for settings in ({"preset": "greedy"}, SAMPLED):
             said = compiled.caption(pictures, batch_size=2, **settings)  # the last batch has one
             assert ids(said) == ids(captioner.caption(pictures, **settings))

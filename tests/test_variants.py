@@ -8,7 +8,7 @@ from test_model import ONE_BY_ONE, TOLERANCE, generate_with_and_without_cache
 from torch.testing import assert_close
 
 from qvision_lab.captioning import Captioner
-from qvision_lab.compiled import CompiledQVision
+from qvision_lab.compiled import FastDecoding
 from qvision_lab.interpretation.interventions import mute, patch, sweep
 from qvision_lab.interpretation.trace import Trace, trace
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
@@ -189,4 +189,4 @@ def test_looking_inside_names_the_part_that_a_variant_lacks(captioner_of):
 @pytest.mark.parametrize("changes", [{"bridge": "prefix"}, {"global_token": "added"}])
 def test_steps_that_are_not_compiled_are_refused(tiny, changes):
     with pytest.raises(ValueError, match="caption with the model as it is"):
-        CompiledQVision(varied(tiny, changes))
+        FastDecoding(varied(tiny, changes), rows=1)

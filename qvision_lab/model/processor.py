@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from PIL.Image import Resampling
 from torch import Tensor
@@ -136,8 +137,8 @@ class QVisionProcessor(ProcessorMixin):
             images = [images] if isinstance(images, Image.Image) else list(images)
             if foreign := {type(x).__name__ for x in images if not isinstance(x, Image.Image)}:
                 raise TypeError(f"pass PIL images, not {min(foreign)}; Captioner opens everything.")
-            pixels = [self._pixels(image, preset) for image in images]  # [3,H,W] each
-            features["pixel_values"] = torch.from_numpy(np.stack(pixels))
+            resized = np.stack([self.resize(image, preset) for image in images])  # [B,H,W,3]
+            features["pixel_values"] = self.normalise(torch.from_numpy(resized), preset)
         if text is not None:
             captions = [text] if isinstance(text, str) else text
             rows = [self.encode(caption, max_length) for caption in captions]
@@ -185,21 +186,34 @@ class QVisionProcessor(ProcessorMixin):
         boxes[:, :2] += (resized - side) // 2
         return boxes * np.tile(original_size / resized, 2)
 
-    def _pixels(self, image: Image.Image, preset: str) -> Float[np.ndarray, "3 H W"]:
-        """To the bit what transformers' image processor makes, in a fifth of its time."""
+    def resize(self, image: Image.Image, preset: str) -> UInt8[np.ndarray, "H W 3"]:
+        """The square that the model sees, as bytes."""
         side, settings = self.image_size, image_preset(preset, self.image_size)
         if settings["do_center_crop"]:
             image = _without_far_ends(image)
         size = self._resized(image.size, preset)
         image = image.convert("RGB").resize(tuple(size.tolist()), settings["resample"])
         left, top = (size - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")
-        pixels /= 255
-        if settings["do_normalize"]:
-            pixels -= np.float32(self.image_processor.image_mean)[:, None, None]
-            pixels /= np.float32(self.image_processor.image_std)[:, None, None]
-        return pixels
+        return np.asarray(image.crop((left, top, left + side, top + side)))
+
+    def normalise(self, pixels: UInt8[Tensor, "B H W 3"], preset: str) -> Float[Tensor, "B 3 H W"]:
+        """Pixel values of what `resize` gives, where it lies: the same bits on every device.
+
+        With `resize`, to the bit what transformers' image processor makes.
+        """
+        mean, deviation = self.image_processor.image_mean, self.image_processor.image_std
+        if pixels.is_cpu:  # numpy: threads of torch would stand in the model's way
+            values = pixels.numpy().transpose(0, 3, 1, 2).astype(np.float32, order="C")
+            as_array, inside = np.float32, values
+        else:
+            values = pixels.permute(0, 3, 1, 2).float().contiguous()
+            as_array = partial(torch.tensor, dtype=torch.float32, device=pixels.device)
+            inside = values
+        inside /= as_array(255)
+        if image_preset(preset, self.image_size)["do_normalize"]:
+            inside -= as_array(mean)[:, None, None]
+            inside /= as_array(deviation)[:, None, None]
+        return torch.from_numpy(values) if pixels.is_cpu else values
 
     def _resized(self, original_size: tuple[int, int], preset: str) -> Int[np.ndarray, " wh=2"]:
         """Width and height that a preset resizes to, before it crops the centre."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from tokenizers import ByteLevelBPETokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -121,13 +121,20 @@ class CaptionedStates(Dataset):
 
 @dataclass(frozen=True)
 class CaptionCollator:
-    """Stacks pictures and, next to each other, their captions, padded on the right."""
+    """Stacks pictures and, next to each other, their captions, padded on the right.
+
+    Args:
+        multiple: lengths are those of it, so that they are few.
+    """
 
     pad_token_id: int
+    multiple: int = 1
 
     def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
         rows = [caption for sample in samples for caption in sample["captions"]]
         input_ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)  # [R,T]
+        missing = -input_ids.shape[1] % self.multiple
+        input_ids = nn.functional.pad(input_ids, (0, missing), value=self.pad_token_id)
         labels = input_ids.masked_fill(input_ids == self.pad_token_id, IGNORED_LABEL)
         labels[:, 0] = IGNORED_LABEL  # never a target, so it must not count as one
         looks = samples[0].keys() - {"captions"}  # vision_states [B,P,C] or pixel_values [B,3,H,W]

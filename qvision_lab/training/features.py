@@ -7,7 +7,8 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -37,8 +38,12 @@ class SeenPictures:
 
     def __getitem__(self, image_id: ImageId) -> Float[Tensor, "P C"]:
         path, name = self.places[image_id]
-        with safe_open(path, "pt") as states:
-            return states.get_tensor(name)
+        return _opened(path).get_tensor(name)
+
+
+@lru_cache(maxsize=4096)  # 2,000 files are COCO's train2017
+def _opened(path: Path) -> safe_open:
+    return safe_open(path, "pt")
 
 
 class FeatureCache:
@@ -102,13 +107,14 @@ class FeatureCache:
         processor: QVisionProcessor,
         *,
         batch_size: int = 64,
-        workers: int = 0,
+        workers: int | None = 0,
     ) -> SeenPictures:
         """Find the states of pictures, after the tower has seen those that are new.
 
         Args:
             model: the one that the cache was opened with; left in evaluation mode.
-            workers: processes that read pictures while the tower works.
+            workers: processes that read pictures while the tower works; None for 8 at most, and
+                none where there are but few cores, in which they would stand in its way.
 
         Raises:
             OSError: there is no room for what is to be added.
@@ -129,11 +135,15 @@ class FeatureCache:
         # Cut by the place in the data set, so that batches are the same after an interruption.
         batches = [list(batch) for _, batch in groupby(unread, lambda i: i // batch_size)]
         pictures = _Pictures(images, processor, frozenset(self.files))
+        if workers is None:
+            cores = os.cpu_count() or 1
+            workers = min(cores, 8) if cores >= 4 else 0
         reader = DataLoader(
             pictures,
             batch_sampler=batches,
             num_workers=workers if unread else 0,
             collate_fn=list,
+            pin_memory=model.device.type == "cuda",
         )
         for batch in tqdm(reader, f"features (at most {needed / 1e9:.2f} GB)", unit="batch"):
             failed |= {seen.image_id: seen.problem for seen in batch if seen.problem}
@@ -141,8 +151,9 @@ class FeatureCache:
             new = {seen.content: seen.pixels for seen in batch if seen.pixels is not None}
             new = {content: pixels for content, pixels in new.items() if content not in self.files}
             if new:
-                pixel_values = torch.stack(list(new.values())).to(model.device)  # [B,3,H,W]
-                states = model.eval().vision.see(pixel_values).to("cpu", self.dtype)  # [B,P,C]
+                copies = [pixels.to(model.device, non_blocking=True) for pixels in new.values()]
+                states = model.eval().vision.see(torch.stack(copies))  # [B,3,H,W] -> [B,P,C]
+                states = states.to(self.dtype).cpu()  # half of the bytes to be copied
                 path = self.folder / f"{next(iter(new))}.safetensors"
                 partial = path.with_suffix(f".{os.getpid()}")  # another run may add to this cache
                 save_file(dict(zip(new, states, strict=True)), partial, self.made_by)
@@ -162,6 +173,9 @@ class _Read:
     content: str = ""
     pixels: Float[Tensor, "3 H W"] | None = None
     problem: str | None = None
+
+    def pin_memory(self) -> _Read:
+        return self if self.pixels is None else replace(self, pixels=self.pixels.pin_memory())
 
 
 @dataclass(frozen=True)

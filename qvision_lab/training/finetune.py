@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from importlib.resources import files
@@ -21,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from qvision_lab.data.coco import CaptionDataset, open_dataset
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.checkpoint import Checkpoint, Provenance, load_checkpoint, save_checkpoint
-from qvision_lab.training import freezing
+from qvision_lab.training import freezing, gpu
 from qvision_lab.training.caption_stage import CaptionCollator
 from qvision_lab.training.caption_trainer import (
     CaptionedPictures,
@@ -41,50 +42,66 @@ from qvision_lab.training.trainer import (
     training_arguments,
 )
 
+COMPILED_FROM = 1000  # steps of a phase: compiling takes as long as a few hundred of them
 CARD = (files("qvision_lab.training") / "cards/finetune.md").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that a training step needs, at its peak, on each device."""
+    """Bytes that a training step needs on each device."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
 
+    @property
+    def peak(self) -> int:
+        """Gradients come as activations go, so the larger of the two counts."""
+        return self.weights + self.optimizer + max(self.gradients, self.activations)
+
     def __str__(self) -> str:
-        parts = {name: size / 1e9 for name, size in asdict(self).items()}
-        told = ", ".join(f"{name} {size:.2f}" for name, size in parts.items())
-        return f"about {sum(parts.values()):.1f} GB of memory: {told}"
+        told = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in asdict(self).items())
+        return f"about {self.peak / 1e9:.1f} GB of memory at once, of {told}"
 
 
 def estimate_memory(
-    model: QVisionForConditionalGeneration, settings: Training, pictures: int
+    model: QVisionForConditionalGeneration,
+    settings: Training,
+    pictures: int,
+    lengths: Sequence[int] | None = None,
 ) -> MemoryEstimate:
-    """Estimate a step's memory, `pictures` a batch on one device, captions at their longest.
+    """Estimate a step's memory, `pictures` a batch on one device; measured peaks are within 25%.
 
     Weights, gradients and AdamW's two moments are 4 bytes a parameter. What a transformer layer
     keeps for its gradient are 34 + 5 * heads * length / width bytes a value in half precision and
-    twice that in single (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2); the logits are held
-    three times in single precision. GPT-Neo's layers keep nothing where none of it is trained,
+    twice that in single (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2); the logits of the words
+    to be scored are held three times in single precision. In half precision a step also holds the
+    weights behind the tower cast to it. GPT-Neo's layers keep nothing where none of it is trained,
     since pictures come in behind it.
+
+    Args:
+        lengths: tokens of captions as they are trained on, some or all of them; None: all are as
+            long as they may be.
     """
     config, text = model.config, model.decoder.language_model
-    rows, length = pictures * settings.captions_per_image, settings.max_tokens
+    lengths = lengths or [settings.max_tokens]
+    rows, length = pictures * settings.captions_per_image, max(lengths)
+    words = rows * (sum(lengths) / len(lengths) - 1)  # <START> is never scored
     width, heads = config.hidden_size, config.num_attention_heads
+    half = settings.precision != "float32"
 
     def layer(sequences: int, length: int, heads: int) -> float:
-        scale = 2 if settings.precision == "float32" else 1
-        return sequences * length * (34 * width + 5 * heads * length) * scale
+        return sequences * length * (34 * width + 5 * heads * length) * (1 if half else 2)
 
     reads = len(text.h) if text.num_parameters(only_trainable=True) else 0
     layers = reads * layer(rows, length, config.text_config.num_heads)
     looks = 2 * config.num_qformer_blocks * layer(pictures, 1 + config.num_query_tokens, heads)
-    logits = 3 * 4 * rows * length * config.vocab_size
-    trained = model.num_parameters(only_trainable=True)
-    activations = int(layers + looks + layer(rows, length, heads) + logits)
-    return MemoryEstimate(4 * model.num_parameters(), 4 * trained, 8 * trained, activations)
+    logits = 3 * 4 * words * config.vocab_size
+    trained, all_of_it = model.num_parameters(only_trainable=True), model.num_parameters()
+    cast = 2 * (all_of_it - model.vision.tower.num_parameters()) if half else 0
+    activations = int(layers + looks + layer(rows, length, heads) + logits + cast)
+    return MemoryEstimate(4 * all_of_it, 4 * trained, 8 * trained, activations)
 
 
 def run_finetune(values: dict, output: str | Path) -> Path:
@@ -227,16 +244,23 @@ def _run_phase(
         share, rate = arguments.per_device_train_batch_size, settings.matrix_learning_rate
         muon = rate and MuonAdamW(model, arguments.learning_rate, rate, settings.weight_decay)
         if PartialState().is_main_process:
-            print(f"{report}\n{estimate_memory(model, settings, share)}")
+            print(f"{report}\n{estimate_memory(model, settings, share, train.lengths())}")
+        compiled = settings.compile
+        if compiled is None:
+            compiled = arguments.device.type == "cuda" and arguments.max_steps >= COMPILED_FROM
+        positions = model.config.text_config.max_position_embeddings
+        few = compiled or arguments.device.type == "cuda"  # lengths to compile or to capture
+        multiple = gpu.LENGTHS if few and positions % gpu.LENGTHS == 0 else 1
         trainer = CaptionTrainer(
             model,
             arguments,
-            data_collator=CaptionCollator(model.config.pad_token_id),
+            data_collator=CaptionCollator(model.config.pad_token_id, multiple),
             train_dataset=train,
             eval_dataset=validation,
             callbacks=[Pace(settings), CurveWriter(folder / "curve.csv")],
             optimizers=(muon, None),
             validation=Validation(validation.images, processor, share),
+            compiled=compiled,
         )
         trainer.train(resume_from_checkpoint=last)
         state = trainer.state
@@ -249,6 +273,9 @@ def _arguments(
     epoch = ceil(pictures // settings.batch_size / settings.accumulation)
     steps = max(1, round(phase.epochs * epoch))
     every = ceil(steps / settings.evaluations)
+    workers = settings.workers
+    if workers is None:
+        workers = 4 if torch.cuda.is_available() else 0
     arguments = training_arguments(
         folder,
         seed,
@@ -269,7 +296,7 @@ def _arguments(
         save_total_limit=2,  # the best, and the last
         metric_for_best_model=settings.best_by,
         greater_is_better=settings.best_by == "cider",
-        dataloader_num_workers=settings.workers,
+        dataloader_num_workers=workers,
         dataloader_drop_last=True,  # else processes share out an epoch's last batch unevenly
         report_to=["tensorboard"] if settings.tensorboard else [],
     )

@@ -41,7 +41,7 @@ class Features:
 
     folder: str | None = None  # None: inside the run's folder
     dtype: str = "bfloat16"
-    workers: int = 2  # processes that read pictures
+    workers: int | None = None  # processes that read pictures; None: as there are cores
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class Training:
     evaluations: int = 8  # a phase: each validates and saves
     best_by: str = "cider"
     patience: int | None = None  # evaluations without a better one before a phase ends
-    workers: int = 0  # processes that prepare batches
+    workers: int | None = None  # processes that prepare batches; None: 4 beside a GPU, else 0
+    compile: bool | None = None  # the blocks that are trained; None: in long phases on a GPU
     tensorboard: bool = False
 
     def __post_init__(self):

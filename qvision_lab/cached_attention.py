@@ -1,0 +1,107 @@
+"""Attention of one new word over its cache in a single kernel, for CUDA; elsewhere PyTorch's."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+try:  # comes with PyTorch for CUDA
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+LONGEST = 128  # positions that one program of the kernel holds
+
+
+def attend_to_cache(
+    made: Float[Tensor, "R 3 G E"],
+    cache: Float[Tensor, "R 2 G S E"],
+    position: Int[Tensor, " 1"],
+    window: int,
+) -> Float[Tensor, "R D"]:
+    """What one word reads of itself and of those before it; its key and value join the cache.
+
+    Scores are not scaled, as in GPT-Neo.
+
+    Args:
+        made: query, key and value of the word.
+        position: its place; those behind it in the cache count for nothing.
+        window: how many words, itself included, it can read.
+    """
+    rows, _, heads, width = made.shape
+    if triton is not None and made.is_cuda and cache.shape[3] <= LONGEST:
+        read = torch.empty(rows, heads * width, dtype=made.dtype, device=made.device)
+        launch(made.contiguous(), cache, position, window, read)
+        return read
+    cache.index_copy_(3, position, made[:, 1:, :, None])
+    places = torch.arange(cache.shape[3], device=made.device)  # [S]
+    mask = (places <= position) & (places > position - window)
+    return attend(made[:, 0], cache[:, 0], cache[:, 1], 1.0, mask)
+
+
+def attend(
+    query: Float[Tensor, "R H C"],
+    keys: Float[Tensor, "R H S C"],
+    values: Float[Tensor, "R H S C"],
+    scale: float,
+    mask: Float[Tensor, " S"] | None = None,
+) -> Float[Tensor, "R D"]:
+    """What one word reads; compiled, it is sums over the cache, which is not copied to float32."""
+    if not torch.compiler.is_compiling():
+        mask = mask if mask is None else mask.expand(len(query), 1, 1, -1)
+        read = F.scaled_dot_product_attention(query[:, :, None], keys, values, mask, scale=scale)
+        return read.flatten(1)
+    scores = (query[:, :, None].float() * keys.float()).sum(-1) * scale  # [R,H,S]
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    shares = scores.softmax(-1).to(values.dtype)
+    return (shares[..., None].float() * values.float()).sum(-2).to(values.dtype).flatten(1)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _attend(
+        made, cache, position, read, window, heads, length, width, s: tl.constexpr, e: tl.constexpr
+    ):
+        row, head = tl.program_id(0), tl.program_id(1)
+        here = tl.load(position)
+        place, part = tl.arange(0, s), tl.arange(0, e)
+        inside = part < width
+        mine = made + (row * 3 * heads + head) * width + part
+        query = tl.load(mine, mask=inside, other=0).to(tl.float32)
+        key = tl.load(mine + heads * width, mask=inside, other=0)
+        value = tl.load(mine + 2 * heads * width, mask=inside, other=0)
+        keys = cache + (row * 2 * heads + head) * length * width
+        values = keys + heads * length * width
+        tl.store(keys + here * width + part, key, mask=inside)
+        tl.store(values + here * width + part, value, mask=inside)
+        # Itself it reads from registers, and the others from the cache.
+        past = (place < here) & (place > here - window)
+        tile = place[:, None] * width + part[None, :]
+        held = past[:, None] & inside[None, :]
+        scores = tl.sum(tl.load(keys + tile, mask=held, other=0).to(tl.float32) * query[None, :], 1)
+        scores = tl.where(past, scores, -float("inf"))
+        own = tl.sum(query * key.to(tl.float32), 0)
+        top = tl.maximum(tl.max(scores, 0), own)
+        shares, own = tl.exp(scores - top), tl.exp(own - top)
+        seen = tl.load(values + tile, mask=held, other=0).to(tl.float32)
+        total = tl.sum(shares[:, None] * seen, 0) + own * value.to(tl.float32)
+        total = total / (tl.sum(shares, 0) + own)
+        tl.store(read + (row * heads + head) * width + part, total, mask=inside)
+
+
+def launch(
+    made: Float[Tensor, "R 3 G E"],
+    cache: Float[Tensor, "R 2 G S E"],
+    position: Int[Tensor, " 1"],
+    window: int,
+    read: Float[Tensor, "R D"],
+) -> None:
+    """Run the kernel, a program for each row and head."""
+    rows, _, heads, width = made.shape
+    length = cache.shape[3]
+    padded = 1 << (length - 1).bit_length(), 1 << (width - 1).bit_length()
+    _attend[(rows, heads)](made, cache, position, read, window, heads, length, width, *padded)

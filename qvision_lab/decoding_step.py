@@ -1,0 +1,213 @@
+"""One step of decoding over buffers that stay where they are, with few kernels and copies."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qvision_lab.cached_attention import attend, attend_to_cache
+from qvision_lab.model.captioner import QVisionForConditionalGeneration
+from qvision_lab.model.decoder import Decoder, DecoderOutput
+
+Module = TypeVar("Module", bound=nn.Module)
+PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # oneDNN's, where torch has it
+
+
+@dataclass
+class Buffers:
+    """What the steps of one batch read and write; they stay where they are, as graphs need it.
+
+    R rows, S positions of the cache, L layers of GPT-Neo, N visual tokens.
+    """
+
+    ids: Int[Tensor, "R S+1"]  # `<START>`, the tokens so far, and `<START>` again
+    logprobs: Float[Tensor, "R S"]
+    finished: Bool[Tensor, " R"]
+    position: Int[Tensor, " 1"]  # of the token that is read next
+    draws: Int[Tensor, "R 2"]  # keys of what is sampled
+    cache: list[Float[Tensor, "R 2 G S E"]]  # keys and values of each layer
+    bridge: Float[Tensor, "2 R H N C"]  # the bridge's keys and values of the visual tokens
+
+    @classmethod
+    def allocate(cls, model: QVisionForConditionalGeneration, rows: int, length: int) -> Buffers:
+        config, text = model.config, model.config.text_config
+        number = {"dtype": model.decoder.language_model.dtype, "device": model.device}
+        width, heads = config.hidden_size, config.num_attention_heads
+        tokens = len(config.visual_token_labels)
+        layer = rows, 2, text.num_heads, length, width // text.num_heads
+        return cls(
+            ids=torch.zeros(rows, length + 1, dtype=torch.long, device=model.device),
+            logprobs=torch.zeros(rows, length, device=model.device),
+            finished=torch.zeros(rows, dtype=torch.bool, device=model.device),
+            position=torch.zeros(1, dtype=torch.long, device=model.device),
+            draws=torch.zeros(rows, 2, dtype=torch.long, device=model.device),
+            cache=[torch.zeros(layer, **number) for _ in range(text.num_layers)],
+            bridge=torch.zeros(2, rows, heads, tokens, width // heads, **number),
+        )
+
+    def begin(self, start_token_id: int, used: int, draws: Int[Tensor, "used 2"] | None) -> None:
+        """Set back to the start of a batch whose first `used` rows are captions."""
+        self.ids.fill_(start_token_id)
+        self.position.zero_()
+        self.finished.zero_()
+        self.finished[used:] = True
+        if draws is not None:
+            self.draws[:used].copy_(draws, non_blocking=True)
+
+
+def score_next_word(
+    decoder: Decoder, projections: list[list[nn.Module]], head: nn.Module, buffers: Buffers
+) -> Float[Tensor, "R V"]:
+    """Logits of the next word after one more word, which joins those in the cache.
+
+    Args:
+        projections: of each layer, what makes query, key and value: one matrix, or three.
+        head: what makes the logits, and perhaps some more.
+    """
+    text, bridge, position = decoder.language_model, decoder.bridge, buffers.position
+    word = buffers.ids.index_select(1, position)[:, 0]
+    states = text.wte(word) + text.wpe(position)  # [R,D]
+    layers = zip(text.h, projections, buffers.cache, strict=True)
+    for block, parts, cache in layers:
+        attention, normed = block.attn.attention, block.ln_1(states)
+        made = [product(normed, part) for part in parts]  # [R,3*D] or three [R,D]
+        made = made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+        made = made.unflatten(-1, (3, attention.num_heads, -1))  # [R,3,G,E]
+        local = attention.attention_type == "local"
+        window = text.config.window_size if local else cache.shape[3]
+        read = attend_to_cache(made, cache, position, window)
+        states = states + product(read, attention.out_proj)
+        inner = block.mlp.act(product(block.ln_2(states), block.mlp.c_fc))
+        states = states + product(inner, block.mlp.c_proj)
+    states = text.ln_f(states)
+    attention, width = bridge.attention, states.shape[-1]
+    weight, bias = attention.in_proj_weight[:width], attention.in_proj_bias[:width]
+    query = multiply(bridge.attention_norm(states), weight, bias)
+    query = query.unflatten(-1, (attention.num_heads, -1))  # [R,H,C]
+    read = attend(query, *buffers.bridge, query.shape[-1] ** -0.5)
+    states = states + bridge.scale * product(read, attention.out_proj)
+    inner = bridge.ffn[1](product(bridge.ffn_norm(states), bridge.ffn[0]))
+    states = states + product(inner, bridge.ffn[3])
+    return product(states, head)[:, : text.config.vocab_size]  # [R,V]
+
+
+def product(x: Float[Tensor, "R I"], linear: nn.Linear | Int8Linear) -> Float[Tensor, "R O"]:
+    """What a linear layer makes of some rows."""
+    return multiply(x, linear.weight, linear.bias, getattr(linear, "scale", None))
+
+
+def multiply(
+    x: Float[Tensor, "R I"],
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Float[Tensor, " O"] | None = None,
+) -> Float[Tensor, "R O"]:
+    """Rows times the transpose of a matrix [O,I], by what reads it fastest.
+
+    Compiled, a product with a single row is a sum, which inductor makes one pass over the matrix at
+    the rate that memory gives. In float32 on a CPU oneDNN takes half the time of MKL, which
+    `F.linear` calls. Everything else is the library's.
+    """
+    if len(x) == 1 and torch.compiler.is_compiling():
+        y = (weight.float() * x.float()[:, None]).sum(-1)
+    elif _onednn_is_faster(x, weight):
+        return PRODUCT(x, weight, bias, "none", [], "")
+    elif scale is None:
+        return F.linear(x, weight, bias)
+    else:
+        y = F.linear(x, weight.to(x.dtype))
+    y = y if scale is None else y * scale
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _onednn_is_faster(x: Tensor, weight: Tensor) -> bool:
+    single = x.dtype == weight.dtype == torch.float32
+    return bool(PRODUCT) and single and x.is_cpu and not torch.compiler.is_compiling()
+
+
+def join_projections(attention: nn.Module) -> nn.Linear:
+    """Query, key and value of a layer as one matrix [3*D,D], of which its own become views."""
+    parts = [part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    return _linear(_joined(parts, sum(len(part) for part in parts)))
+
+
+def padded_head(lm_head: nn.Linear) -> nn.Linear:
+    """A head with rows of zeros up to a multiple of 64, of which the given one becomes a view.
+
+    An odd vocabulary keeps matrix products from the kernels that need aligned rows: five times the
+    time with 256 rows on an H100.
+    """
+    return _linear(_joined([lm_head.weight], -(-len(lm_head.weight) // 64) * 64))
+
+
+def _joined(parts: list[nn.Parameter], rows: int) -> Float[Tensor, "rows I"]:
+    """One matrix whose first rows are the parts, which become views of it, if they are not yet."""
+    first, width = parts[0].detach(), parts[0].shape[1]
+    where, size = first.data_ptr(), first.element_size()
+    together = first.untyped_storage().nbytes() == rows * width * size
+    for part in parts:
+        together = together and part.data_ptr() == where
+        where += part.numel() * size
+    if together:
+        return first.as_strided((rows, width), (width, 1), 0)
+    matrix, begin = first.new_zeros(rows, width), 0
+    for part in parts:
+        view = matrix[begin : begin + len(part)]
+        part.data, begin = view.copy_(part.detach()), begin + len(part)
+    return matrix
+
+
+def _linear(weight: Float[Tensor, "O I"]) -> nn.Linear:
+    linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose matrix is rounded to 8 bits, with a scale for each row."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(dim=1).clamp(min=1e-8) / 127
+        rounded = (weight / scale[:, None]).round().to(torch.int8)
+        self.weight = nn.Parameter(rounded, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
+        return multiply(x.flatten(0, -2), self.weight, self.bias, self.scale).view(
+            *x.shape[:-1], -1
+        )
+
+
+class Int8Decoder(Decoder):
+    """A decoder whose matrices, the tied head among them, have 8 bits; all else is float32.
+
+    A token then reads half of what it reads in bfloat16, and words may change.
+    """
+
+    def __init__(self, decoder: Decoder):
+        nn.Module.__init__(self)
+        decoder = copy.deepcopy(decoder).float()
+        self.language_model, self.bridge = decoder.language_model, decoder.bridge
+        self.lm_head, self.dropout = decoder.lm_head, decoder.dropout
+        for module in list(self.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, Int8Linear(child))
+
+    def forward(self, input_ids: Tensor, visual_tokens: Tensor, **settings) -> DecoderOutput:
+        return super().forward(input_ids, visual_tokens.float(), **settings)
+
+
+def copy_sharing_weights(module: Module) -> Module:
+    """A copy whose parts can be changed, with the very parameters and buffers of the original."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

@@ -1,0 +1,211 @@
+"""What makes a training step fast on a GPU; on a CPU none of it is done, unless asked for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.loss.loss_utils import fixed_cross_entropy
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoBlock
+
+from qvision_lab.model.attention import MultiHeadAttention
+from qvision_lab.model.captioner import IGNORED_LABEL, QVisionForConditionalGeneration
+from qvision_lab.model.decoder import Bridge
+from qvision_lab.model.qformer import QFormerBlock
+
+COMPILED_KINDS = (GPTNeoBlock, QFormerBlock, Bridge)
+CODE_VERSIONS = 64  # that compiled blocks may have: by kind, by what is frozen, by length
+LENGTHS = 4  # captions of a batch are padded to multiples of it, so that graphs are few
+CAST_BY_AUTOCAST = (nn.Linear, nn.Conv2d, MultiHeadAttention)
+
+
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """Matrix products of float32 in TF32 on a GPU, at torch's precision "high", for a while."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def frozen_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Frozen weights that autocast casts at every step; an embedding's it reads as they are."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return [
+        weight
+        for module in model.modules()
+        if isinstance(module, CAST_BY_AUTOCAST)
+        for weight in module.parameters(recurse=False)
+        if not weight.requires_grad and id(weight) not in embeddings
+    ]
+
+
+@contextmanager
+def holding(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """Let weights have other values, also of another dtype, and then those that they had.
+
+    What they had stays where it is, so a graph that was captured with it can be replayed after.
+    """
+    before = [weight.data for weight in weights]
+    try:
+        for weight, value in zip(weights, values, strict=True):
+            weight.data = value
+        yield
+    finally:
+        for weight, value in zip(weights, before, strict=True):
+            weight.data = value
+
+
+@contextmanager
+def compiled_blocks(
+    model: QVisionForConditionalGeneration, backend: str = "inductor"
+) -> Iterator[None]:
+    """Compile the blocks of GPT-Neo, of the Q-Former and the bridge; those of a kind share code."""
+    blocks = [module for module in model.modules() if isinstance(module, COMPILED_KINDS)]
+    for block in blocks:
+        block.compile(backend=backend)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=CODE_VERSIONS):
+            yield
+    finally:
+        uncompile(model)
+
+
+def uncompile(model: nn.Module) -> None:
+    """Let blocks run as they are written."""
+    for module in model.modules():
+        if isinstance(module, COMPILED_KINDS):
+            module._compiled_call_impl = None
+
+
+class TextStates(nn.Module):
+    """Cached vision states and captions -> what the head scores, without a wait for the device.
+
+    GPT-Neo's attention is PyTorch's fused kernel here, where transformers' makes masks and scores.
+    """
+
+    def __init__(self, model: QVisionForConditionalGeneration):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, vision_states: Float[Tensor, "B P C"], input_ids: Int[Tensor, "R T"]
+    ) -> Float[Tensor, "R T D"]:
+        decoder, text = self.model.decoder, self.model.decoder.language_model
+        visual_tokens = self.model.encode(vision_states=vision_states)[1].visual_tokens
+        visual_tokens = visual_tokens.repeat_interleave(len(input_ids) // len(visual_tokens), dim=0)
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)  # [T]
+        states = decoder.dropout(text.wte(input_ids)) + text.wpe(places)
+        with causal_attention(text):
+            for block in text.h:
+                states, _ = block(states)
+        return decoder.bridge(text.ln_f(states), visual_tokens)[0]
+
+
+@contextmanager
+def causal_attention(text: nn.Module) -> Iterator[None]:
+    """Let GPT-Neo's layers attend by PyTorch's fused kernel."""
+    layers = [block.attn.attention for block in text.h]
+    for block, layer in zip(text.h, layers, strict=True):
+        local = block.attn.attention_type == "local"
+        window = text.config.window_size if local else text.config.max_position_embeddings
+        layer._attn = partial(_attend_to_past, layer.attn_dropout, window)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer._attn
+
+
+def _attend_to_past(
+    dropout: nn.Dropout, window: int, query: Tensor, key: Tensor, value: Tensor, _mask=None
+) -> tuple[Float[Tensor, "R G T E"], None]:
+    length, mask = query.shape[2], None
+    if window < length:
+        past = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        mask = past & ~past.tril(-window)
+    rate = dropout.p if dropout.training else 0.0
+    causal = mask is None
+    read = F.scaled_dot_product_attention(query, key, value, mask, rate, causal, scale=1.0)
+    return read, None
+
+
+class CapturedLoss:
+    """The loss of a batch, whose passes through the model are CUDA graphs, one for each shape.
+
+    Launching a step's kernels takes longer than they run; replaying them takes no launches. Weights
+    are read where they lie, and captured anew where they have moved.
+    """
+
+    def __init__(self, model: QVisionForConditionalGeneration):
+        self.model = model
+        self.graphs: dict[tuple, Callable[[Tensor, Tensor], Tensor]] = {}
+        self.places: list[int] = []
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(
+        self,
+        vision_states: Float[Tensor, "B P C"],
+        input_ids: Int[Tensor, "R T"],
+        labels: Int[Tensor, "R T"],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Float[Tensor, ""]:
+        """As the model's own loss, inside autocast or not."""
+        places = [weight.data_ptr() for weight in self.model.parameters()]
+        if places != self.places:
+            self.graphs.clear()
+            self.places = places
+        shape = vision_states.shape, input_ids.shape
+        if shape not in self.graphs:
+            self.graphs[shape] = self._capture(vision_states, input_ids)
+        states = self.graphs[shape](vision_states, input_ids)
+        return head_loss(self.model, states, labels, num_items_in_batch)
+
+    def _capture(self, *inputs: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        module = TextStates(self.model).train()
+        with (
+            torch.random.fork_rng(devices=[inputs[0].device]),  # a resumed run captures again
+            torch.autocast("cuda", dtype, enabled=on, cache_enabled=False),
+        ):
+            try:
+                return torch.cuda.make_graphed_callables(
+                    module, inputs, allow_unused_input=True, pool=self.pool
+                )
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                warnings.warn(f"CUDA captured no step ({error}): slower without.", stacklevel=2)
+                return TextStates(self.model)
+
+
+def head_loss(
+    model: QVisionForConditionalGeneration,
+    states: Float[Tensor, "R T D"],
+    labels: Int[Tensor, "R T"],
+    num_items_in_batch: Tensor | int | None = None,
+) -> Float[Tensor, ""]:
+    """Cross-entropy of the labelled next words, by matrix products with aligned sizes.
+
+    An odd vocabulary, or an odd number of words, keeps them from the fast kernels.
+    """
+    weight, vocab_size = model.decoder.lm_head.weight, model.config.vocab_size
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()  # [R*T]
+    scored = (targets != IGNORED_LABEL) & (targets != model.config.pad_token_id)
+    places = scored.nonzero()[:, 0]  # [K]
+    missing = -len(places) % 64
+    targets = F.pad(targets[places], (0, missing), value=IGNORED_LABEL)
+    states = states.flatten(0, 1)[F.pad(places, (0, missing))]
+    logits = F.linear(states, F.pad(weight, (0, 0, 0, -vocab_size % 64)))[:, :vocab_size]
+    return fixed_cross_entropy(logits.float(), targets, num_items_in_batch)
