@@ -1,4 +1,4 @@
-.PHONY: demo test test-browser setup lab figures
+.PHONY: demo test test-gpu test-browser setup lab figures
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -9,6 +9,9 @@ test: setup  ## lint, tests, and every notebook
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+test-gpu: setup  ## what only a machine with a GPU can show
+	QVISION_GPU_TESTS=1 $(BIN)/python -m pytest tests/gpu
 
 test-browser: setup  ## the explorer in Chromium (from Debian), and figures/explorer.png of it
 	command -v chromium || { apt-get update && apt-get install -y --no-install-recommends chromium; }

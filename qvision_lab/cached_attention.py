@@ -36,6 +36,11 @@ def attend_to_cache(
         read = torch.empty(rows, heads * width, dtype=made.dtype, device=made.device)
         launch(made.contiguous(), cache, position, window, read)
         return read
+    if made.is_cpu and not torch.compiler.is_compiling():  # what is not there need not be masked
+        here = int(position)
+        cache[:, :, :, here] = made[:, 1:]
+        keys, values = cache[:, :, :, max(0, here + 1 - window) : here + 1].unbind(1)
+        return attend(made[:, 0], keys, values, 1.0)
     cache.index_copy_(3, position, made[:, 1:, :, None])
     places = torch.arange(cache.shape[3], device=made.device)  # [S]
     mask = (places <= position) & (places > position - window)
@@ -52,8 +57,10 @@ def attend(
     """What one word reads; compiled, it is sums over the cache, which is not copied to float32."""
     if not torch.compiler.is_compiling():
         mask = mask if mask is None else mask.expand(len(query), 1, 1, -1)
-        read = F.scaled_dot_product_attention(query[:, :, None], keys, values, mask, scale=scale)
-        return read.flatten(1)
+        parts = query[:, :, None], keys, values  # a CPU's kernel takes half as long in float32
+        parts = [part.float() for part in parts] if query.is_cpu else parts
+        read = F.scaled_dot_product_attention(*parts, mask, scale=scale)  # [R,H,1,C]
+        return read.to(query.dtype).flatten(1)
     scores = (query[:, :, None].float() * keys.float()).sum(-1) * scale  # [R,H,S]
     scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
     shares = scores.softmax(-1).to(values.dtype)
@@ -82,12 +89,13 @@ if triton is not None:
         past = (place < here) & (place > here - window)
         tile = place[:, None] * width + part[None, :]
         held = past[:, None] & inside[None, :]
-        scores = tl.sum(tl.load(keys + tile, mask=held, other=0).to(tl.float32) * query[None, :], 1)
+        others = tl.load(keys + tile, mask=held, other=0).to(tl.float32)
+        seen = tl.load(values + tile, mask=held, other=0).to(tl.float32)  # while scores are made
+        scores = tl.sum(others * query[None, :], 1)
         scores = tl.where(past, scores, -float("inf"))
         own = tl.sum(query * key.to(tl.float32), 0)
         top = tl.maximum(tl.max(scores, 0), own)
         shares, own = tl.exp(scores - top), tl.exp(own - top)
-        seen = tl.load(values + tile, mask=held, other=0).to(tl.float32)
         total = tl.sum(shares[:, None] * seen, 0) + own * value.to(tl.float32)
         total = total / (tl.sum(shares, 0) + own)
         tl.store(read + (row * heads + head) * width + part, total, mask=inside)
@@ -104,4 +112,5 @@ def launch(
     rows, _, heads, width = made.shape
     length = cache.shape[3]
     padded = 1 << (length - 1).bit_length(), 1 << (width - 1).bit_length()
-    _attend[(rows, heads)](made, cache, position, read, window, heads, length, width, *padded)
+    sizes = window, heads, length, width, *padded
+    _attend[(rows, heads)](made, cache, position, read, *sizes, num_warps=1)

@@ -178,11 +178,11 @@ class Captioner:
             for i, picture in enumerate([images] if single else images)
         )
         results = []
-        batches = self._caption_batches(items, search, preprocessing, batch_size)
-        for captions in chain.from_iterable(batch.captions() for batch in batches):
-            if isinstance(captions, ImageError):
-                raise captions
-            results.append(captions if search.captions_per_image > 1 else captions[0])
+        with closing(self._caption_batches(items, search, preprocessing, batch_size)) as batches:
+            for captions in chain.from_iterable(batch.captions() for batch in batches):
+                if isinstance(captions, ImageError):
+                    raise captions
+                results.append(captions if search.captions_per_image > 1 else captions[0])
         if not results:
             raise ValueError("there is nothing to caption: images is empty; pass at least one.")
         return results[0] if single else results
@@ -319,11 +319,13 @@ class Captioner:
                 seen.add(record["source"])
             mine = islice(unseen(), index, None, count)
             workers = self._reading_processes(total, count)
+            how = search, preprocessing, batch_size, workers
             written: Future | None = None
-            for batch in self._caption_batches(mine, search, preprocessing, batch_size, workers):
-                if written is not None:
-                    written.result()
-                written = writer.submit(write, batch)
+            with closing(self._caption_batches(mine, *how)) as batches:
+                for batch in batches:
+                    if written is not None:
+                        written.result()
+                    written = writer.submit(write, batch)
             if written is not None:
                 written.result()
         counts = gather_object([(captioned, failed)])  # waits for all of them
@@ -362,30 +364,32 @@ class Captioner:
             if workers
             else read_with_threads(items, reader, batch_size)
         )
-        for read in reading:
-            while read.items:  # at once, unless memory ran out
-                now, rest = read.split(batch_size)
-                found = None
-                try:
-                    found = self._caption_batch(now, search, preprocessing)
-                except torch.OutOfMemoryError:
-                    if len(now.items) == 1:
-                        raise
-                if found is None:  # here, since the error holds on to what was allocated
-                    batch_size = len(now.items) // 2
-                    self.decoding.release()
-                    warnings.warn(
-                        f"{len(now.items)} pictures at once need more memory than "
-                        f"{self.model.device} has: going on with batch_size={batch_size}.",
-                        stacklevel=2,
-                    )
-                else:
-                    yield found
-                    read = rest
+        with closing(reading):  # now: a pool that a garbage collection closes may deadlock
+            for read in reading:
+                while read.items:  # at once, unless memory ran out
+                    now, rest = read.split(batch_size)
+                    found = None
+                    try:
+                        found = self._caption_batch(now, search, preprocessing)
+                    except torch.OutOfMemoryError:
+                        if len(now.items) == 1:
+                            raise
+                    if found is not None:
+                        yield found
+                        read = rest
+                    else:  # out here, since the error holds on to what was allocated
+                        batch_size = len(now.items) // 2
+                        self.decoding.release()
+                        warnings.warn(
+                            f"{len(now.items)} pictures at once need more memory than "
+                            f"{self.model.device} has: going on with batch_size={batch_size}.",
+                            stacklevel=2,
+                        )
 
     @torch.no_grad()
     def _caption_batch(self, read: Read, search: Search, preprocessing: str) -> _Batch:
-        self.model.eval()
+        if any(module.training for module in self.model.modules()):
+            self.model.eval()
         ids = logprobs = torch.zeros(0, 0)
         good = [item for item, error in zip(read.items, read.errors, strict=True) if not error]
         if good:

@@ -253,6 +253,7 @@ def bench(options: argparse.Namespace) -> int:
     """Measure parameters, time and memory, in turn with what they are compared with."""
     from importlib import import_module
 
+    from qvision_lab.benchmark.harness import OutOfTime, time_limit
     from qvision_lab.captioning import load
 
     if unknown := set(options.suites) - set(SUITES):
@@ -260,9 +261,13 @@ def bench(options: argparse.Namespace) -> int:
     captioner = load(options.model, options.revision, options.dtype, options.device)
     for suite in options.suites or SUITES:
         benchmarks = import_module(f"qvision_lab.benchmark.{suite}").run_benchmarks
-        for result in benchmarks(captioner, options.quick):
-            print(result)
-            print(f"  -> {result.save(options.output)}")
+        try:
+            with time_limit(options.limit):
+                for result in benchmarks(captioner, options.quick):
+                    print(result, flush=True)
+                    print(f"  -> {result.save(options.output)}", flush=True)
+        except OutOfTime:
+            print(f"{suite}: {options.limit:g} s are over; what it measured is saved", flush=True)
     return 0
 
 
@@ -384,6 +389,7 @@ def _parser() -> argparse.ArgumentParser:
     add = _command(commands, "bench", bench)
     add("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (default: all)")
     add("--quick", action="store_true", help="few rounds: shows that it runs, measures little")
+    add("--limit", type=float, metavar="S", help="seconds that each suite may take (default: any)")
     add("--output", metavar="DIR", help="folder of the results (default: the package's, by device)")
     _add_model(add)
 

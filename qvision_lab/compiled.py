@@ -48,6 +48,7 @@ class FastDecoding:
         self.rows, self.length = rows, length
         self.compile_seconds: float | None = None
         self._lock = Lock()  # two threads would share the buffers
+        self._refused = False  # whether CUDA failed to capture
         self._forget()
         if rows is not None:
             if not self._knows_architecture():
@@ -70,7 +71,7 @@ class FastDecoding:
     def _forget(self) -> None:
         """Drop buffers and graphs: the weights that they read are elsewhere, or they are many."""
         self._placed = None
-        self._captures = self.model.device.type == "cuda"
+        self._captures = self.model.device.type == "cuda" and not self._refused
         self._buffers: dict[tuple[int, int], Buffers] = {}
         self._graphs: dict[tuple, Callable[[], object]] = {}
         self._pixels: dict[int, tuple[Tensor, Tensor]] = {}
@@ -138,7 +139,7 @@ class FastDecoding:
         (images,) = {len(values) for values in image.values()}
         used = images * k
         compiled = self.rows is not None and self.rows // 2 < used <= self.rows
-        compiled = compiled and steps <= self.length
+        compiled = compiled and steps <= self.length and self.rows % k == 0
         size, length = self._size(images, k, steps, compiled)
         buffers = self._buffers_for(size * k, length)
         self._encode(image, size, k, buffers)
@@ -152,11 +153,11 @@ class FastDecoding:
             if taken % every == 0 and buffers.finished.all():
                 break
         ids, logprobs = buffers.ids[:used, 1 : taken + 1], buffers.logprobs[:used, :taken]
-        return ids.cpu(), logprobs.cpu()
+        return ids.to("cpu", copy=True), logprobs.to("cpu", copy=True)  # the next batch writes here
 
     def _size(self, images: int, k: int, steps: int, compiled: bool) -> tuple[int, int]:
         """Images and positions that a batch is padded to."""
-        if compiled and self.rows % k == 0:
+        if compiled:
             return self.rows // k, self.length
         positions = self.model.config.text_config.max_position_embeddings
         length = min(-(-steps // 16) * 16, positions)
@@ -238,8 +239,11 @@ class FastDecoding:
         """A function of the buffers as a CUDA graph, which is kept under the key."""
         if key in self._graphs:
             return self._graphs[key]
+        if not self._captures:
+            return function
         if len(self._graphs) == GRAPHS:
             self._graphs.clear()
+            self._pool = torch.cuda.graph_pool_handle()
         if buffers is not None:
             buffers.position.zero_()
         stream = torch.cuda.Stream()
@@ -260,7 +264,8 @@ class FastDecoding:
                 f"CUDA captured no graph ({error}); captions are made without, more slowly.",
                 stacklevel=2,
             )
-            self._graphs[key] = function
+            self._captures, self._refused = False, True
+            return function
         return self._graphs[key]
 
     def _choose(self, buffers: Buffers, choice: Choice, score: Callable) -> None:

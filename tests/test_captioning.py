@@ -17,7 +17,6 @@ from qvision_lab.images import ImageError
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.processor import QVisionProcessor
-from qvision_lab.sampling import Sampling, row_keys
 
 SPECIAL_TOKENS = {"pad_token": "<PAD>", "bos_token": "<START>", "eos_token": "<END>"}
 SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 0, "top_p": 0.95, "max_new_tokens": 8}
@@ -100,37 +99,6 @@ def test_seed_and_place_decide_what_is_drawn(captioner, pictures):
     assert len({caption.token_ids for several in captions for caption in several}) == 6
     assert captioner.caption(same_picture, seed=1, num_return_sequences=3, **SAMPLED) == captions
     assert captioner.caption(pictures[0], seed=2, **SAMPLED).token_ids != captions[0][0].token_ids
-
-
-def test_seeded_sampling_draws_from_the_softmax():
-    logits = torch.tensor([1.0, 0.0, -1.0, 2.0, -torch.inf])
-    keys = row_keys([str(i) for i in range(20_000)])
-    sampling = Sampling({"temperature": 0.8, "top_k": 3})
-    drawn = sampling.words(torch.zeros(len(keys), 1).long(), logits.expand(len(keys), -1), keys, 1)
-    shares = drawn.bincount(minlength=5) / len(keys)
-    expected = torch.tensor([1.0, 0.0, -torch.inf, 2.0, -torch.inf]).div(0.8).softmax(-1)
-    torch.testing.assert_close(shares, expected, atol=0.015, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("setting", "value", "kept"),
-    [
-        *(
-            ("top_k", 2, 2),
-            ("top_k", 0, 4),
-            ("top_p", 0.7, 2),
-            ("min_p", 0.5, 2),
-            ("top_h", 0.8, 2),
-        ),
-        *(("typical_p", 0.6, 2), ("epsilon_cutoff", 0.1, 3), ("eta_cutoff", 0.5, 2)),
-        *(("epsilon_cutoff", 0.0, 4), ("typical_p", 1.0, 4)),
-    ],
-)
-def test_seeded_sampling_knows_every_warper(setting, value, kept):
-    scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(300, -1)
-    keys = row_keys([str(i) for i in range(300)])
-    drawn = Sampling({setting: value}).words(torch.zeros(300, 1).long(), scores, keys, 1)
-    assert drawn.unique().tolist() == list(range(kept))
 
 
 @pytest.mark.parametrize("settings", [{"preset": "greedy"}, SAMPLED, {"preset": "beam"}])

@@ -1,5 +1,6 @@
 """The harness takes turns, and writes down everything that a ratio depends on."""
 
+import itertools
 import json
 
 import pytest
@@ -53,3 +54,12 @@ def test_a_table_is_saved_row_by_row(tmp_path):
         assert saved["rows"][-1]["median"] == table.rows[-1].median
     assert len(saved["rows"]) == 2
     assert saved["quick"]
+
+
+def test_a_suite_out_of_time_keeps_what_it_measured():
+    kept = []
+    with pytest.raises(harness.OutOfTime), harness.time_limit(0.2):
+        kept.extend(kept.append(number) or number for number in itertools.count())
+    assert kept
+    with harness.time_limit(None):
+        pass

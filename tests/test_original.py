@@ -125,7 +125,9 @@ def test_fast_decoding_is_generate(tiny, pixels, settings, dtype):
         told = slow[0] != model.config.pad_token_id
         torch.testing.assert_close(fast[1][:, :ends][told], slow[1][told], atol=1e-4, rtol=0)
     else:
-        assert (fast[0][:, : slow[0].shape[1]] == slow[0]).float().mean() > 0.8
+        same = fast[0][:, 0] == slow[0][:, 0]  # later words follow these
+        assert same.float().mean() > 0.6
+        torch.testing.assert_close(fast[1][same, 0], slow[1][same, 0], atol=0.05, rtol=0)
 
 
 def test_settings_beyond_a_choice_go_to_generate(tiny, pixels):
@@ -145,6 +147,7 @@ def test_fast_decoding_sees_weights_that_change(tiny, pixels):
     again = [join_projections(block.attn.attention) for block in model.decoder.language_model.h]
     for one, other in zip(joined, again, strict=True):
         assert one.weight.data_ptr() == other.weight.data_ptr()  # views of it were found
+    torch.manual_seed(0)
     first = run(decoding, plain, 12, pixels)
     assert first.equal(run(FastDecoding(tiny), plain, 12, pixels))
     with torch.no_grad():

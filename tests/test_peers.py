@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from qvision_lab.benchmark import peers
 from qvision_lab.benchmark.gpt4 import EndpointError, Gpt4Captioner
 from qvision_lab.benchmark.harness import Table
-from qvision_lab.benchmark.peers import PEERS, Peer, gpt4_row, qvision_ways, run_peers
+from qvision_lab.benchmark.peers import PEERS, Peer, gpt4_row, run_peers
 
 SIZES = {
     "GIT base": (176_619_066, 176_619_066),
@@ -37,6 +37,12 @@ SMALL = {
     },
     **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4},
 }
+
+
+@pytest.fixture(autouse=True)
+def uncompiled():
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def shrink(config: PreTrainedConfig) -> None:
@@ -101,12 +107,7 @@ def test_the_fastest_way_is_timed_in_the_same_rounds(tiny, large, monkeypatch):
         self._compiled_call = self.__call__  # what it would be, were it compiled
         return compile_none(self, *arguments)
 
-    def with_compiled(model):
-        (ours,) = qvision_ways(model).values()
-        return {peers.QVISION: ours, peers.COMPILED: ours}
-
     monkeypatch.setattr(hf.GenerationMixin, "_valid_auto_compile_criteria", compile_all)
-    monkeypatch.setattr(peers, "qvision_ways", with_compiled)
     for row in run_peers(tiny, large, quick=True):
         assert row.not_measured is row.fastest_not_measured is None
         ratios = {}

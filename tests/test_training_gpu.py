@@ -16,7 +16,8 @@ from test_training import captioner_config, tokenizer
 
 import qvision_lab as ql
 from qvision_lab.data.coco import open_dataset
-from qvision_lab.model.captioner import QVisionForConditionalGeneration
+from qvision_lab.model.attention import MultiHeadAttention
+from qvision_lab.model.captioner import IGNORED_LABEL, QVisionForConditionalGeneration
 from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.training import caption_trainer, features, freezing, gpu
 from qvision_lab.training.caption_stage import CaptionCollator
@@ -40,6 +41,39 @@ def held(monkeypatch) -> None:
     monkeypatch.setattr(CaptionTrainer, "__init__", holds)
 
 
+def undropped(model: QVisionForConditionalGeneration) -> QVisionForConditionalGeneration:
+    """A copy in training mode that draws nothing."""
+    model = copy.deepcopy(model).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, MultiHeadAttention):
+            module.dropout = 0.0
+    return model
+
+
+def caption_batch(model, seed: int = 0, length: int = 11) -> tuple[torch.Tensor, ...]:
+    """Vision states of 2 images, ids of 3 captions for each, and labels, of which some are none."""
+    draw, config = torch.Generator().manual_seed(seed), model.config
+    states = torch.randn(2, 4, config.vision_config.hidden_size, generator=draw)
+    ids = torch.randint(0, 256, (6, length), generator=draw)
+    labels = ids.clone()
+    labels[1, 7:], labels[3] = config.pad_token_id, IGNORED_LABEL
+    return states, ids, labels
+
+
+def check_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Equal to 1e-5 of the largest."""
+    assert {n for n, g in found.items() if g is None} == {
+        n for n, g in expected.items() if g is None
+    }
+    largest = max(gradient.abs().max() for gradient in expected.values() if gradient is not None)
+    for name, gradient in expected.items():
+        if gradient is not None:
+            difference = (found[name] - gradient).abs().max() / largest
+            assert difference < 1e-5, (name, difference)
+
+
 def compile_with(backend, monkeypatch) -> None:
     monkeypatch.setattr(gpu, "compiled_blocks", partial(gpu.compiled_blocks, backend=backend))
 
@@ -60,6 +94,29 @@ def test_products_are_precise_again_after_an_error(monkeypatch):
     with pytest.raises(KeyError, match="high"):
         fails()
     assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize("labels_are", ["captions", "some of a larger batch"])
+def test_text_states_and_head_loss_are_the_models_loss_and_gradients(tiny, labels_are):
+    """Of captions longer than the window of a local layer, in a step without dropout."""
+    states, ids, labels = caption_batch(tiny)
+    assert tiny.config.text_config.window_size < ids.shape[1]
+    count = {"captions": None, "some of a larger batch": torch.tensor(50)}[labels_are]
+    found = []
+    for fast in (False, True):
+        model = undropped(tiny)
+        freezing.apply(model, "published")
+        if fast:
+            loss = gpu.head_loss(model, gpu.TextStates(model)(states, ids), labels, count)
+        else:
+            batch = {"vision_states": states, "input_ids": ids, "labels": labels}
+            loss = model(**batch, num_items_in_batch=count).loss
+        loss.backward()
+        found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}))
+        assert "_attn" not in vars(model.decoder.language_model.h[1].attn.attention)
+    (expected, gradients), (loss, fast_gradients) = found
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    check_gradients(fast_gradients, gradients)
 
 
 @pytest.mark.parametrize("policy", ["phase2", "qformer", "bridge"])
@@ -137,7 +194,7 @@ def test_compiled_steps_learn_what_plain_ones_do(home, monkeypatch):
 def test_where_compiling_fails_training_goes_on(home, monkeypatch):
     without_dropout(home)
     recipe = yaml.safe_load((home / "run.yaml").read_text())
-    recipe["training"]["compile"] = None
+    recipe["training"]["compile"] = False
     (home / "run.yaml").write_text(yaml.safe_dump(recipe))
     run(home, "plain")  # None: not on a CPU
     tried = []

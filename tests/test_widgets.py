@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from qvision_lab.captioning import Captioner, load
-from qvision_lab.compiled import CompiledQVision
 from qvision_lab.data import scenes
 from qvision_lab.interpretation.interventions import effect, mute
 from qvision_lab.widgets import Bench, Explorer, Question, Shown, draw, explore, tell
@@ -104,9 +103,15 @@ def test_every_part_can_be_muted_once(captioner, bench):
     assert len(set(labels)) == len(labels)
 
 
-def test_a_compiled_captioner_is_refused(captioner):
-    with pytest.raises(ValueError, match="explore what it was made from"):
-        explore(replace(captioner, model=CompiledQVision(captioner.model)))
+def test_a_compiled_captioner_is_explored_with_its_mutes(captioner, question):
+    with torch.compiler.set_stance("force_eager"):
+        compiled = Bench(captioner.compile())
+    muted = replace(question, muted=("bridge",))
+    for asked in (question, muted):
+        ours, plain = compiled.answer(asked), Bench(captioner).answer(asked)
+        assert ours.whole.said == plain.whole.said
+        assert (ours.muted and ours.muted.said) == (plain.muted and plain.muted.said)
+    assert ours.muted.said != ours.whole.said
 
 
 def test_a_drawing_follows_its_map_and_has_a_text(bench, question):

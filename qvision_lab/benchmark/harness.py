@@ -6,7 +6,9 @@ import json
 import os
 import platform
 import re
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -119,6 +121,29 @@ def growing_table(name: str, rows: Iterable, **about) -> Iterator[Table]:
     for row in rows:
         measured += (row,)
         yield Table(name=name, rows=measured, **about)
+
+
+class OutOfTime(Exception):  # noqa: N818 - no error: what was measured is kept
+    """A suite took as long as it may."""
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raise `OutOfTime` in what runs inside for so long; the clock is Unix's."""
+
+    def stop(*_):
+        raise OutOfTime
+
+    if seconds is None:
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def take_turns(

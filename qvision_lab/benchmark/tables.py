@@ -169,7 +169,7 @@ def recovery(folder: Path = RESULTS) -> pd.DataFrame:
             "true captions": f"{row['true']:.1%}",
         }
         for device, result in _devices(folder, "recovery").items()
-        for row in result["rows"]
+        for row in sorted(result["rows"], key=lambda row: row["pictures"] or 0)
     )
 
 

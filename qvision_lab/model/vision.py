@@ -1,7 +1,11 @@
 """Stage 1: pixels [B,3,H,W] -> image tokens [B,P,D]."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.backends import cudnn
 from transformers import CLIPVisionModel
 
 
@@ -19,7 +23,9 @@ class VisionEncoder(nn.Module):
 
     def see(self, pixel_values: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P C"]:
         """CLIP's last hidden state of each patch: before the final norm, without the CLS token."""
-        return self.tower(pixel_values.to(self.tower.dtype)).last_hidden_state[:, 1:]  # [B,P,C]
+        with exact_convolutions():
+            states = self.tower(pixel_values.to(self.tower.dtype)).last_hidden_state  # [B,1+P,C]
+        return states[:, 1:]  # [B,P,C]
 
     def project(self, vision_states: Float[Tensor, "B P C"]) -> Float[Tensor, "B P D"]:
         """Bring CLIP's width C to the width D of everything that follows."""
@@ -27,3 +33,14 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixel_values: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
         return self.project(self.see(pixel_values))
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Patches embedded in float32 on a GPU too, where cuDNN's default is TF32."""
+    before = cudnn.allow_tf32
+    cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before

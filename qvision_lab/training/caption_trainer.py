@@ -124,9 +124,17 @@ class CaptionTrainer(WholeCheckpoints, Seq2SeqTrainer):
 
     Args:
         compiled: compile the blocks; where that fails in the first step, go on without.
+        captured: replay steps of cached features as CUDA graphs, where one GPU trains alone.
     """
 
-    def __init__(self, *args, validation: Validation, compiled: bool = False, **kwargs):
+    def __init__(
+        self,
+        *args,
+        validation: Validation,
+        compiled: bool = False,
+        captured: bool = False,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.validation, self.compiled, self.untried = validation, compiled, compiled
         if self.args.device.type == "cuda":
@@ -136,8 +144,7 @@ class CaptionTrainer(WholeCheckpoints, Seq2SeqTrainer):
         self.originals = [weight.data for weight in self.frozen]
         # Graphs write gradients to one place, which a second batch of a step would overwrite.
         alone = self.args.world_size == 1 and self.args.gradient_accumulation_steps == 1
-        captures = alone and self.args.device.type == "cuda"
-        self.captured = gpu.CapturedLoss(self.model) if captures else None
+        self.captured = gpu.CapturedLoss(self.model) if captured and alone else None
         self.losses: list[tuple[int, Tensor]] = []  # with their steps, not looked at yet
 
     def compute_loss(

@@ -42,7 +42,6 @@ from qvision_lab.training.trainer import (
     training_arguments,
 )
 
-COMPILED_FROM = 1000  # steps of a phase: compiling takes as long as a few hundred of them
 CARD = (files("qvision_lab.training") / "cards/finetune.md").read_text(encoding="utf-8")
 
 
@@ -71,7 +70,10 @@ def estimate_memory(
     pictures: int,
     lengths: Sequence[int] | None = None,
 ) -> MemoryEstimate:
-    """Estimate a step's memory, `pictures` a batch on one device; measured peaks are within 25%.
+    """Estimate a step's memory, `pictures` a batch on one device.
+
+    Measured peaks of steps that were not captured are within 25%; of captured ones, whose graphs
+    keep the memory of every length of captions, none was measured.
 
     Weights, gradients and AdamW's two moments are 4 bytes a parameter. What a transformer layer
     keeps for its gradient are 34 + 5 * heads * length / width bytes a value in half precision and
@@ -245,11 +247,9 @@ def _run_phase(
         muon = rate and MuonAdamW(model, arguments.learning_rate, rate, settings.weight_decay)
         if PartialState().is_main_process:
             print(f"{report}\n{estimate_memory(model, settings, share, train.lengths())}")
-        compiled = settings.compile
-        if compiled is None:
-            compiled = arguments.device.type == "cuda" and arguments.max_steps >= COMPILED_FROM
         positions = model.config.text_config.max_position_embeddings
-        few = compiled or arguments.device.type == "cuda"  # lengths to compile or to capture
+        on_gpu = arguments.device.type == "cuda"
+        few = settings.compile or on_gpu  # lengths to compile or to capture
         multiple = gpu.LENGTHS if few and positions % gpu.LENGTHS == 0 else 1
         trainer = CaptionTrainer(
             model,
@@ -260,7 +260,8 @@ def _run_phase(
             callbacks=[Pace(settings), CurveWriter(folder / "curve.csv")],
             optimizers=(muon, None),
             validation=Validation(validation.images, processor, share),
-            compiled=compiled,
+            compiled=settings.compile,
+            captured=settings.capture and not settings.compile and on_gpu,
         )
         trainer.train(resume_from_checkpoint=last)
         state = trainer.state

@@ -76,7 +76,8 @@ class Training:
     best_by: str = "cider"
     patience: int | None = None  # evaluations without a better one before a phase ends
     workers: int | None = None  # processes that prepare batches; None: 4 beside a GPU, else 0
-    compile: bool | None = None  # the blocks that are trained; None: in long phases on a GPU
+    capture: bool = True  # on one GPU, replay steps of cached features as CUDA graphs
+    compile: bool = False  # the blocks that are trained, by inductor; they are not captured then
     tensorboard: bool = False
 
     def __post_init__(self):

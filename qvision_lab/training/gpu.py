@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from types import MethodType
 
 import torch
 from jaxtyping import Float, Int
@@ -117,10 +116,8 @@ class TextStates(nn.Module):
 def causal_attention(text: nn.Module) -> Iterator[None]:
     """Let GPT-Neo's layers attend by PyTorch's fused kernel."""
     layers = [block.attn.attention for block in text.h]
-    for block, layer in zip(text.h, layers, strict=True):
-        local = block.attn.attention_type == "local"
-        window = text.config.window_size if local else text.config.max_position_embeddings
-        layer._attn = partial(_attend_to_past, layer.attn_dropout, window)
+    for layer in layers:
+        layer._attn = MethodType(_attend_to_past, layer)
     try:
         yield
     finally:
@@ -129,14 +126,13 @@ def causal_attention(text: nn.Module) -> Iterator[None]:
 
 
 def _attend_to_past(
-    dropout: nn.Dropout, window: int, query: Tensor, key: Tensor, value: Tensor, _mask=None
+    layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: None = None
 ) -> tuple[Float[Tensor, "R G T E"], None]:
     length, mask = query.shape[2], None
-    if window < length:
+    if layer.attention_type == "local" and layer.config.window_size < length:
         past = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        mask = past & ~past.tril(-window)
-    rate = dropout.p if dropout.training else 0.0
-    causal = mask is None
+        mask = past & ~past.tril(-layer.config.window_size)
+    rate, causal = layer.attn_dropout.p if layer.training else 0.0, mask is None
     read = F.scaled_dot_product_attention(query, key, value, mask, rate, causal, scale=1.0)
     return read, None
 
@@ -152,7 +148,6 @@ class CapturedLoss:
         self.model = model
         self.graphs: dict[tuple, Callable[[Tensor, Tensor], Tensor]] = {}
         self.places: list[int] = []
-        self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(
         self,
@@ -161,10 +156,15 @@ class CapturedLoss:
         labels: Int[Tensor, "R T"],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Float[Tensor, ""]:
-        """As the model's own loss, inside autocast or not."""
+        """As the model's own loss, inside autocast or not.
+
+        Raises:
+            ValueError: if the step cannot be captured.
+        """
         places = [weight.data_ptr() for weight in self.model.parameters()]
         if places != self.places:
             self.graphs.clear()
+            self.pool = torch.cuda.graph_pool_handle()  # of one's own: the old one goes with them
             self.places = places
         shape = vision_states.shape, input_ids.shape
         if shape not in self.graphs:
@@ -186,8 +186,10 @@ class CapturedLoss:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                warnings.warn(f"CUDA captured no step ({error}): slower without.", stacklevel=2)
-                return TextStates(self.model)
+                raise ValueError(
+                    f"CUDA could not capture a training step ({error}): set training.capture to "
+                    "false, in another output folder."
+                ) from error
 
 
 def head_loss(

@@ -1,4 +1,5 @@
-"""Training on a GPU: what a CPU cannot show. Run with `CUDA_VISIBLE_DEVICES=0 pytest tests/gpu`."""
+"""Training on a GPU: what a CPU cannot show."""
+
 # ruff: noqa: F401, F811 - fixtures that other files have
 
 import copy
@@ -10,6 +11,7 @@ import torch
 import yaml
 from test_finetune import home, losses, quick, run, weights
 from test_training import captioner_config, tokenizer
+from test_training_gpu import caption_batch, check_gradients, undropped
 
 import qvision_lab as ql
 from qvision_lab.benchmark.training import Learner, random_batch
@@ -26,14 +28,14 @@ from qvision_lab.training.finetune_recipe import Phase, Training
 from qvision_lab.training.trainer import MuonAdamW, training_arguments
 
 pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that CUDA can use"),
     pytest.mark.usefixtures("quick"),
+    pytest.mark.filterwarnings("error:CUDA captured no"),
 ]
 
 
 def recipe_with(home, **training) -> None:
     recipe = yaml.safe_load((home / "run.yaml").read_text())
-    recipe["training"] |= {"precision": "bfloat16", "workers": None, "compile": None} | training
+    recipe["training"] |= {"precision": "bfloat16", "workers": None, "capture": True} | training
     (home / "run.yaml").write_text(yaml.safe_dump(recipe))
 
 
@@ -108,6 +110,37 @@ def test_losses_are_those_of_a_cpu(tiny):
             seen.append(loss.item())
         found.append(seen)
     assert found[1] == pytest.approx(found[0], rel=0.01)
+
+
+def test_captured_loss_is_the_models_with_its_gradients(tiny):
+    """In float32, of two shapes in turn, before and behind a step, which the graphs see."""
+    torch.set_float32_matmul_precision("highest")
+    model, plain = undropped(tiny).cuda(), undropped(tiny).cuda()
+    for each in (model, plain):
+        freezing.apply(each, "published")
+    captured = gpu.CapturedLoss(model)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=1e-2) for each in (model, plain)]
+    for turn, length in enumerate((11, 8, 11, 11)):
+        batch = [values.cuda() for values in caption_batch(tiny, seed=turn, length=length)]
+        count = torch.tensor(30, device="cuda") if turn % 2 else None
+        names = ("vision_states", "input_ids", "labels")
+        losses = (
+            captured(*batch, count),
+            plain(**dict(zip(names, batch, strict=True)), num_items_in_batch=count).loss,
+        )
+        gradients = []
+        for each, loss, optimizer in zip((model, plain), losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            gradients.append({name: p.grad for name, p in each.named_parameters()})
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+        check_gradients(*gradients)
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():  # the same again, to the bit
+            for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+                one.copy_(other)
+    assert len(captured.graphs) == 2
 
 
 def test_a_loss_that_is_no_number_stops_before_anything_is_saved(home, monkeypatch):
@@ -189,6 +222,7 @@ def test_memory_is_as_estimated(precision, pictures):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     learner = Learner("ours", QVisionConfig(), "cuda")
+    learner.captured = None  # graphs keep the memory of every length
     batch = random_batch("ours", learner.model.config, pictures)
     lengths = ((batch["labels"] != IGNORED_LABEL).sum(1) + 1).tolist()
     batch = {name: values.cuda() for name, values in batch.items()}
