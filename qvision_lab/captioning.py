@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from qvision_lab.caption_file import SeenNames, gather_records, read_records
+from qvision_lab.captions import Batch, Caption, Item, outcome
 from qvision_lab.compiled import FastDecoding
 from qvision_lab.decoding_step import Int8Decoder, copy_sharing_weights
 from qvision_lab.generation import Search
@@ -38,20 +38,6 @@ MANY = 512  # pictures in files, from which processes read them for a GPU
 
 
 @dataclass(frozen=True)
-class Caption:
-    """A caption with what the model thought of it."""
-
-    text: str
-    tokens: tuple[str, ...]
-    token_ids: tuple[int, ...]  # what was generated: without <START>, with <END> where reached
-    logprobs: tuple[float, ...]  # of each token, before penalties and temperature; at most 0
-    score: float  # their mean
-    source: str  # path or URL, else "picture 3" by its place in the call
-    settings: dict  # of the search and the preprocessing, as far as they are not the plain ones
-    seed: int | None  # None where nothing was drawn
-
-
-@dataclass(frozen=True)
 class FolderReport:
     """What `caption_folder` did: numbers of pictures, and where their records are."""
 
@@ -61,63 +47,11 @@ class FolderReport:
     output: Path
 
 
-@dataclass(frozen=True)
-class _Item:
-    """A picture to caption: what to call it, and what its random draws hang on."""
-
-    picture: Picture | Callable[[], Picture]  # or how to get it, when its turn comes
-    source: str
-    key: str
-
-
 class Identified(Protocol):
     """A picture of a data set, such as `data.coco.CaptionedImage`."""
 
     image_id: int | str
     picture: Picture
-
-
-@dataclass(eq=False)
-class _Batch:
-    """What was found for a batch of pictures, to be made into records when there is time."""
-
-    captioner: Captioner
-    items: list[_Item]
-    errors: list[ImageError | None]  # of the items
-    ids: Int[Tensor, "R T"]  # R = k captions of each readable picture
-    logprobs: Float[Tensor, "R T"]
-    search: Search
-    settings: dict
-
-    def captions(self) -> Iterator[list[Caption] | ImageError]:
-        """The captions of each picture, or what is wrong with it."""
-        rows = iter(zip(self.ids.tolist(), self.logprobs, strict=True))
-        for item, error in zip(self.items, self.errors, strict=True):
-            several = islice(rows, self.search.captions_per_image)
-            yield error or [self._caption(item, *row) for row in several]
-
-    def _caption(self, item: _Item, ids: list[int], logprobs: Float[Tensor, " T"]) -> Caption:
-        processor, generated = self.captioner.processor, self._without_padding(ids)
-        logprobs = logprobs[: len(generated)]
-        return Caption(
-            text=processor.decode(generated),
-            tokens=tuple(map(self.captioner._spell, generated)),
-            token_ids=tuple(generated),
-            logprobs=tuple(logprobs.tolist()),
-            score=logprobs.mean().item(),
-            source=item.source,
-            settings=self.settings,
-            seed=self.search.drawn_seed,
-        )
-
-    def _without_padding(self, ids: list[int]) -> list[int]:
-        """Up to the end token; where a stopping criterion came first, up to the padding."""
-        config = self.captioner.model.config
-        if config.end_token_id in ids:
-            return ids[: ids.index(config.end_token_id) + 1]
-        while len(ids) > 1 and ids[-1] == config.pad_token_id:
-            ids = ids[:-1]
-        return ids
 
 
 @dataclass(eq=False, repr=False)
@@ -133,7 +67,6 @@ class Captioner:
     processor: QVisionProcessor
     provenance: Provenance | None = None
     decoding: FastDecoding = field(init=False)
-    _spelled: dict[int, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self):
         self.decoding = FastDecoding(self.model)
@@ -174,7 +107,7 @@ class Captioner:
         single = _is_single(images)
         search = Search.from_settings(self.model, preset, seed, settings)
         items = (
-            _Item(picture, picture_name(picture) or f"picture {i}", key=str(i))
+            Item(picture, picture_name(picture) or f"picture {i}", key=str(i))
             for i, picture in enumerate([images] if single else images)
         )
         results = []
@@ -219,7 +152,7 @@ class Captioner:
         known = not isinstance(paths, Iterator)
         total = sum(1 for _ in walk_pictures(paths, recursive)) if known else None
         found = walk_pictures(paths, recursive)
-        items = (_Item(source, source, key) for source, key in found)
+        items = (Item(source, source, key) for source, key in found)
         return self._caption_to_file(items, total, output, **how)
 
     def caption_dataset(
@@ -230,7 +163,7 @@ class Captioner:
         What is drawn for a picture depends on `seed` and this id. Drawn scenes are made one by one.
         """
         items = (
-            _Item(partial(getattr, image, "picture"), str(image.image_id), str(image.image_id))
+            Item(partial(getattr, image, "picture"), str(image.image_id), str(image.image_id))
             for image in images
         )
         total = len(images) if isinstance(images, Sized) else None
@@ -266,7 +199,7 @@ class Captioner:
 
     def _caption_to_file(
         self,
-        items: Iterable[_Item],
+        items: Iterable[Item],
         total: int | None,
         output: str | os.PathLike,
         *,
@@ -290,7 +223,7 @@ class Captioner:
         quiet = total == 1 or not everyone.is_main_process
         progress = tqdm(total=total, unit="picture", disable=quiet)
 
-        def unseen() -> Iterator[_Item]:
+        def unseen() -> Iterator[Item]:
             nonlocal skipped
             for item in items:
                 if seen.add(item.source):
@@ -299,10 +232,10 @@ class Captioner:
                     skipped += 1
                     progress.update()
 
-        def write(batch: _Batch) -> None:
+        def write(batch: Batch) -> None:
             nonlocal captioned, failed
             for item, captions in zip(batch.items, batch.captions(), strict=True):
-                record = {"source": item.source, **_outcome(captions), "settings": told}
+                record = {"source": item.source, **outcome(captions), "settings": told}
                 file.write(json.dumps(record) + "\n")
                 failed += isinstance(captions, ImageError)
                 captioned += not isinstance(captions, ImageError)
@@ -343,12 +276,12 @@ class Captioner:
 
     def _caption_batches(
         self,
-        items: Iterable[_Item],
+        items: Iterable[Item],
         search: Search,
         preprocessing: str,
         batch_size: int | None,
         workers: int = 0,
-    ) -> Iterator[_Batch]:
+    ) -> Iterator[Batch]:
         """Caption items in order; one that cannot be read comes back with its error.
 
         Threads, or processes, read the pictures of the next batches while the model works.
@@ -387,7 +320,7 @@ class Captioner:
                         )
 
     @torch.no_grad()
-    def _caption_batch(self, read: Read, search: Search, preprocessing: str) -> _Batch:
+    def _caption_batch(self, read: Read, search: Search, preprocessing: str) -> Batch:
         if any(module.training for module in self.model.modules()):
             self.model.eval()
         ids = logprobs = torch.zeros(0, 0)
@@ -396,12 +329,16 @@ class Captioner:
             pixels = self.processor.normalise(read.pixels.to(self.model.device), preprocessing)
             ids, logprobs = search.run(self.decoding, pixels, [item.key for item in good])
         settings = {"preprocessing": preprocessing, **search.describe()}
-        return _Batch(self, read.items, read.errors, ids, logprobs, search, settings)
-
-    def _spell(self, token_id: int) -> str:
-        if token_id not in self._spelled:
-            self._spelled[token_id] = self.processor.tokenizer.decode([token_id])
-        return self._spelled[token_id]
+        return Batch(
+            self.processor,
+            self.model.config,
+            read.items,
+            read.errors,
+            ids,
+            logprobs,
+            search,
+            settings,
+        )
 
     def _tell_settings(self, search: Search, preprocessing: str) -> dict:
         """All that a caption depends on beside its picture, for records that outlive the model."""
@@ -432,15 +369,6 @@ def _is_single(images: Picture | Iterable[Picture]) -> bool:
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim < 4  # four axes are a batch of pictures
     return isinstance(images, str | bytes) or not isinstance(images, Iterable)
-
-
-def _outcome(captions: list[Caption] | ImageError) -> dict:
-    if isinstance(captions, ImageError):
-        return {"error": str(captions)}
-    texts = [caption.text for caption in captions]
-    scores = [round(caption.score, 4) for caption in captions]  # beyond, batches differ
-    several = {"captions": texts, "scores": scores} if len(captions) > 1 else {}
-    return {"caption": texts[0], "score": scores[0], **several}
 
 
 def _processes() -> PartialState:

@@ -44,7 +44,7 @@ class FastDecoding:
     def __init__(
         self, model: QVisionForConditionalGeneration, rows: int | None = None, length: int = 32
     ):
-        self.model, self.decoder = model, model.decoder
+        self.model = model
         self.rows, self.length = rows, length
         self.compile_seconds: float | None = None
         self._lock = Lock()  # two threads would share the buffers
@@ -173,14 +173,14 @@ class FastDecoding:
         if self._placed == self._places():
             return
         self._forget()
-        layers = [block.attn.attention for block in self.decoder.language_model.h]
+        layers = [block.attn.attention for block in self.model.decoder.language_model.h]
         if self._captures:
             self._projections = [[join_projections(layer)] for layer in layers]
-            self._head = padded_head(self.decoder.lm_head)
+            self._head = padded_head(self.model.decoder.lm_head)
             self._pool = torch.cuda.graph_pool_handle()
         else:
             self._projections = [[layer.q_proj, layer.k_proj, layer.v_proj] for layer in layers]
-            self._head = self.decoder.lm_head
+            self._head = self.model.decoder.lm_head
         self._placed = self._places()
 
     def _places(self) -> list[int]:
@@ -218,8 +218,10 @@ class FastDecoding:
 
     def _read_image(self, **image: Tensor) -> Float[Tensor, "2 B H N C"]:
         """Keys and values that the bridge makes of an image's visual tokens."""
-        tokens = self.model.encode(**image)[1].visual_tokens.to(self.decoder.language_model.dtype)
-        attention = self.decoder.bridge.attention
+        tokens = self.model.encode(**image)[1].visual_tokens.to(
+            self.model.decoder.language_model.dtype
+        )
+        attention = self.model.decoder.bridge.attention
         weight, bias = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
         made = [F.linear(tokens, weight[part], bias[part]) for part in (1, 2)]  # [B,N,D] each
         heads = torch.stack(made).unflatten(-1, (attention.num_heads, -1))  # [2,B,N,H,C]
@@ -271,7 +273,7 @@ class FastDecoding:
     def _choose(self, buffers: Buffers, choice: Choice, score: Callable) -> None:
         """One step: score the next word of every row, choose it, and note it."""
         config, position = self.model.config, buffers.position
-        logits = score(self.decoder, self._projections, self._head, buffers).float()  # [R,V]
+        logits = score(self.model.decoder, self._projections, self._head, buffers).float()  # [R,V]
         chosen = choice.words(logits, buffers.ids, position + 1, config.end_token_id, buffers.draws)
         logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])  # [R,1]
         buffers.logprobs.index_copy_(1, position, logprobs)

@@ -20,8 +20,9 @@ ALLOWED = {
     "generation": {"model", "sampling", "compiled"},
     "reading": {"model", "images"},
     "caption_file": set(),
+    "captions": {"model", "images", "generation"},
     "captioning": {
-        *("model", "images", "reading", "caption_file"),
+        *("model", "images", "reading", "caption_file", "captions"),
         *("generation", "compiled", "decoding_step"),
     },
     "plots": {"images"},

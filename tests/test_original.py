@@ -165,11 +165,12 @@ def test_fast_decoding_sees_weights_that_change(tiny, pixels):
 
 
 def test_hooks_go_the_plain_way(tiny, pixels):
-    decoding = FastDecoding(tiny)
+    model = copy.deepcopy(tiny)
+    decoding = FastDecoding(model)
     assert decoding.can_run(20)
-    tiny.vision.tower(pixels, output_attentions=True)  # leaves hooks of transformers behind
+    model.vision.tower(pixels, output_attentions=True)  # leaves hooks of transformers behind
     assert decoding.can_run(20)
-    with mute(tiny, bridge=True):
+    with mute(model, bridge=True):
         assert not decoding.can_run(20)
     assert decoding.can_run(20)
 

@@ -122,7 +122,7 @@ def race(
         same, peak = _check(methods[mode, weights, batch], expected[:batch], model.device)
         per_image = [taken / batch for taken in samples]
         spread, ratio = Spread.of(per_image), Spread.ratio(baseline, per_image)
-        limit = TOKENS * _bytes_per_token(decoding.decoder) / bandwidth
+        limit = TOKENS * _bytes_per_token(decoding.model.decoder) / bandwidth
         compiling = decoding.compile_seconds
         uncompiled = seconds.get(("default", dtype, batch), samples)
         saved = Spread.of(uncompiled).median / batch - spread.median

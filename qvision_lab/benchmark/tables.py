@@ -52,7 +52,6 @@ def latency(folder: Path = RESULTS) -> pd.DataFrame:
                 "the original's tokens": _cell(row, "same_tokens", "{:.0%}"),
                 "compiling": _cell(row, "compile_seconds", "{:.0f} s"),
                 "pays after": _cell(row, "pays_after", "{:,.0f} captions"),
-                "peak GB": _cell(row, "peak_device_gigabytes", "{:.1f}"),
             }
             for row in result["rows"]
         }
@@ -128,17 +127,11 @@ def training(folder: Path = RESULTS) -> pd.DataFrame:
             "device": device,
             "way": f"{row['way']}, {row['precision']}",
             "images a step": row["images"],
+            "ms a step": f"{1000 * Spread.of(row['seconds']).median:,.1f}",
             "captions a second": f"{row['captions_per_second']:,.2f}",
             "images a second": f"{row['images_per_second']:,.2f}",
-            **{
-                f"times the original's captions{title}": _captions_ratio(
-                    originals.get((device, row["images"], precision)), row
-                )
-                for title, precision in (
-                    (" in float32", "float32"),
-                    (", in its precision", row["precision"]),
-                )
-            },
+            "times the original's captions": _ratio(originals, device, row, "captions"),
+            "times its images": _ratio(originals, device, row, "images"),
             "peak GB": _cell(row, "peak_gigabytes", "{:.1f}"),
             "estimated": _cell(row, "estimated_gigabytes", "{:.1f}"),
             "compiling": _cell(row, "compile_seconds", "{:.0f} s"),
@@ -147,13 +140,17 @@ def training(folder: Path = RESULTS) -> pd.DataFrame:
     )
 
 
-def _captions_ratio(original: dict | None, row: dict) -> str:
-    """Captions a second over the original's: the median over the rounds."""
+def _ratio(originals: dict[tuple, dict], device: str, row: dict, what: str) -> str:
+    """Captions or images a second over the original's in the same precision, by the medians."""
+    original = originals.get((device, row["images"], row["precision"]))
     if original is None:
         return ""
-    a_second = [row["captions_per_second"] / row["images_per_second"] for row in (original, row)]
-    ratio = Spread.ratio(original["seconds"], row["seconds"]).median
-    return f"{ratio * a_second[1] / a_second[0]:.2f}"
+    steps = [Spread.of(each["seconds"]).median for each in (original, row)]
+    a_step = [each[f"{what}_per_second"] * sum(each["seconds"]) for each in (original, row)]
+    counts = [
+        many / len(each["seconds"]) for many, each in zip(a_step, (original, row), strict=True)
+    ]
+    return f"{steps[0] / steps[1] * counts[1] / counts[0]:.2f}"
 
 
 def recovery(folder: Path = RESULTS) -> pd.DataFrame:
