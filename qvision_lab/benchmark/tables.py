@@ -406,7 +406,8 @@ def _times(row: dict, prefix: str = "") -> str:
 
 
 def _milliseconds(spread: dict) -> str:
-    return f"{1000 * spread['median']:,.0f}"
+    milliseconds = 1000 * spread["median"]
+    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
 
 
 def _spread(spread: dict) -> str:

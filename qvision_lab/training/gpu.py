@@ -138,7 +138,7 @@ def _attend_to_past(
 
 
 class CapturedLoss:
-    """The loss of a batch, whose passes through the model are CUDA graphs, one for each shape.
+    """The loss of a batch, whose passes through the model are CUDA graphs, for each shape and precision.
 
     Launching a step's kernels takes longer than they run; replaying them takes no launches. Weights
     are read where they lie, and captured anew where they have moved.
@@ -166,10 +166,11 @@ class CapturedLoss:
             self.graphs.clear()
             self.pool = torch.cuda.graph_pool_handle()  # of one's own: the old one goes with them
             self.places = places
-        shape = vision_states.shape, input_ids.shape
-        if shape not in self.graphs:
-            self.graphs[shape] = self._capture(vision_states, input_ids)
-        states = self.graphs[shape](vision_states, input_ids)
+        numbers = torch.is_autocast_enabled("cuda"), torch.get_float32_matmul_precision()
+        key = vision_states.shape, input_ids.shape, *numbers
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(vision_states, input_ids)
+        states = self.graphs[key](vision_states, input_ids)
         return head_loss(self.model, states, labels, num_items_in_batch)
 
     def _capture(self, *inputs: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
