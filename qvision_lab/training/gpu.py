@@ -138,7 +138,7 @@ def _attend_to_past(
 
 
 class CapturedLoss:
-    """The loss of a batch, whose passes through the model are CUDA graphs, for each shape and precision.
+    """The loss of a batch; passes through the model are CUDA graphs, by shape and precision.
 
     Launching a step's kernels takes longer than they run; replaying them takes no launches. Weights
     are read where they lie, and captured anew where they have moved.
