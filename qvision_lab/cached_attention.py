@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -52,7 +52,7 @@ def attend(
     keys: Float[Tensor, "R H S C"],
     values: Float[Tensor, "R H S C"],
     scale: float,
-    mask: Float[Tensor, " S"] | None = None,
+    mask: Bool[Tensor, " S"] | None = None,
 ) -> Float[Tensor, "R D"]:
     """What one word reads; compiled, it is sums over the cache, which is not copied to float32."""
     if not torch.compiler.is_compiling():

@@ -303,7 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(add)
     add("--preset", help="published, model_card, greedy or beam (default: the model's own)")
     add("--preprocessing", default="training", help="training, model_card or clip (%(default)s)")
-    add("--batch-size", type=int, default=16, metavar="N", help="pictures at once (%(default)s)")
+    _add_batch_size(add)
     add("--num-beams", type=int, metavar="N", help="search with so many beams")
     captions = {"dest": "num_return_sequences", "type": int, "metavar": "K"}
     add("--num-captions", **captions, help="captions a picture (sampling or beams)")
@@ -329,7 +329,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--baseline", metavar="DIR", help="results of an earlier call to compare with")
     add("--train-captions", metavar="FILE", help="captions_train2017.json: looks for contamination")
     add("--preset", help="published, model_card, greedy or beam (default: the model's own)")
-    add("--batch-size", type=int, default=16, metavar="N", help="pictures at once (%(default)s)")
+    _add_batch_size(add)
     _add_model(add)
 
     add = _command(commands, "info", info)
@@ -410,6 +410,10 @@ def _command(commands: argparse._SubParsersAction, name: str, run: Run) -> Add:
 def _add_findings(add: Add) -> None:
     add("--metric", default="CIDEr", help="column of the table to speak of (%(default)s)")
     add("--figures", metavar="DIR", help="draw effects, trade-off and curves here")
+
+
+def _add_batch_size(add: Add) -> None:
+    add("--batch-size", type=int, metavar="N", help="pictures at once (default: 16; on a GPU 256)")
 
 
 def _add_model(add: Add) -> None:
