@@ -30,7 +30,7 @@ COMPILED_ON = ("cuda",)  # devices for which transformers compiles a model with 
 QVISION = "QVision"
 COMPILED = "QVision, compiled"
 FASTEST = "the peer's fastest"
-FIRST = "BLIP-2 OPT-2.7B", "LLaVA-1.5 7B"  # those that a run with little time measures
+FIRST = "LLaVA-1.5 7B", "BLIP-2 OPT-2.7B"  # those that a run with little time measures
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,8 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
     """
     settings = {**GREEDY, "batch": 1, "weights": "random", "device": captioner.model.device.type}
     model = timed_model(captioner, quick)
-    ordered = sorted(PEERS, key=lambda peer: peer.name not in FIRST)
+    names = [*FIRST, *(peer.name for peer in PEERS)]
+    ordered = sorted(PEERS, key=lambda peer: names.index(peer.name))
 
     def rows() -> Iterator[PeerRow]:
         yield from run_peers(model, PEERS[:1] if quick else ordered, quick=quick)
