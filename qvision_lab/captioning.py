@@ -272,7 +272,7 @@ class Captioner:
         """How many read pictures: for a GPU and many of them, all cores but one."""
         if self.model.device.type != "cuda" or (total is not None and total < MANY):
             return 0
-        return max(1, len(os.sched_getaffinity(0)) // sharing - 1)
+        return max(1, os.cpu_count() // sharing - 1)
 
     def _caption_batches(
         self,
@@ -321,6 +321,8 @@ class Captioner:
 
     @torch.no_grad()
     def _caption_batch(self, read: Read, search: Search, preprocessing: str) -> Batch:
+        if self.decoding.model is not self.model:  # it was given another
+            self.decoding = FastDecoding(self.model)
         if any(module.training for module in self.model.modules()):
             self.model.eval()
         ids = logprobs = torch.zeros(0, 0)

@@ -53,9 +53,7 @@ class Search:
                 "do_sample=False), or call model.generate, which knows beam sampling."
             )
         if config.do_sample:
-            Sampling(
-                {name: getattr(config, name) for name in WARPERS}
-            )  # a value out of range is found now, not in a batch
+            Sampling.from_config(config)  # a value out of range is found now, not in a batch
         else:
             config.update(**NOT_SAMPLING)  # what the preset says of sampling would be warned about
         return cls(config, live, seed)
@@ -111,7 +109,7 @@ class Search:
         _, visual = model.encode(pixel_values.to(model.device))
         visual_tokens = visual.visual_tokens  # [B,1+Q,D]
         if keys is not None:
-            sampling = Sampling({name: getattr(config, name) for name in WARPERS})
+            sampling = Sampling.from_config(config)
             processors = live.get("logits_processor", ())
             live["logits_processor"] = [*processors, SeededSampling(sampling, keys)]
             config.update(**NOT_SAMPLING, num_return_sequences=1)

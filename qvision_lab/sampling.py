@@ -102,6 +102,11 @@ class Sampling:
         self.before = LogitsProcessorList(w for name, w in made.items() if name in first)
         self.behind = LogitsProcessorList(w for name, w in made.items() if name not in first)
 
+    @classmethod
+    def from_config(cls, config: GenerationConfig) -> Sampling:
+        """What a configuration says of sampling."""
+        return cls({name: getattr(config, name) for name in WARPERS})
+
     def words(
         self,
         ids: Int[Tensor, "R T"],

@@ -1,5 +1,6 @@
 """The Captioner: the same captions however they are asked for, and records that survive."""
 
+import copy
 import json
 import os
 import subprocess
@@ -330,6 +331,18 @@ def test_foreign_files_are_left_alone(captioner, folder, tmp_path):
     with pytest.raises(ValueError, match=r"line 1 of .* is no caption record"):
         captioner.caption_folder(folder, output)
     assert output.read_text() == "a line that does not end"
+
+
+def test_another_model_is_the_one_that_captions(captioner, pictures):
+    other = copy.deepcopy(captioner)
+    assert ids(other.caption(pictures, preset="greedy")) == ids(
+        captioner.caption(pictures, preset="greedy")
+    )
+    torch.manual_seed(1)
+    other.model = QVisionForConditionalGeneration(captioner.model.config)
+    expected = Captioner(other.model, captioner.processor).caption(pictures, preset="greedy")
+    assert ids(other.caption(pictures, preset="greedy")) == ids(expected)
+    assert ids(expected) != ids(captioner.caption(pictures, preset="greedy"))
 
 
 def test_a_compiled_captioner_says_the_same(captioner, pictures):

@@ -204,15 +204,14 @@ class QVisionProcessor(ProcessorMixin):
         mean, deviation = self.image_processor.image_mean, self.image_processor.image_std
         if pixels.is_cpu:  # numpy: threads of torch would stand in the model's way
             values = pixels.numpy().transpose(0, 3, 1, 2).astype(np.float32, order="C")
-            as_array, inside = np.float32, values
+            as_array = np.float32
         else:
             values = pixels.permute(0, 3, 1, 2).float().contiguous()
             as_array = partial(torch.tensor, dtype=torch.float32, device=pixels.device)
-            inside = values
-        inside /= as_array(255)
+        values /= as_array(255)
         if image_preset(preset, self.image_size)["do_normalize"]:
-            inside -= as_array(mean)[:, None, None]
-            inside /= as_array(deviation)[:, None, None]
+            values -= as_array(mean)[:, None, None]
+            values /= as_array(deviation)[:, None, None]
         return torch.from_numpy(values) if pixels.is_cpu else values
 
     def _resized(self, original_size: tuple[int, int], preset: str) -> Int[np.ndarray, " wh=2"]:
