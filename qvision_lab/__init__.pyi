@@ -1,9 +1,9 @@
 from . import plots as plots
+from . import scenes as scenes
 from .captioning import Caption as Caption
 from .captioning import Captioner as Captioner
 from .captioning import load as load
 from .data import coco as coco
-from .data import scenes as scenes
 from .evaluation import EvaluationReport as EvaluationReport
 from .evaluation import compare as compare
 from .evaluation import evaluate as evaluate

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def caption(options: argparse.Namespace) -> int:
     """Caption pictures, to the screen or to a file that a later call goes on with."""
     from qvision_lab.captioning import load
-    from qvision_lab.images import walk_pictures
+    from qvision_lab.captioning.images import walk_pictures
 
     next(walk_pictures(options.paths, options.recursive))  # or nothing to do, before the long load
     captioner = load(options.model, options.revision, options.dtype, options.device)
@@ -92,7 +92,7 @@ def caption(options: argparse.Namespace) -> int:
 def info(options: argparse.Namespace) -> int:
     """Print a checkpoint's parameters, files and provenance."""
     from qvision_lab.benchmark.parameters import parameter_table
-    from qvision_lab.model.checkpoint import load_checkpoint
+    from qvision_lab.model.loading.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(options.checkpoint, options.revision, device="cpu")
     origin = checkpoint.provenance
@@ -158,7 +158,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def convert(options: argparse.Namespace) -> int:
     """Write a checkpoint in the layout that transformers reads too."""
-    from qvision_lab.model.checkpoint import convert
+    from qvision_lab.model.loading.checkpoint import convert
 
     chosen = options.dtype, options.push_to, options.revision
     print(f"wrote {convert(options.source, options.dest, *chosen)}")
@@ -191,7 +191,7 @@ def look(options: argparse.Namespace) -> int:
 
 def scenes_write(options: argparse.Namespace) -> int:
     """Write scenes as pictures with COCO's annotation files."""
-    from qvision_lab.data.scenes import write_coco
+    from qvision_lab.scenes import write_coco
 
     folder = write_coco(
         options.folder, options.n, split=options.split, seed=options.seed, workers=options.workers
@@ -202,7 +202,7 @@ def scenes_write(options: argparse.Namespace) -> int:
 
 def scenes_stats(options: argparse.Namespace) -> int:
     """Print what a split is like."""
-    from qvision_lab.data.scenes import describe
+    from qvision_lab.scenes import describe
 
     for name, value in describe(options.split, options.n, options.seed).items():
         if isinstance(value, dict):

@@ -12,17 +12,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from qvision_lab import plots
+from qvision_lab import plots, scenes
 from qvision_lab.captioning import load
-from qvision_lab.data import scenes
 from qvision_lab.data.coco import open_dataset
-from qvision_lab.data.scenes.checking import RATES, Rate
-from qvision_lab.data.scenes.world import COLORS
 from qvision_lab.evaluation.chair import scenes_vocabulary
 from qvision_lab.interpretation.faithfulness import removal_curves
 from qvision_lab.interpretation.maps import METHODS, PatchMap
 from qvision_lab.interpretation.queries import profile_queries
 from qvision_lab.interpretation.trace import Trace, Word, trace_all
+from qvision_lab.scenes.checker import RATES, Rate
+from qvision_lab.scenes.layout import COLORS
 
 SHEET = 24  # scenes that are drawn on the contact sheet
 LOOKED_INTO = 2  # the test scene whose words and queries are drawn

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import ImageOps
 
-from qvision_lab.images import Picture, open_image
+from qvision_lab.captioning.images import Picture, open_image
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -21,10 +21,10 @@ import pandas as pd
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
+from qvision_lab import scenes
 from qvision_lab.captioning import Captioner
-from qvision_lab.data import scenes
-from qvision_lab.decoding_step import copy_sharing_weights
-from qvision_lab.images import Picture, find_pictures, open_image
+from qvision_lab.captioning.decoding_step import copy_sharing_weights
+from qvision_lab.captioning.images import Picture, find_pictures, open_image
 from qvision_lab.interpretation import maps
 from qvision_lab.interpretation.interventions import Intervention, mute
 from qvision_lab.interpretation.trace import Trace, trace

@@ -13,7 +13,12 @@ from test_peers import shrink
 from qvision_lab.benchmark import loading, maps, peers, recovery, tables
 from qvision_lab.captioning import load
 from qvision_lab.cli import main
-from qvision_lab.model.checkpoint import Checkpoint, Provenance, load_checkpoint, save_checkpoint
+from qvision_lab.model.loading.checkpoint import (
+    Checkpoint,
+    Provenance,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 SUITES = ("parameters", "latency", "peers", "loading", "folder")
 

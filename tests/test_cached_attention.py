@@ -10,7 +10,7 @@ import pytest
 # Triton reads its environment when it is imported, which this process may have done already.
 COMPARE = """
 import torch
-from qvision_lab.cached_attention import attend_to_cache, launch
+from qvision_lab.captioning.cached_attention import attend_to_cache, launch
 
 SIZES = [(1, 1, 4, 1, 1), (3, 2, 8, 20, 20), (2, 3, 24, 16, 5), (2, 2, 64, 48, 1), (5, 4, 6, 9, 4)]
 for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -14,7 +14,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast, StoppingCriteria
 
 from qvision_lab.captioning import Captioner
-from qvision_lab.images import ImageError
+from qvision_lab.captioning.images import ImageError
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.processor import QVisionProcessor

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from qvision_lab.data.coco import open_dataset
-from qvision_lab.data.scenes import check, layout
-from qvision_lab.data.scenes.telling import tell
 from qvision_lab.evaluation.chair import chair, coco_vocabulary, scenes_vocabulary
 from qvision_lab.evaluation.statistics import CaptionStatistics, caption_statistics
+from qvision_lab.scenes import check, layout
+from qvision_lab.scenes.captions import tell
 
 NAMED = yaml.safe_load(Path(__file__).with_name("chair_captions.yaml").read_text())
 

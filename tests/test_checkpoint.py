@@ -17,14 +17,14 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
-from qvision_lab.model.checkpoint import (
+from qvision_lab.model.config import QVisionConfig
+from qvision_lab.model.loading.checkpoint import (
     CheckpointError,
     convert,
     load_checkpoint,
     save_checkpoint,
 )
-from qvision_lab.model.config import QVisionConfig
-from qvision_lab.model.published import check_copies, read_tokenizer, stored_name
+from qvision_lab.model.loading.published import check_copies, read_tokenizer, stored_name
 
 COMMIT = "c0ffee" + 34 * "0"
 
@@ -499,7 +499,7 @@ MEASURE = """
 import re
 import sys
 from pathlib import Path
-from qvision_lab.model.checkpoint import load_checkpoint
+from qvision_lab.model.loading.checkpoint import load_checkpoint
 
 def resident(field):
     status = Path("/proc/self/status").read_text()

@@ -10,7 +10,7 @@ from test_captioning import tiny_captioner
 
 from qvision_lab.cli import main
 from qvision_lab.model.captioner import generation_preset
-from qvision_lab.model.checkpoint import Checkpoint, Provenance, save_checkpoint
+from qvision_lab.model.loading.checkpoint import Checkpoint, Provenance, save_checkpoint
 
 HEAVY = ("torch", "transformers", "pandas", "matplotlib", "numpy", "PIL")
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from qvision_lab.data import scenes
+from qvision_lab import scenes
 from qvision_lab.data.coco import (
     CaptionDataset,
     CaptionedImage,

@@ -15,8 +15,9 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 import qvision_lab as ql
+from qvision_lab import scenes
 from qvision_lab.cli import main
-from qvision_lab.data import coco, scenes
+from qvision_lab.data import coco
 from qvision_lab.evaluation import (
     EvaluationReport,
     compare,

@@ -21,8 +21,8 @@ from transformers import TrainerState
 import qvision_lab as ql
 from qvision_lab.data.coco import open_dataset
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
-from qvision_lab.model.checkpoint import Checkpoint, Provenance, save_checkpoint
 from qvision_lab.model.config import QVisionConfig
+from qvision_lab.model.loading.checkpoint import Checkpoint, Provenance, save_checkpoint
 from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.training import caption_trainer, freezing, run_recipe
 from qvision_lab.training.caption_stage import CaptionCollator

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
-from qvision_lab.model.checkpoint import load_checkpoint
 from qvision_lab.model.config import QVisionConfig
-from qvision_lab.model.published import stored_name
+from qvision_lab.model.loading.checkpoint import load_checkpoint
+from qvision_lab.model.loading.published import stored_name
 from qvision_lab.training import freezing
 from qvision_lab.training.freezing import POLICIES, Policy
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from qvision_lab import images
-from qvision_lab.images import ImageError, open_image
+from qvision_lab.captioning import images
+from qvision_lab.captioning.images import ImageError, open_image
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

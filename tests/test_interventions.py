@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from qvision_lab.captioning import Captioner
-from qvision_lab.images import ImageError
+from qvision_lab.captioning.images import ImageError
 from qvision_lab.interpretation.interventions import (
     blank_image,
     effect,
@@ -21,7 +21,7 @@ from qvision_lab.interpretation.interventions import (
     sweep,
 )
 from qvision_lab.interpretation.trace import trace
-from qvision_lab.model.checkpoint import load_checkpoint
+from qvision_lab.model.loading.checkpoint import load_checkpoint
 from qvision_lab.model.processor import QVisionProcessor
 
 CLOSE = {"atol": 1e-5, "rtol": 0}

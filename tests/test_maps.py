@@ -13,7 +13,7 @@ from qvision_lab.captioning import Captioner
 from qvision_lab.interpretation.maps import METHODS, query_maps, rolled_out, word_maps
 from qvision_lab.interpretation.queries import profile_queries, similarities
 from qvision_lab.interpretation.trace import Trace, trace, trace_all
-from qvision_lab.model.checkpoint import load_checkpoint
+from qvision_lab.model.loading.checkpoint import load_checkpoint
 from qvision_lab.model.processor import QVisionProcessor
 
 RUN_THE_MODEL = ("gradient", "occlusion", "integrated_gradients")

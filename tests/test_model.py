@@ -22,9 +22,9 @@ from qvision_lab.model.captioner import (
     QVisionForConditionalGeneration,
     generation_preset,
 )
-from qvision_lab.model.checkpoint import load_checkpoint
 from qvision_lab.model.config import QVisionConfig
-from qvision_lab.model.published import stored_name
+from qvision_lab.model.loading.checkpoint import load_checkpoint
+from qvision_lab.model.loading.published import stored_name
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 ONE_BY_ONE = {"do_sample": False, "max_new_tokens": 12, "min_length": 6, "repetition_penalty": 1.0}

@@ -11,18 +11,18 @@ from transformers import GenerationConfig
 
 from qvision_lab.benchmark.latency import race
 from qvision_lab.benchmark.original import generate_the_original_way
-from qvision_lab.compiled import FastDecoding
-from qvision_lab.decoding_step import (
+from qvision_lab.captioning.compiled import FastDecoding
+from qvision_lab.captioning.decoding_step import (
     Int8Decoder,
     Int8Linear,
     copy_sharing_weights,
     join_projections,
 )
-from qvision_lab.generation import Search
+from qvision_lab.captioning.generation import Search
+from qvision_lab.captioning.sampling import Choice, row_keys
 from qvision_lab.interpretation.interventions import mute
 from qvision_lab.model.captioner import PLAIN
-from qvision_lab.model.checkpoint import load_checkpoint
-from qvision_lab.sampling import Choice, row_keys
+from qvision_lab.model.loading.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from qvision_lab.images import ImageError
+from qvision_lab.captioning.images import ImageError
+from qvision_lab.captioning.reading import Read, Reader, read_with_processes, read_with_threads
 from qvision_lab.model.processor import QVisionProcessor
-from qvision_lab.reading import Read, Reader, read_with_processes, read_with_threads
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from qvision_lab.sampling import Sampling, random_integers, row_keys
+from qvision_lab.captioning.sampling import Sampling, random_integers, row_keys
 
 
 def test_random_integers_are_pinned():

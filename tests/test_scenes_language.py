@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from qvision_lab.data.scenes.checking import RATES, Rate, check, score
-from qvision_lab.data.scenes.telling import PLACES, relation, tell
-from qvision_lab.data.scenes.world import (
+from qvision_lab.scenes.captions import PLACES, relation, tell
+from qvision_lab.scenes.checker import RATES, Rate, check, score
+from qvision_lab.scenes.layout import (
     CATEGORIES,
     COLORS,
     SPLITS,

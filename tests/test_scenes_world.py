@@ -12,10 +12,9 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from qvision_lab.data import scenes
-from qvision_lab.data.scenes.drawing import sketch
-from qvision_lab.data.scenes.pen import Pen
-from qvision_lab.data.scenes.world import (
+from qvision_lab import scenes
+from qvision_lab.scenes.drawing import sketch
+from qvision_lab.scenes.layout import (
     CATEGORIES,
     COLORS,
     HELD_OUT,
@@ -28,6 +27,7 @@ from qvision_lab.data.scenes.world import (
     layout,
     overlap,
 )
+from qvision_lab.scenes.pen import Pen
 
 TRUTH = "fd2af287f5c18720"
 PIXELS = {"13.0.0": "5e164f437ab55d75"}  # by Pillow's version

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import CLIPVisionModel, TrainerCallback
 
-from qvision_lab.data import scenes
+from qvision_lab import scenes
 from qvision_lab.model.captioner import IGNORED_LABEL, QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.processor import QVisionProcessor

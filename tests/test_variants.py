@@ -8,7 +8,7 @@ from test_model import ONE_BY_ONE, TOLERANCE, generate_with_and_without_cache
 from torch.testing import assert_close
 
 from qvision_lab.captioning import Captioner
-from qvision_lab.compiled import FastDecoding
+from qvision_lab.captioning.compiled import FastDecoding
 from qvision_lab.interpretation.interventions import mute, patch, sweep
 from qvision_lab.interpretation.trace import Trace, trace
 from qvision_lab.model.captioner import QVisionForConditionalGeneration

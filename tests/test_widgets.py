@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from qvision_lab import scenes
 from qvision_lab.captioning import Captioner, load
-from qvision_lab.data import scenes
 from qvision_lab.interpretation.interventions import effect, mute
 from qvision_lab.widgets import Bench, Explorer, Question, Shown, draw, explore, tell
 

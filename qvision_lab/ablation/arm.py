@@ -22,8 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qvision_lab.captioning import Captioner, load
+from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, open_dataset
-from qvision_lab.data.whole_files import write_whole
 from qvision_lab.evaluation import evaluate_dataset
 from qvision_lab.interpretation.faithfulness import examples_of, score_maps
 from qvision_lab.interpretation.maps import composition
@@ -85,7 +85,7 @@ def carry_out(run: Run, folder: Path) -> None:
                 measured = _measure(run, work, folder / "states")
         finally:
             torch.set_num_threads(threads)
-        write_whole(row, json.dumps(measured, indent=1))
+        write_atomic(row, json.dumps(measured, indent=1))
         for checkpoint in work.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 

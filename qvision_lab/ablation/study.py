@@ -23,10 +23,10 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 
+from qvision_lab import scenes
 from qvision_lab.ablation.arm import MODEL_FIELDS, Run, arm_config, carry_out
 from qvision_lab.captioning import load
-from qvision_lab.data import scenes
-from qvision_lab.data.whole_files import write_whole
+from qvision_lab.data.atomic import write_atomic
 from qvision_lab.training.caption_stage import see_scenes
 from qvision_lab.training.features import fingerprint_weights
 from qvision_lab.training.recipe import load_recipe, record_run
@@ -169,9 +169,9 @@ class Study:
             for _ in workers.map(partial(carry_out, folder=folder), todo):
                 bar.update()
         table = self.table(folder)
-        write_whole(folder / "table.csv", table.to_csv(index=False))
+        write_atomic(folder / "table.csv", table.to_csv(index=False))
         curves = self.curves(folder).to_csv(index=False, float_format="%.6g")
-        write_whole(folder / "curves.csv", curves)
+        write_atomic(folder / "curves.csv", curves)
         return table
 
     def table(self, folder: str | os.PathLike) -> pd.DataFrame:

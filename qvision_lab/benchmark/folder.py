@@ -14,10 +14,10 @@ import psutil
 from PIL import Image
 from torch import Tensor
 
+from qvision_lab import scenes
 from qvision_lab.benchmark.harness import Spread, Table, take_turns
 from qvision_lab.captioning import BATCH_SIZES, Captioner
-from qvision_lab.data import scenes
-from qvision_lab.sampling import Choice
+from qvision_lab.captioning.sampling import Choice
 
 PICTURES, EARLY = {"cpu": 5_000, "cuda": 20_000}, 1_000
 TIMED, ROUNDS = {"cpu": 512, "cuda": 8_192}, {"cpu": 7, "cuda": 3}

@@ -6,7 +6,7 @@ import base64
 import io
 import os
 
-from qvision_lab.images import Picture, open_image
+from qvision_lab.captioning.images import Picture, open_image
 
 PROMPT = "Describe this picture in one short sentence."
 

@@ -18,7 +18,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from qvision_lab.data.whole_files import write_whole
+from qvision_lab.data.atomic import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("qvision-lab", "torch", "transformers", "numpy", "pillow")
@@ -99,7 +99,7 @@ class Result:
         folder = Path(folder or RESULTS / self.device)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name.replace(' ', '_')}.json"
-        return write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
+        return write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,13 @@ from torch._inductor import config as inductor
 from qvision_lab.benchmark.harness import Spread, Table, growing_table, take_turns
 from qvision_lab.benchmark.original import generate_the_original_way
 from qvision_lab.captioning import Captioner
-from qvision_lab.compiled import FastDecoding
-from qvision_lab.decoding_step import Int8Decoder, copy_sharing_weights
+from qvision_lab.captioning.compiled import FastDecoding
+from qvision_lab.captioning.decoding_step import Int8Decoder, copy_sharing_weights
+from qvision_lab.captioning.sampling import Choice
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
-from qvision_lab.model.checkpoint import EMBEDDED
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.decoder import Decoder
-from qvision_lab.sampling import Choice
+from qvision_lab.model.loading.checkpoint import EMBEDDED
 
 TOKENS = 20  # generated for every picture, whatever it shows
 BATCH = 16

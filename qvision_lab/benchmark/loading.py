@@ -20,9 +20,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from qvision_lab.benchmark.harness import Spread, Table, growing_table, machine, process_bytes
 from qvision_lab.benchmark.latency import BATCH, GREEDY, timed_model
 from qvision_lab.captioning import Captioner
-from qvision_lab.model import published
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
-from qvision_lab.model.checkpoint import load_checkpoint
+from qvision_lab.model.loading import published
+from qvision_lab.model.loading.checkpoint import load_checkpoint
 
 ROUNDS = 3
 CARD = "the card's way"

@@ -12,7 +12,7 @@ from qvision_lab.captioning import Captioner
 from qvision_lab.data.coco import open_dataset
 from qvision_lab.interpretation.faithfulness import examples_of, score_maps
 from qvision_lab.interpretation.maps import METHODS, composition
-from qvision_lab.model.checkpoint import EMBEDDED
+from qvision_lab.model.loading.checkpoint import EMBEDDED
 
 SCENES, QUICK_SCENES = 500, 6
 

@@ -15,13 +15,13 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from qvision_lab import scenes
 from qvision_lab.benchmark.gpt4 import EndpointError, Gpt4Captioner
 from qvision_lab.benchmark.harness import Spread, Table, growing_table, take_turns
 from qvision_lab.benchmark.latency import CHOICE, DTYPES, GREEDY, ROUNDS, TOKENS, timed_model
 from qvision_lab.benchmark.parameters import count_parameters
 from qvision_lab.captioning import Captioner
-from qvision_lab.compiled import FastDecoding
-from qvision_lab.data import scenes
+from qvision_lab.captioning.compiled import FastDecoding
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 
 ROOM = 1.1  # memory over that of the weights: activations and caches

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 
 from qvision_lab import plots
 from qvision_lab.benchmark.harness import RESULTS, Spread
-from qvision_lab.data.whole_files import write_whole
+from qvision_lab.data.atomic import write_atomic
 from qvision_lab.training.card import OURS, OVERLAPS, SIXTH
 
 NOT_MEASURED = "not measured"
@@ -329,7 +329,7 @@ def fill(
 
     text = page.read_text(encoding="utf-8")
     filled = re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
-    return write_whole(page, filled)
+    return write_atomic(page, filled)
 
 
 def as_markdown(table: pd.DataFrame) -> str:

@@ -17,10 +17,10 @@ from typing import TypeAlias
 
 from PIL import Image
 
-from qvision_lab.data.scenes.drawing import draw
-from qvision_lab.data.scenes.telling import tell
-from qvision_lab.data.scenes.world import Layout, layout
-from qvision_lab.data.whole_files import write_whole
+from qvision_lab.data.atomic import write_atomic
+from qvision_lab.scenes.captions import tell
+from qvision_lab.scenes.drawing import draw
+from qvision_lab.scenes.layout import Layout, layout
 
 ImageId: TypeAlias = int | str
 
@@ -120,7 +120,7 @@ class CaptionDataset(Sequence[CaptionedImage]):
         told = [(image.image_id, text) for image in self.images for text in image.references]
         rows = [{"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(told, 1)]
         content = {"info": {"name": self.name}, "images": images, "annotations": rows}
-        return write_whole(Path(path), json.dumps(content))
+        return write_atomic(Path(path), json.dumps(content))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 
 from qvision_lab.data.coco import some
-from qvision_lab.data.scenes.world import CATEGORIES
+from qvision_lab.scenes.layout import CATEGORIES
 
 COLUMNS = "captions mentioned hallucinated has_hallucination objects recalled hallucinated_objects"
 

@@ -18,11 +18,11 @@ from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from qvision_lab.data import scenes
+from qvision_lab import scenes
 from qvision_lab.data.coco import ImageId
-from qvision_lab.data.scenes.checking import RATES
 from qvision_lab.evaluation.chair import Vocabulary, chair
 from qvision_lab.evaluation.java import UnavailableError, spice, tokenize
+from qvision_lab.scenes.checker import RATES
 
 
 @dataclass

@@ -17,15 +17,15 @@ import pandas as pd
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
+from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import ImageId, some
-from qvision_lab.data.whole_files import write_whole
 from qvision_lab.evaluation.bootstrap import bootstrap_interval, paired_difference
 from qvision_lab.evaluation.chair import Vocabulary
 from qvision_lab.evaluation.java import UnavailableError, meteor
 from qvision_lab.evaluation.metrics import METRICS, Evidence, ratio_formula
 
 if TYPE_CHECKING:
-    from qvision_lab.data.scenes import Layout
+    from qvision_lab.scenes import Layout
 
 COCO_METRICS = ("bleu", "meteor", "rouge", "cider")
 SETTINGS = ("metrics", "notes", "confidence", "resamples", "seed")  # what is saved as it is
@@ -104,8 +104,8 @@ class EvaluationReport:
         told = {"images": len(self.counts), "scores": scores}
         told |= {name: getattr(self, name) for name in SETTINGS}
         images = self.per_image.join(self.counts)
-        write_whole(folder / "images.csv", images.to_csv(index_label="image_id"))
-        write_whole(folder / "scores.json", json.dumps(told, indent=1))
+        write_atomic(folder / "images.csv", images.to_csv(index_label="image_id"))
+        write_atomic(folder / "scores.json", json.dumps(told, indent=1))
         return folder
 
     @classmethod

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, ImageId, some
-from qvision_lab.data.whole_files import write_whole
 from qvision_lab.evaluation.chair import coco_vocabulary, scenes_vocabulary
 from qvision_lab.evaluation.report import COCO_METRICS, EvaluationReport, evaluate
 
@@ -35,7 +35,7 @@ def read_results(path: str | Path) -> dict[ImageId, str]:
 def write_results(captions: Mapping[ImageId, str], path: str | Path) -> Path:
     """Write captions in COCO's results format, which evaluation servers take."""
     rows = [{"image_id": image_id, "caption": text} for image_id, text in captions.items()]
-    return write_whole(Path(path), json.dumps(rows))
+    return write_atomic(Path(path), json.dumps(rows))
 
 
 def read_captions(path: str | Path, dataset: CaptionDataset) -> dict[ImageId, str]:

@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float
 from torch import nn
 
 from qvision_lab.captioning import Captioner
+from qvision_lab.captioning.images import Picture
 from qvision_lab.data.coco import CaptionDataset
 from qvision_lab.evaluation.bootstrap import bootstrap_interval
 from qvision_lab.evaluation.chair import Vocabulary, coco_vocabulary, scenes_vocabulary
-from qvision_lab.images import Picture
 from qvision_lab.interpretation.maps import METHODS, Method, to_model, word_logprobs
 from qvision_lab.interpretation.trace import Trace, Word, trace_all
 

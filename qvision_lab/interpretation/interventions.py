@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qvision_lab.captioning import Captioner
-from qvision_lab.images import Picture, open_image
+from qvision_lab.captioning.images import Picture, open_image
 from qvision_lab.interpretation.maps import require_parts, to_model, word_logprobs
 from qvision_lab.interpretation.trace import Word, trace
 from qvision_lab.model.attention import MultiHeadAttention

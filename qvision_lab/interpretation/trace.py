@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from qvision_lab.captioning import Captioner
-from qvision_lab.data.whole_files import write_whole
-from qvision_lab.images import Picture, open_image, picture_name
+from qvision_lab.captioning.images import Picture, open_image, picture_name
+from qvision_lab.data.atomic import write_atomic
 from qvision_lab.interpretation.maps import (
     DEFAULT_METHOD,
     PatchMap,
@@ -88,7 +88,7 @@ class Trace:
         partial = path.with_name(path.name + ".partial")
         save_file(arrays, partial)
         partial.replace(path)
-        write_whole(path.with_suffix(".json"), json.dumps(rest, default=vars, indent=1))
+        write_atomic(path.with_suffix(".json"), json.dumps(rest, default=vars, indent=1))
 
     @classmethod
     def load(cls, path: str | Path, captioner: Captioner | None = None) -> Trace:

@@ -22,9 +22,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qvision_lab.data import scenes
-from qvision_lab.data.scenes.telling import tell
-from qvision_lab.data.scenes.world import layout
+from qvision_lab import scenes
 from qvision_lab.model.captioner import (
     IGNORED_LABEL,
     QVisionForConditionalGeneration,
@@ -32,6 +30,8 @@ from qvision_lab.model.captioner import (
 )
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.processor import QVisionProcessor
+from qvision_lab.scenes.captions import tell
+from qvision_lab.scenes.layout import layout
 from qvision_lab.training.trainer import run_stage
 from qvision_lab.training.vision_stage import filled_once, normalise
 

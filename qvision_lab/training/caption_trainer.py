@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Seq2SeqTrainer, TrainerCallback, TrainerState
 
 from qvision_lab.captioning import Captioner
+from qvision_lab.captioning.images import open_image
 from qvision_lab.data.coco import CaptionDataset, CaptionedImage, ImageId
 from qvision_lab.evaluation import evaluate
-from qvision_lab.images import open_image
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.training import gpu

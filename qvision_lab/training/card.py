@@ -9,9 +9,9 @@ from tqdm.auto import tqdm
 
 from qvision_lab.captioning import Captioner
 from qvision_lab.data.coco import open_dataset
-from qvision_lab.data.scenes.checking import RATES
-from qvision_lab.data.scenes.telling import tell
 from qvision_lab.evaluation import EvaluationReport, evaluate_dataset
+from qvision_lab.scenes.captions import tell
+from qvision_lab.scenes.checker import RATES
 
 METRICS = ("bleu", "meteor", "rouge", "cider")
 OVERLAPS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr")

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from qvision_lab.captioning.images import ImageError, open_image
+from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, CaptionedImage, ImageId
-from qvision_lab.data.whole_files import write_whole
-from qvision_lab.images import ImageError, open_image
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.processor import QVisionProcessor, image_preset
 
@@ -161,7 +161,7 @@ class FeatureCache:
         known = {names[key]: content for key, content in contents.items() if names[key]}
         if not known.items() <= self.contents.items():
             self.contents |= known
-            write_whole(self.folder / "contents.json", json.dumps(self.contents))
+            write_atomic(self.folder / "contents.json", json.dumps(self.contents))
         return SeenPictures({k: (self.files[name], name) for k, name in contents.items()}, failed)
 
 

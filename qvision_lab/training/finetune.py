@@ -21,7 +21,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from qvision_lab.data.coco import CaptionDataset, open_dataset
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
-from qvision_lab.model.checkpoint import Checkpoint, Provenance, load_checkpoint, save_checkpoint
+from qvision_lab.model.loading.checkpoint import (
+    Checkpoint,
+    Provenance,
+    load_checkpoint,
+    save_checkpoint,
+)
 from qvision_lab.training import freezing, gpu
 from qvision_lab.training.caption_stage import CaptionCollator
 from qvision_lab.training.caption_trainer import (

@@ -17,13 +17,13 @@ import yaml
 from accelerate import PartialState
 
 from qvision_lab.captioning import load
-from qvision_lab.data.scenes.telling import tell
-from qvision_lab.data.scenes.world import layout
-from qvision_lab.data.whole_files import write_whole
+from qvision_lab.data.atomic import write_atomic
 from qvision_lab.model.captioner import QVisionForConditionalGeneration, generation_preset
-from qvision_lab.model.checkpoint import Checkpoint, Provenance, save_checkpoint
 from qvision_lab.model.config import QVisionConfig
+from qvision_lab.model.loading.checkpoint import Checkpoint, Provenance, save_checkpoint
 from qvision_lab.model.processor import QVisionProcessor
+from qvision_lab.scenes.captions import tell
+from qvision_lab.scenes.layout import layout
 from qvision_lab.training.caption_stage import learn_to_tell, train_tokenizer
 from qvision_lab.training.card import scenes_card, score_on_scenes
 from qvision_lab.training.vision_stage import learn_to_see
@@ -116,7 +116,7 @@ def _ship(
         **{f"{stage}.csv": (output / stage / "curve.csv").read_text() for stage in STAGES},
     }
     for name, text in companions.items():
-        write_whole(dest / name, text)
+        write_atomic(dest / name, text)
 
 
 def record_run(output: Path, recipe: dict, data: dict[str, str] | None = None) -> None:
@@ -153,7 +153,7 @@ def record_run(output: Path, recipe: dict, data: dict[str, str] | None = None) -
             name: version(name) for name in ("qvision-lab", "torch", "transformers", "pillow")
         },
     }
-    write_whole(path, yaml.safe_dump(run, sort_keys=False))
+    write_atomic(path, yaml.safe_dump(run, sort_keys=False))
 
 
 def _commit() -> str | None:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from qvision_lab.data.whole_files import write_whole
+from qvision_lab.data.atomic import write_atomic
 
 
 class BatchedMuon(torch.optim.Muon):
@@ -154,7 +154,7 @@ class CurveWriter(TrainerCallback):
 
     def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            write_whole(self.path, pd.DataFrame(state.log_history).to_csv(index=False))
+            write_atomic(self.path, pd.DataFrame(state.log_history).to_csv(index=False))
 
 
 def run_stage(

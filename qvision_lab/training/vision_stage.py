@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from qvision_lab.data import scenes
-from qvision_lab.data.scenes.world import BACKGROUNDS, CATEGORIES, COLORS, PICTURE, SKIES
+from qvision_lab import scenes
+from qvision_lab.scenes.layout import BACKGROUNDS, CATEGORIES, COLORS, PICTURE, SKIES
 from qvision_lab.training.trainer import run_stage
 
 SHOWN, GLIMPSED = 0.12, 0.02  # shares of a patch from which an object counts, or leaves doubt

@@ -21,8 +21,8 @@ import playwright.sync_api as playwright
 import pytest
 from PIL import Image
 
+from qvision_lab import scenes
 from qvision_lab.captioning import load
-from qvision_lab.data import scenes
 from qvision_lab.interpretation.interventions import mute
 from qvision_lab.interpretation.trace import trace
 from qvision_lab.plots import HEAT

@@ -13,18 +13,18 @@ from test_original import run
 from torch.testing import assert_close
 
 import qvision_lab as ql
-from qvision_lab import cached_attention, captioning, compiled
-from qvision_lab.captioning import Caption, Captioner
-from qvision_lab.compiled import FastDecoding
-from qvision_lab.data import scenes
-from qvision_lab.decoding_step import Buffers
+from qvision_lab import scenes
+from qvision_lab.captioning import Caption, Captioner, cached_attention, compiled
+from qvision_lab.captioning import captioner as captioning
+from qvision_lab.captioning.compiled import FastDecoding
+from qvision_lab.captioning.decoding_step import Buffers
+from qvision_lab.captioning.sampling import random_integers, row_keys
 from qvision_lab.evaluation.bootstrap import paired_difference
 from qvision_lab.interpretation.interventions import mute
 from qvision_lab.interpretation.maps import METHODS
 from qvision_lab.interpretation.trace import trace
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
-from qvision_lab.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from qvision_lab.sampling import random_integers, row_keys
+from qvision_lab.model.loading.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qvision_lab.training.finetune import reinitialise
 
 pytestmark = pytest.mark.filterwarnings("error:CUDA captured no")

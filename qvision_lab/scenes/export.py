@@ -9,9 +9,9 @@ import numpy as np
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from qvision_lab.data.scenes.drawing import DrawnObject, generate
-from qvision_lab.data.scenes.world import CATEGORIES, PICTURE
-from qvision_lab.data.whole_files import write_whole
+from qvision_lab.data.atomic import write_atomic
+from qvision_lab.scenes.drawing import DrawnObject, generate
+from qvision_lab.scenes.layout import CATEGORIES, PICTURE
 
 
 def write_coco(
@@ -57,8 +57,8 @@ def write_coco(
     ]
     told = known | {"annotations": captions}
     there = known | {"annotations": instances, "categories": categories}
-    write_whole(folder / "captions.json", json.dumps(told))
-    write_whole(folder / "instances.json", json.dumps(there))
+    write_atomic(folder / "captions.json", json.dumps(told))
+    write_atomic(folder / "instances.json", json.dumps(there))
     return folder
 
 

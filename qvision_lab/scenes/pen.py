@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from qvision_lab.data.scenes.world import COLORS
+from qvision_lab.scenes.layout import COLORS
 
 Color = tuple[int, ...]  # red, green, blue, 0 to 255, and sometimes opacity
 Points = Sequence[tuple[float, float]]

@@ -16,11 +16,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import GenerationConfig
 
-from qvision_lab.model import published
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
-from qvision_lab.model.processor import QVisionProcessor
-from qvision_lab.model.storage import (
+from qvision_lab.model.loading import published
+from qvision_lab.model.loading.storage import (
     STORED_DTYPES,
     CheckpointError,
     StoredTensor,
@@ -29,6 +28,7 @@ from qvision_lab.model.storage import (
     read_json,
     read_tensors,
 )
+from qvision_lab.model.processor import QVisionProcessor
 
 WEIGHTS, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
 NEEDED_FILES = (

@@ -13,9 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from qvision_lab.decoding_step import Buffers, join_projections, padded_head, score_next_word
+from qvision_lab.captioning.decoding_step import (
+    Buffers,
+    join_projections,
+    padded_head,
+    score_next_word,
+)
+from qvision_lab.captioning.sampling import Choice
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
-from qvision_lab.sampling import Choice
 
 INDUCTOR = {"realize_reads_threshold": 1}  # what a product reads for each row is made once
 CAPTURED, GRAPHS = 4, 32  # sizes of batches whose buffers are kept, and graphs

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qvision_lab.images import ImageError, open_image
+from qvision_lab.captioning.images import ImageError, open_image
 from qvision_lab.model.processor import QVisionProcessor
 
 THREADS = 2  # that open pictures while the model works on a CPU; more stand in its way

@@ -9,8 +9,8 @@ from itertools import islice
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qvision_lab.generation import Search
-from qvision_lab.images import ImageError, Picture
+from qvision_lab.captioning.generation import Search
+from qvision_lab.captioning.images import ImageError, Picture
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.processor import QVisionProcessor
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 
-from qvision_lab.data.scenes.world import CATEGORIES, Group, Layout
+from qvision_lab.scenes.layout import CATEGORIES, Group, Layout
 
 NUMERALS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from math import cos, pi, sin
 
-from qvision_lab.data.scenes.pen import CLEAR, DARK, GLASS, GOLD, LEAF, SILVER, WHITE, WOOD, Pen
+from qvision_lab.scenes.pen import CLEAR, DARK, GLASS, GOLD, LEAF, SILVER, WHITE, WOOD, Pen
 
 
 def car(pen: Pen) -> None:

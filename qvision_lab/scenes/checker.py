@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from qvision_lab.data.scenes.telling import NUMERALS, PLACES, RELATIONS, SCENERY, SKIES
-from qvision_lab.data.scenes.world import CATEGORIES, COLORS, Group, Layout, Relation
+from qvision_lab.scenes.captions import NUMERALS, PLACES, RELATIONS, SCENERY, SKIES
+from qvision_lab.scenes.layout import CATEGORIES, COLORS, Group, Layout, Relation
 
 # What each phrase means.
 _PLACE, _SKY, _RELATION = (

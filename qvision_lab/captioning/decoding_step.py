@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qvision_lab.cached_attention import attend, attend_to_cache
+from qvision_lab.captioning.cached_attention import attend, attend_to_cache
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.decoder import Decoder, DecoderOutput
 

@@ -22,16 +22,16 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qvision_lab.caption_file import SeenNames, gather_records, read_records
-from qvision_lab.captions import Batch, Caption, Item, outcome
-from qvision_lab.compiled import FastDecoding
-from qvision_lab.decoding_step import Int8Decoder, copy_sharing_weights
-from qvision_lab.generation import Search
-from qvision_lab.images import ImageError, Picture, picture_name, walk_pictures
+from qvision_lab.captioning.captions import Batch, Caption, Item, outcome
+from qvision_lab.captioning.compiled import FastDecoding
+from qvision_lab.captioning.decoding_step import Int8Decoder, copy_sharing_weights
+from qvision_lab.captioning.generation import Search
+from qvision_lab.captioning.images import ImageError, Picture, picture_name, walk_pictures
+from qvision_lab.captioning.reading import Read, Reader, read_with_processes, read_with_threads
+from qvision_lab.captioning.records import SeenNames, gather_records, read_records
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
-from qvision_lab.model.checkpoint import Provenance, load_checkpoint
+from qvision_lab.model.loading.checkpoint import Provenance, load_checkpoint
 from qvision_lab.model.processor import QVisionProcessor, image_preset
-from qvision_lab.reading import Read, Reader, read_with_processes, read_with_threads
 
 BATCH_SIZES = {"cpu": 16, "cuda": 256}  # where none is asked for; on CUDA, what fills a card
 MANY = 512  # pictures in files, from which processes read them for a GPU
@@ -359,7 +359,7 @@ def load(
 ) -> Captioner:
     """Load a captioner: a folder, a Hub id, or (None) the one that ships inside the package.
 
-    `qvision_lab.model.checkpoint.load_checkpoint` says more about the arguments and the errors.
+    `model.loading.checkpoint.load_checkpoint` says more about the arguments and the errors.
     """
     if device is None and "LOCAL_RANK" in os.environ:  # each process has a device of its own
         device = _processes().device

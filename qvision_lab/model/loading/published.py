@@ -10,8 +10,8 @@ import torch
 from transformers import GPT2Tokenizer
 
 from qvision_lab.model.config import PUBLISHED_TEXT_CONFIG, QVisionConfig
+from qvision_lab.model.loading.storage import CheckpointError, download, read_headers, read_json
 from qvision_lab.model.processor import holds_tokenizer
-from qvision_lab.model.storage import CheckpointError, download, read_headers, read_json
 
 WEIGHT_FILES = ("encoder.safetensors", "decoder.safetensors")
 THIRD_COPY = "gpt_decoder.safetensors"  # GPT-Neo once more; nothing but `convert` reads it

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from math import cos, pi, sin
 
-from qvision_lab.data.scenes.pen import CLEAR, DARK, GOLD, WHITE, Color, Pen, mix
+from qvision_lab.scenes.pen import CLEAR, DARK, GOLD, WHITE, Color, Pen, mix
 
 
 def sun(pen: Pen) -> None:

@@ -9,9 +9,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
 
-from qvision_lab.compiled import FastDecoding
+from qvision_lab.captioning.compiled import FastDecoding
+from qvision_lab.captioning.sampling import (
+    NOT_SAMPLING,
+    WARPERS,
+    Choice,
+    Sampling,
+    SeededSampling,
+    row_keys,
+)
 from qvision_lab.model.captioner import PLAIN, QVisionForConditionalGeneration, generation_preset
-from qvision_lab.sampling import NOT_SAMPLING, WARPERS, Choice, Sampling, SeededSampling, row_keys
 
 LIVE_SETTINGS = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer"}
 UNSAID = {"transformers_version", "return_dict_in_generate"}

@@ -20,10 +20,10 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image, ImageChops
 
-from qvision_lab.data.scenes import backdrops, sketches
-from qvision_lab.data.scenes.pen import DARK, Pen
-from qvision_lab.data.scenes.telling import tell
-from qvision_lab.data.scenes.world import CATEGORIES, PICTURE, Layout, SceneObject, layout
+from qvision_lab.scenes import backdrops, sketches
+from qvision_lab.scenes.captions import tell
+from qvision_lab.scenes.layout import CATEGORIES, PICTURE, Layout, SceneObject, layout
+from qvision_lab.scenes.pen import DARK, Pen
 
 # How much darkness, 0 to 255, is laid over an object (light falls from the upper left) and at its
 # foot; and the film's grain.
