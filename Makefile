@@ -8,7 +8,7 @@ demo: setup  ## caption held-out scenes from disk with the embedded checkpoint
 test: setup  ## lint, tests, and every notebook
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-gpu: setup  ## what only a machine with a GPU can show
 	QVISION_GPU_TESTS=1 $(BIN)/python -m pytest tests/gpu
@@ -28,8 +28,8 @@ setup: .venv/installed
 lab: setup  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
 
-figures: demo  ## every picture of the README, drawn anew
+figures: demo  ## redraw every picture and table of the README and the results page
 	$(BIN)/qvision curves --output figures/training.png
 	$(BIN)/qvision look --folder figures
 	$(BIN)/qvision findings --figures figures
-	$(BIN)/qvision tables README.md --figures figures
+	$(BIN)/qvision tables README.md qvision_lab/benchmark/results/README.md --figures figures

@@ -8,10 +8,12 @@ from .evaluation import EvaluationReport as EvaluationReport
 from .evaluation import compare as compare
 from .evaluation import evaluate as evaluate
 from .interpretation import interventions as interventions
+from .interpretation.maps import query_maps as query_maps
+from .interpretation.maps import word_maps as word_maps
 from .interpretation.trace import Trace as Trace
 from .interpretation.trace import trace as trace
 from .model.captioner import QVisionForConditionalGeneration as QVisionForConditionalGeneration
-from .model.checkpoint import convert as convert
 from .model.config import QVisionConfig as QVisionConfig
+from .model.loading.checkpoint import convert as convert
 from .model.processor import QVisionProcessor as QVisionProcessor
 from .widgets import explore as explore

@@ -1,4 +1,4 @@
-"""Objects named that are not there, and how varied captions are."""
+"""CHAIR and its vocabularies; statistics of captions."""
 
 import json
 from collections import Counter
@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from qvision_lab.data.coco import open_dataset
-from qvision_lab.evaluation.chair import chair, coco_vocabulary, scenes_vocabulary
+from qvision_lab.evaluation.chair import chair, coco_vocabulary
 from qvision_lab.evaluation.statistics import CaptionStatistics, caption_statistics
 from qvision_lab.scenes import check, layout
-from qvision_lab.scenes.captions import tell
+from qvision_lab.scenes.captions import caption_scene
+from qvision_lab.scenes.dataset import scenes_vocabulary
 
 NAMED = yaml.safe_load(Path(__file__).with_name("chair_captions.yaml").read_text())
 
@@ -24,12 +25,9 @@ def test_what_a_caption_names(caption, named):
     assert all(caption[slice(*mention.span)] == mention.text for mention in mentions)
 
 
-def test_a_mention_says_which_words():
+def test_every_category_names_itself():
     mentions = coco_vocabulary().mentions("Two Tabby cats eat hot-dogs.")
     assert [mention.text for mention in mentions] == ["Tabby cats", "hot-dogs"]
-
-
-def test_every_category_names_itself():
     categories = coco_vocabulary().categories
     assert len(categories) == 80
     for name in categories:
@@ -39,11 +37,11 @@ def test_every_category_names_itself():
 def test_no_phrase_is_listed_twice():
     words = yaml.safe_load((files("qvision_lab.evaluation") / "coco_words.yaml").read_text())
     for section in (words["objects"], words["qualifiers"]):
-        listed = Counter(entry for said in section.values() for entry in said.split(", "))
+        listed = Counter(entry for row in section.values() for entry in row.split(", "))
         assert [entry for entry, times in listed.items() if times > 1] == []
 
 
-def test_counts_of_captions():
+def test_counts_of_captions_without_and_with_references():
     table = chair(
         {7: "A dog, a dog and a cat on a bench", 3: "", 5: "Grass"},
         {3: {"car"}, 5: set(), 7: {"dog", "person"}, 9: {"cup"}},
@@ -57,9 +55,6 @@ def test_counts_of_captions():
         [1, 0, 0, 0, 0, 0],
     ]
     assert table["hallucinated_objects"].to_list() == [("cat", "bench"), (), ()]
-
-
-def test_what_people_name_is_there_too():
     captions, objects = {"a": "A kitten on a bench"}, {"a": {"cat"}}
     alone = chair(captions, objects, coco_vocabulary())
     joined = chair(captions, objects, coco_vocabulary(), {"a": ["A pew.", "A red car"]})
@@ -69,7 +64,7 @@ def test_what_people_name_is_there_too():
 
 def test_scenes_are_read_as_the_checker_reads_them():
     truths = {i: layout("crowd", 0, i) for i in range(200)}
-    captions = {i: tell(truth, 1)[0] for i, truth in truths.items()}
+    captions = {i: caption_scene(truth, 1)[0] for i, truth in truths.items()}
     objects = {i: {thing.category for thing in truth.objects} for i, truth in truths.items()}
     for i, caption in captions.items():
         mentions = scenes_vocabulary().mentions(caption)
@@ -114,13 +109,13 @@ def test_statistics_by_hand():
         distinct_1=3 / 8,
         distinct_2=3 / 8,  # a dog, dog a, a cat: none runs from one caption into the next
         unique=3 / 4,
-        seen=1 / 4,
+        in_training=1 / 4,
     )
 
 
 def test_statistics_where_there_is_nothing():
-    assert caption_statistics(["A dog"]).seen is None
-    assert caption_statistics(["A dog"], training=[]).seen == 0
+    assert caption_statistics(["A dog"]).in_training is None
+    assert caption_statistics(["A dog"], training=[]).in_training == 0
     assert caption_statistics(["Three o'clock"]).mean_length == 2
     wordless = caption_statistics(["", "..."])
     assert wordless.distinct_1 != wordless.distinct_1  # nan

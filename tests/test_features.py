@@ -1,4 +1,4 @@
-"""The cache of what the tower sees: right, shared, resumed, and refused where it is not."""
+"""The cache of vision states: correct, shared, resumed, and refused where it does not fit."""
 
 import copy
 from dataclasses import replace
@@ -11,6 +11,7 @@ from PIL import Image
 
 from qvision_lab.data.coco import CaptionDataset, CaptionedImage, open_dataset
 from qvision_lab.model.processor import QVisionProcessor
+from qvision_lab.scenes.dataset import SceneDrawing
 from qvision_lab.training import features
 from qvision_lab.training.features import FeatureCache
 
@@ -35,57 +36,57 @@ def processor(tiny, byte_tokenizer) -> QVisionProcessor:
     return QVisionProcessor.from_config(tiny.config, byte_tokenizer)
 
 
-def see(cache, pictures, tiny, processor, **settings):
-    return cache.see(pictures, tiny, processor, **{"batch_size": 3, **settings})
+def encode(cache, pictures, tiny, processor, **settings):
+    return cache.encode(pictures, tiny, processor, **{"batch_size": 3, **settings})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_states_are_the_towers(tmp_path, tiny, pictures, processor, dtype):
-    seen = see(FeatureCache(tmp_path / "cache", tiny, dtype), pictures, tiny, processor)
-    assert len(set(seen.places.values())) == 6
-    assert seen.places["0.png"] == seen.places["6.png"]
-    assert not seen.failed
+    cached = encode(FeatureCache(tmp_path / "cache", tiny, dtype), pictures, tiny, processor)
+    assert len(set(cached.places.values())) == 6
+    assert cached.places["0.png"] == cached.places["6.png"]
+    assert not cached.failed
     for image in pictures:
         pixels = processor(images=Image.open(image.image))["pixel_values"]
         with torch.no_grad():
-            states = tiny.vision.see(pixels)[0].to(features.DTYPES[dtype])
-        torch.testing.assert_close(seen[image.image_id], states, atol=1e-5, rtol=1e-2)
+            states = tiny.vision.encode(pixels)[0].to(features.DTYPES[dtype])
+        torch.testing.assert_close(cached[image.image_id], states, atol=1e-5, rtol=1e-2)
 
 
-def test_what_was_seen_is_not_seen_again(tmp_path, tiny, pictures, processor, monkeypatch):
+def test_known_images_are_not_encoded_again(tmp_path, tiny, pictures, processor, monkeypatch):
     folder = tmp_path / "cache"
-    first = see(FeatureCache(folder, tiny, "float32"), pictures, tiny, processor)
+    first = encode(FeatureCache(folder, tiny, "float32"), pictures, tiny, processor)
     cache = FeatureCache(folder, tiny, "float32")
     with monkeypatch.context() as patched:
-        patched.setattr(tiny.vision, "see", lambda pixels: pytest.fail("saw a known picture"))
+        patched.setattr(tiny.vision, "encode", lambda pixels: pytest.fail("encoded a known image"))
         with patched.context() as unread:
             unread.setattr(Path, "read_bytes", lambda path: pytest.fail("read a known file"))
-            again = see(cache, pictures.subset(3), tiny, processor)
+            again = encode(cache, pictures.subset(3), tiny, processor)
         assert again.places == {key: first.places[key] for key in again.places}
         moved = tmp_path / "moved"
         (tmp_path / "pictures").rename(moved)
         images = (replace(image, image=moved / image.image.name) for image in pictures)
         there = CaptionDataset("moved", tuple(images))
-        assert see(cache, there, tiny, processor).places == first.places
+        assert encode(cache, there, tiny, processor).places == first.places
     draw(moved / "2.png", seed=99)
-    changed = see(cache, there, tiny, processor)
+    changed = encode(cache, there, tiny, processor)
     assert {key for key in first.places if changed.places[key] != first.places[key]} == {"2.png"}
 
 
-def test_an_interrupted_build_goes_on(tmp_path, tiny, pictures, processor, monkeypatch):
-    whole = see(FeatureCache(tmp_path / "whole", tiny, "float32"), pictures, tiny, processor)
+def test_an_interrupted_build_resumes(tmp_path, tiny, pictures, processor, monkeypatch):
+    whole = encode(FeatureCache(tmp_path / "whole", tiny, "float32"), pictures, tiny, processor)
     torn = FeatureCache(tmp_path / "torn", tiny, "float32")
-    looks = iter([torch.ones(3, 4, 16)])
+    states = iter([torch.ones(3, 4, 16)])
     with monkeypatch.context() as patched:
-        patched.setattr(tiny.vision, "see", lambda pixels: next(looks))
+        patched.setattr(tiny.vision, "encode", lambda pixels: next(states))
         with pytest.raises(StopIteration):
-            see(torn, pictures, tiny, processor)
+            encode(torn, pictures, tiny, processor)
     (tmp_path / "torn/half.123").write_bytes(b"half a file")
     resumed = FeatureCache(tmp_path / "torn", tiny, "float32")
-    seen = see(resumed, pictures, tiny, processor, workers=1)
-    assert (seen["2.png"] == 1).all()
+    cached = encode(resumed, pictures, tiny, processor, workers=1)
+    assert (cached["2.png"] == 1).all()
     for name in ("3.png", "4.png", "5.png"):
-        torch.testing.assert_close(seen[name], whole[name], atol=0, rtol=0)
+        torch.testing.assert_close(cached[name], whole[name], atol=0, rtol=0)
 
 
 def test_bad_pictures_are_reported_and_stop_nothing(tmp_path, tiny, pictures, processor):
@@ -93,15 +94,15 @@ def test_bad_pictures_are_reported_and_stop_nothing(tmp_path, tiny, pictures, pr
     pictures[4].image.unlink()
     cache = FeatureCache(tmp_path / "cache", tiny, "bfloat16")
     for _ in ("built", "known"):
-        seen = see(cache, pictures, tiny, processor)
-        assert seen.failed.keys() == {"1.png", "4.png"}
-        assert "1.png" in seen.failed["1.png"]
-        assert len(seen.places) == 5
+        cached = encode(cache, pictures, tiny, processor)
+        assert cached.failed.keys() == {"1.png", "4.png"}
+        assert "1.png" in cached.failed["1.png"]
+        assert len(cached.places) == 5
 
 
 def test_a_stale_cache_is_refused_with_the_reason(tmp_path, tiny, pictures, processor):
     folder = tmp_path / "cache"
-    see(FeatureCache(folder, tiny, "bfloat16"), pictures, tiny, processor)
+    encode(FeatureCache(folder, tiny, "bfloat16"), pictures, tiny, processor)
     with pytest.raises(ValueError, match="dtype bfloat16, not float32"):
         FeatureCache(folder, tiny, "float32")
     other = copy.deepcopy(tiny)
@@ -113,28 +114,31 @@ def test_a_stale_cache_is_refused_with_the_reason(tmp_path, tiny, pictures, proc
         FeatureCache(tmp_path / "none", tiny, "int8")
 
 
-def test_a_torn_cache_is_refused_with_the_reason(tmp_path, tiny, pictures, processor):
+def test_a_damaged_cache_is_refused_with_the_reason(tmp_path, tiny, pictures, processor):
     folder = tmp_path / "cache"
-    see(FeatureCache(folder, tiny, "float32"), pictures, tiny, processor)
+    encode(FeatureCache(folder, tiny, "float32"), pictures, tiny, processor)
     file = next(folder.glob("*.safetensors"))
     content = file.read_bytes()
     for torn in (content[:-1], content[:20], b""):
         file.write_bytes(torn)
-        with pytest.raises(ValueError, match=rf"{file.name} is torn .*: delete it"):
+        with pytest.raises(ValueError, match=rf"{file.name} is damaged .*: delete it"):
             FeatureCache(folder, tiny, "float32")
 
 
-def test_no_room_is_said_before_anything_is_seen(tmp_path, tiny, pictures, processor, monkeypatch):
+def test_a_full_disk_is_an_error_before_anything_is_encoded(
+    tmp_path, tiny, pictures, processor, monkeypatch
+):
     full = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(features.shutil, "disk_usage", lambda folder: full)
     cache = FeatureCache(tmp_path / "cache", tiny, "float32")
-    with pytest.raises(OSError, match=r"7 pictures need .* GB .* are free"):
-        see(cache, pictures, tiny, processor)
+    with pytest.raises(OSError, match=r"7 images need .* GB .* are free"):
+        encode(cache, pictures, tiny, processor)
 
 
-def test_scenes_are_told_by_what_is_drawn(tmp_path, tiny, processor, monkeypatch):
+def test_drawings_of_known_names_are_not_drawn_again(tmp_path, tiny, processor, monkeypatch):
     scenes = open_dataset("scenes:val", n=3, seed=4)
     cache = FeatureCache(tmp_path / "cache", tiny, "float32")
-    seen = see(cache, scenes, tiny, processor)
-    monkeypatch.setattr(tiny.vision, "see", lambda pixels: pytest.fail("saw a known scene"))
-    assert see(cache, scenes, tiny, processor) == seen
+    cached = encode(cache, scenes, tiny, processor)
+    monkeypatch.setattr(SceneDrawing, "draw", lambda drawing: pytest.fail("drew a known scene"))
+    cache = FeatureCache(tmp_path / "cache", tiny, "float32")
+    assert encode(cache, scenes, tiny, processor) == cached

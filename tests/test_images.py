@@ -1,4 +1,4 @@
-"""Pictures of any kind come out as a viewer shows them, or the error says why not."""
+"""Images of any kind are opened as a viewer shows them, or the error says why not."""
 
 import functools
 import http.server
@@ -30,7 +30,7 @@ def encode(picture: Image.Image, **settings) -> bytes:
     return buffer.getvalue()
 
 
-def test_every_kind_gives_the_same_picture(picture, tmp_path):
+def test_every_kind_gives_the_same_image(picture, tmp_path):
     path = tmp_path / "picture.png"
     picture.save(path)
     pixels = np.array(picture)
@@ -46,12 +46,8 @@ def test_every_kind_gives_the_same_picture(picture, tmp_path):
 
 def test_url(picture, tmp_path, monkeypatch):
     picture.save(tmp_path / "picture.png")
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    handler = functools.partial(Quiet, directory=tmp_path)
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
@@ -66,20 +62,18 @@ def test_url(picture, tmp_path, monkeypatch):
         open_image(f"{url}/picture.png")
 
 
-def test_exif_orientation(picture):
+def test_exif_transparency_and_animation(picture):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
-    opened = open_image(encode(picture, exif=exif))
-    assert opened.getpixel((0, 0)) == BLUE
-
-
-def test_transparency_is_laid_on_white():
+    assert open_image(encode(picture, exif=exif)).getpixel((0, 0)) == BLUE
     clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     palette = Image.new("P", (2, 2), 0)
     palette.putpalette([255, 0, 0])
-    for encoded in (encode(clear), encode(palette, transparency=0)):
-        assert open_image(encoded).getpixel((0, 0)) == (255, 255, 255)
-    assert open_image(np.zeros((2, 2, 4))).getpixel((0, 0)) == (255, 255, 255)
+    for kind in (encode(clear), encode(palette, transparency=0), np.zeros((2, 2, 4))):
+        assert open_image(kind).getpixel((0, 0)) == (255, 255, 255)
+    frames = [Image.new("RGB", (1, 1), BLUE)]
+    gif = encode(Image.new("RGB", (1, 1), RED), format="gif", save_all=True, append_images=frames)
+    assert open_image(gif).getpixel((0, 0)) == RED
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "YCbCr"])
@@ -96,38 +90,23 @@ def test_sixteen_bits_are_scaled_not_clipped():
         np.testing.assert_array_equal(gray, np.arange(256))
 
 
-def test_animation_gives_its_first_frame(picture):
-    frames = [Image.new("RGB", (4, 4), BLUE)]
-    gif = encode(Image.new("RGB", (4, 4), RED), format="gif", save_all=True, append_images=frames)
-    assert open_image(gif).getpixel((0, 0)) == RED
-
-
-def test_one_pixel():
-    assert open_image(encode(Image.new("RGB", (1, 1), RED))).getpixel((0, 0)) == RED
-
-
-def test_huge_pictures_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2_000_000)  # stands in for 20,000 x 20,000
-    path = tmp_path / "huge.png"
-    Image.new("RGB", (2100, 2100)).save(path)
-    with pytest.raises(ImageError, match=r"huge\.png has more than 4,000,000 pixels.*shrink"):
-        open_image(path)
-
-
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "tiff", "bmp"])
 def test_truncated(kind, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    whole = encode(Image.fromarray(noise), format=kind)
+    complete = encode(Image.fromarray(noise), format=kind)
     path = tmp_path / f"half.{kind}"
-    path.write_bytes(whole[: len(whole) // 2])
+    path.write_bytes(complete[: len(complete) // 2])
     with pytest.raises(ImageError, match=r"half\."):
         open_image(path)
 
 
-def test_no_pictures(tmp_path):
+def test_files_that_are_no_images(monkeypatch, tmp_path):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2_000_000)  # stands in for 20,000 x 20,000
+    Image.new("RGB", (2100, 2100)).save(tmp_path / "huge.png")
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.png").write_text("hello")
     for name, words in {
+        "huge.png": r"huge\.png has more than 4,000,000 pixels.*shrink",
         "empty.png": r"empty\.png is empty \(0 bytes\)",
         "text.png": r"text\.png is no picture",
         "none.png": r"cannot read .*none\.png",
@@ -149,6 +128,6 @@ def test_no_pictures(tmp_path):
         (np.zeros((2, 2), int), "int64"),
     ],
 )
-def test_arrays_that_are_no_pictures(values, words):
+def test_arrays_that_are_no_images(values, words):
     with pytest.raises(ImageError, match=words):
         open_image(values)

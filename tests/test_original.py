@@ -1,12 +1,10 @@
-"""The original's way gives the original's ids, and every faster way gives the same ones."""
+"""The original algorithm gives the original ids, and every faster method gives the same ones."""
 
 import copy
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from qvision_lab.benchmark.latency import race
@@ -22,39 +20,30 @@ from qvision_lab.captioning.generation import Search
 from qvision_lab.captioning.sampling import Choice, row_keys
 from qvision_lab.interpretation.interventions import mute
 from qvision_lab.model.captioner import PLAIN
-from qvision_lab.model.loading.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")
-def pixels() -> torch.Tensor:
-    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+def pixels(pixels) -> torch.Tensor:
+    return pixels[:3]
 
 
-@pytest.mark.parametrize("name", ["published_a", "published_b"])
-def test_the_original_way_gives_the_reference_ids(shared, name):
-    folder = shared / "reference" / name
-    model = load_checkpoint(folder).model
-    pixel_values = load_file(folder / "expected.safetensors")["pixel_values"]
-    cases = json.loads((folder / "expected.json").read_text())["generate"]
-    greedy = [case for case in cases if case["name"] == "greedy"]
+def test_the_original_algorithm_gives_the_reference_ids(reference):
+    model, expected, facts = reference
+    greedy = [case for case in facts["generate"] if case["name"] == "greedy"]
     assert len(greedy) == 6
     for case in greedy:
-        ids = generate_the_original_way(model, pixel_values[[case["image"]]])
-        assert ids[0].tolist() == case["ids"]
+        image = expected["pixel_values"][[case["image"]]]
+        assert generate_the_original_way(model, image)[0].tolist() == case["ids"]
 
 
-@pytest.mark.parametrize("name", ["published_a", "published_b"])
-def test_fast_decoding_gives_the_reference_ids(shared, name):
-    folder = shared / "reference" / name
-    model = load_checkpoint(folder).model
-    pixel_values = load_file(folder / "expected.safetensors")["pixel_values"]
-    cases = json.loads((folder / "expected.json").read_text())["generate"]
-    greedy = [case for case in cases if case["settings"]["top_k"] == 1]
+def test_fast_decoding_gives_the_reference_ids(reference):
+    model, expected, facts = reference
+    greedy = [case for case in facts["generate"] if case["settings"]["top_k"] == 1]
     assert len(greedy) == 12
     for case in greedy:
-        kept = ("temperature", "top_k", "top_p", "repetition_penalty", "min_length")
-        settings = {name: case["settings"][name] for name in kept}
-        image, end = pixel_values[[case["image"]]], len(case["ids"]) - 1
+        names = ("temperature", "top_k", "top_p", "repetition_penalty", "min_length")
+        settings = {name: case["settings"][name] for name in names}
+        image, end = expected["pixel_values"][[case["image"]]], len(case["ids"]) - 1
         for do_sample in (False, True):  # a draw among one word
             draws = row_keys(["any"]) if do_sample else None
             how = {**settings, "do_sample": do_sample}
@@ -63,18 +52,14 @@ def test_fast_decoding_gives_the_reference_ids(shared, name):
             assert (ids[0, end:] == model.config.pad_token_id).all()
 
 
-def special_tokens(model) -> dict[str, int]:
-    config = model.config
-    names = {"bos_token_id": "start", "eos_token_id": "end", "pad_token_id": "pad"}
-    return {name: getattr(config, f"{part}_token_id") for name, part in names.items()}
-
-
 def run(decoding: FastDecoding, settings: dict, steps: int, pixel_values, draws=None):
-    config = GenerationConfig(**{**PLAIN, **settings}, **special_tokens(decoding.model))
+    model = decoding.model.config
+    tokens = {"bos_token_id": model.start_token_id, "eos_token_id": model.end_token_id}
+    config = GenerationConfig(**{**PLAIN, **settings}, **tokens, pad_token_id=model.pad_token_id)
     return decoding.run(Choice.from_config(config), steps, draws, pixel_values=pixel_values)[0]
 
 
-def test_faster_ways_give_the_same_ids(tiny, pixels):
+def test_faster_methods_give_the_same_ids(tiny, pixels):
     length = {"min_length": 5, "max_new_tokens": 20}
     slow = [generate_the_original_way(tiny, image[None], **length)[0].tolist() for image in pixels]
 
@@ -90,12 +75,12 @@ def test_faster_ways_give_the_same_ids(tiny, pixels):
     rounded = copy_sharing_weights(tiny)
     rounded.decoder = Int8Decoder(tiny.decoder)
     assert not rounded.decoder.lm_head.weight.is_floating_point()
-    said = run(FastDecoding(rounded, rows=1), greedy, 20, pixels[:1])  # not its code
+    int8 = run(FastDecoding(rounded, rows=1), greedy, 20, pixels[:1])  # not the code of `tiny`
     check(run(compiled, greedy, 20, pixels[:1]), slow[:1])
-    assert run(FastDecoding(rounded), greedy, 20, pixels[:1]).equal(said)
+    assert run(FastDecoding(rounded), greedy, 20, pixels[:1]).equal(int8)
     how = {**PLAIN, **length, "do_sample": False}
     by_library = rounded.generate(pixel_values=pixels[:1], **how)
-    assert by_library[0, 1:].tolist() == said[0].tolist()
+    assert by_library[0, 1:].tolist() == int8[0].tolist()
     with torch.compiler.set_stance("force_eager"):
         for decoding in (FastDecoding(tiny), compiled, FastDecoding(tiny, rows=4)):  # one padded
             check(run(decoding, greedy, 20, pixels), slow)
@@ -114,7 +99,7 @@ SETTINGS = [
 def test_fast_decoding_is_generate(tiny, pixels, settings, dtype):
     model, k = copy.deepcopy(tiny).to(dtype), 1 + settings["do_sample"]
     config = {**PLAIN, **settings, "num_return_sequences": k}
-    search = Search.from_settings(model, "greedy", 3, {**config, "max_new_tokens": 20})
+    search = Search.from_settings(model, preset="greedy", seed=3, **config, max_new_tokens=20)
     fast = search.run(FastDecoding(model), pixels, ["a", "b", "c"])
     plain = replace(search, live={"logits_processor": []})  # live objects need `generate`
     slow = plain.run(FastDecoding(model), pixels, ["a", "b", "c"])
@@ -122,8 +107,8 @@ def test_fast_decoding_is_generate(tiny, pixels, settings, dtype):
     if dtype == torch.float32:
         ends = slow[0].shape[1]
         assert fast[0][:, :ends].equal(slow[0])
-        told = slow[0] != model.config.pad_token_id
-        torch.testing.assert_close(fast[1][:, :ends][told], slow[1][told], atol=1e-4, rtol=0)
+        words = slow[0] != model.config.pad_token_id
+        torch.testing.assert_close(fast[1][:, :ends][words], slow[1][words], atol=1e-4, rtol=0)
     else:
         same = fast[0][:, 0] == slow[0][:, 0]  # later words follow these
         assert same.float().mean() > 0.6
@@ -133,14 +118,14 @@ def test_fast_decoding_is_generate(tiny, pixels, settings, dtype):
 def test_settings_beyond_a_choice_go_to_generate(tiny, pixels):
     names = ["a", "b", "c"]
     for settings in ({"no_repeat_ngram_size": 2}, {"num_beams": 2}, {"typical_p": 0.5}):
-        search = Search.from_settings(tiny, "greedy", 0, settings)
+        search = Search.from_settings(tiny, preset="greedy", **settings)
         assert Choice.from_config(search.config) is None
         assert len(search.run(FastDecoding(tiny), pixels, names)[0]) == 3
-    long = Search.from_settings(tiny, "greedy", 0, {"max_new_tokens": 65})  # 64 positions
+    long = Search.from_settings(tiny, preset="greedy", max_new_tokens=65)  # 64 positions
     assert not FastDecoding(tiny).can_run(long.new_tokens)
 
 
-def test_fast_decoding_sees_weights_that_change(tiny, pixels):
+def test_fast_decoding_follows_weights_that_change(tiny, pixels):
     model = copy.deepcopy(tiny)
     decoding, plain = FastDecoding(model), {"do_sample": False}
     joined = [join_projections(block.attn.attention) for block in model.decoder.language_model.h]
@@ -155,8 +140,8 @@ def test_fast_decoding_sees_weights_that_change(tiny, pixels):
             parameter.add_(0.1 * torch.randn_like(parameter))
     for linear, block in zip(joined, model.decoder.language_model.h, strict=True):
         parts = block.attn.attention
-        seen = torch.cat([parts.q_proj.weight, parts.k_proj.weight, parts.v_proj.weight])
-        assert linear.weight.equal(seen)
+        weights = [parts.q_proj.weight, parts.k_proj.weight, parts.v_proj.weight]
+        assert linear.weight.equal(torch.cat(weights))
     changed = run(decoding, plain, 12, pixels)
     assert not changed.equal(first)
     assert changed.equal(run(FastDecoding(copy.deepcopy(model)), plain, 12, pixels))
@@ -164,7 +149,7 @@ def test_fast_decoding_sees_weights_that_change(tiny, pixels):
     assert run(decoding, plain, 12, pixels).shape == first.shape
 
 
-def test_hooks_go_the_plain_way(tiny, pixels):
+def test_hooks_prevent_fast_decoding(tiny, pixels):
     model = copy.deepcopy(tiny)
     decoding = FastDecoding(model)
     assert decoding.can_run(20)
@@ -184,7 +169,7 @@ def test_int8_weights_are_within_half_a_step():
     assert rounded.weight.dtype == torch.int8
 
 
-def test_race_reports_every_way(tiny):
+def test_race_reports_every_method(tiny):
     with torch.compiler.set_stance("force_eager"):
         rows = list(race(tiny, bandwidth=1e9, quick=True))
     assert [(row.mode, row.dtype, row.batch) for row in rows] == [

@@ -1,11 +1,10 @@
-"""Peers are as big as their authors say, and no row shows a number that was not measured."""
+"""Peers have their published sizes, and no row shows a number that was not measured."""
 
 import copy
 import json
 from collections import Counter
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Event, Thread
+from functools import partial
 
 import pytest
 import torch
@@ -27,16 +26,12 @@ SIZES = {
     "LLaVA-1.5 7B": (7_063_427_072, 7_063_427_072 - 303_507_456),
     "LLaVA-1.5 13B": (13_351_494_656, 13_351_494_656 - 303_507_456),
 }
-SMALL = {
-    **{"hidden_size": 32, "intermediate_size": 32, "ffn_dim": 32, "word_embed_proj_dim": 32},
-    **{
-        "encoder_hidden_size": 32,
-        "projection_dim": 32,
-        "vocab_size": 50272,
-        "image_text_hidden_size": 32,
-    },
-    **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4},
-}
+WIDTHS = (
+    *("hidden_size", "intermediate_size", "ffn_dim", "word_embed_proj_dim", "encoder_hidden_size"),
+    *("projection_dim", "image_text_hidden_size"),
+)
+SMALL = {**dict.fromkeys(WIDTHS, 32), "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +41,9 @@ def uncompiled():
 
 
 def shrink(config: PreTrainedConfig) -> None:
-    """Make a configuration and all that it holds small, but for its pictures and tokens."""
+    """Make a configuration and its parts small, except for image size and vocabulary."""
     for name, value in SMALL.items():
-        if hasattr(config, name) and name != "vocab_size":
+        if hasattr(config, name):
             setattr(config, name, value)
     for part in vars(config).values():
         if isinstance(part, PreTrainedConfig):
@@ -60,7 +55,7 @@ def test_sizes_are_those_of_the_public_configurations():
 
 
 @pytest.mark.parametrize("peer", PEERS[:4] + PEERS[5:6], ids=lambda peer: peer.name)
-def test_every_peer_says_exactly_so_many_tokens(peer, monkeypatch):
+def test_every_peer_generates_exactly_so_many_tokens(peer):
     config = peer.config.__class__.from_dict(peer.config.to_dict())
     shrink(config)
     model = replace(peer, config=config).build(torch.float32, "cpu")
@@ -73,7 +68,7 @@ def test_every_peer_says_exactly_so_many_tokens(peer, monkeypatch):
     assert len(ids) == 1
 
 
-def test_what_does_not_fit_says_what_it_needs(tiny, monkeypatch):
+def test_a_peer_too_large_for_the_memory_has_its_need(tiny, monkeypatch):
     monkeypatch.setattr(peers, "free_memory", lambda device: 4e9)
     (row,) = run_peers(tiny, PEERS[3:4], quick=True)
     assert row.seconds is row.ratio_to_qvision is None
@@ -92,7 +87,7 @@ def large(monkeypatch):
     return found
 
 
-def test_a_library_that_does_not_compile_says_so(tiny, large):
+def test_a_library_that_does_not_compile_is_recorded(tiny, large):
     for row in run_peers(tiny, large, quick=True):  # transformers compiles on no CPU
         assert len(row.seconds) == len(row.qvision_seconds) == 2
         assert row.ratio_to_qvision > 0
@@ -100,7 +95,7 @@ def test_a_library_that_does_not_compile_says_so(tiny, large):
         assert row.fastest_not_measured.endswith("transformers compiled no step of it")
 
 
-def test_the_fastest_way_is_timed_in_the_same_rounds(tiny, large, monkeypatch):
+def test_the_fastest_method_is_timed_in_the_same_rounds(tiny, large, monkeypatch):
     compile_none = hf.GenerationMixin._valid_auto_compile_criteria
 
     def compile_all(self, *arguments):
@@ -110,12 +105,12 @@ def test_the_fastest_way_is_timed_in_the_same_rounds(tiny, large, monkeypatch):
     monkeypatch.setattr(hf.GenerationMixin, "_valid_auto_compile_criteria", compile_all)
     for row in run_peers(tiny, large, quick=True):
         assert row.not_measured is row.fastest_not_measured is None
-        ratios = {}
-        for name in ("qvision_seconds", "qvision_compiled_seconds"):
-            pairs = zip(row.fastest_seconds, getattr(row, name), strict=True)
-            ratios[name] = sum(theirs / ours for theirs, ours in pairs) / 2
-        assert row.fastest_ratio_to_qvision == pytest.approx(ratios["qvision_seconds"])
-        assert row.fastest_ratio_to_compiled == pytest.approx(ratios["qvision_compiled_seconds"])
+        for ours, ratio in (
+            (row.qvision_seconds, row.fastest_ratio_to_qvision),
+            (row.qvision_compiled_seconds, row.fastest_ratio_to_compiled),
+        ):
+            ratios = [t / o for t, o in zip(row.fastest_seconds, ours, strict=True)]
+            assert ratio == pytest.approx(sum(ratios) / 2)
 
 
 def test_a_peer_that_fails_leaves_the_others_measured(tiny, large, monkeypatch):
@@ -137,48 +132,37 @@ def test_a_peer_that_fails_leaves_the_others_measured(tiny, large, monkeypatch):
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    """A stub that speaks OpenAI's protocol and answers as the test says; None hangs."""
-    asked, hang = [], Event()
+    """Make OpenAI's client receive an answer: a JSON body, a status, or None, a time-out."""
+    openai, httpx = pytest.importorskip("openai"), pytest.importorskip("httpx")
+    requests = []
 
-    class Stub(BaseHTTPRequestHandler):
-        answer: dict | int | None = None
+    def answer_with(answer: dict | int | None) -> list[dict]:
+        def handle(request):
+            requests.append(json.loads(request.content))
+            if answer is None:
+                assert request.extensions["timeout"]["read"] == 0.2
+                raise httpx.ReadTimeout("no answer", request=request)
+            if isinstance(answer, int):
+                return httpx.Response(answer, json={})
+            return httpx.Response(200, json=answer)
 
-        def do_POST(self):
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            if self.answer is None:
-                hang.wait(30)
-                return
-            status = self.answer if isinstance(self.answer, int) else 200
-            body = b"{}" if status != 200 else json.dumps(self.answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(body)
+        client = httpx.Client(transport=httpx.MockTransport(handle))
+        monkeypatch.setattr(openai, "OpenAI", partial(openai.OpenAI, http_client=client))
+        monkeypatch.setenv("OPENAI_API_KEY", "a key")
+        return requests
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("OPENAI_API_KEY", "a key")
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
-    Stub.asked = asked
-    yield Stub
-    hang.set()
-    server.shutdown()
-    server.server_close()
+    return answer_with
 
 
-def says(text: str | None) -> dict:
+def chat(text: str | None) -> dict:
     return {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
 
 
 def test_gpt4_captions(endpoint):
-    pytest.importorskip("openai")
-    endpoint.answer = says(" a red square ")
+    requests = endpoint(chat(" a red square "))
     picture = Image.new("RGB", (8, 8), "red")
     assert Gpt4Captioner().caption(picture, 7) == "a red square"
-    (request,) = endpoint.asked
+    (request,) = requests
     assert request["max_tokens"] == 7
     _, image = request["messages"][0]["content"]
     assert image["image_url"]["url"].startswith("data:image/png;base64,")
@@ -188,23 +172,22 @@ def test_gpt4_captions(endpoint):
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "message"),
     [
         (None, "no answer in 0.2 s"),
         (500, "could not be asked"),
-        (says(None), "without text"),
+        (chat(None), "without text"),
         ({"choices": []}, "without text"),
     ],
-    ids=["hangs", "fails", "no text", "no choice"],
+    ids=["times out", "fails", "no text", "no choice"],
 )
-def test_a_bad_endpoint_gives_no_number(endpoint, answer, told):
-    pytest.importorskip("openai")
-    endpoint.answer = answer
+def test_a_bad_endpoint_gives_no_number(endpoint, answer, message):
+    requests = endpoint(answer)
     picture = Image.new("RGB", (8, 8))
-    with pytest.raises(EndpointError, match=told):
+    with pytest.raises(EndpointError, match=message):
         Gpt4Captioner(timeout=0.2 if answer is None else 60).caption(picture)
-    assert len(endpoint.asked) == 1  # nothing is asked twice
+    assert len(requests) == 1  # no request is repeated
     if answer is not None:
         row = gpt4_row(picture, quick=True)
         assert row.seconds is None
-        assert told in row.not_measured
+        assert message in row.not_measured

@@ -1,4 +1,4 @@
-"""Plots say what was handed in, and leave showing and saving to the caller."""
+"""Plots show the values that they are given."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -7,21 +7,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from qvision_lab import plots
-from qvision_lab.plots import (
-    caption_sheet,
-    map_sheet,
-    plot_effects,
-    plot_patch_map,
-    plot_removal_curves,
-    plot_training_curves,
-    query_sheet,
-)
 
 
 @dataclass
-class Said:
+class Caption:
     text: str
     source: str = "nowhere.png"
 
@@ -32,9 +24,11 @@ def no_figures_left():
     plt.close("all")
 
 
-def test_caption_sheet_shows_pictures_captions_and_marks():
-    pictures = [np.zeros((20, 30, 3), np.uint8)] * 3
-    figure = caption_sheet([Said("a dog"), Said("a cat"), Said("a cup")], pictures, 2, [1, 0, 1])
+def test_caption_sheet_shows_images_captions_and_marks(tmp_path):
+    Image.new("L", (30, 20)).save(tmp_path / "cup.png")
+    images = [np.zeros((20, 30, 3), np.uint8), Image.new("P", (30, 20)), tmp_path / "cup.png"]
+    captions = [Caption("a dog"), Caption("a cat"), Caption("a cup")]
+    figure = plots.caption_sheet(captions, images, 2, [1, 0, 1])
     texts = [[text.get_text() for text in ax.texts] for ax in figure.axes]
     assert texts == [["a dog", "✓"], ["a cat", "✗"], ["a cup", "✓"], []]
     assert [len(ax.images) for ax in figure.axes] == [1, 1, 1, 0]
@@ -42,14 +36,14 @@ def test_caption_sheet_shows_pictures_captions_and_marks():
 
 def test_caption_sheet_wants_one_of_each():
     with pytest.raises(ValueError, match="1 marks for 2 captions"):
-        caption_sheet([Said("a dog")] * 2, marks=[True])
+        plots.caption_sheet([Caption("a dog")] * 2, marks=[True])
     with pytest.raises(ValueError, match="no caption"):
-        caption_sheet([])
+        plots.caption_sheet([])
 
 
 def test_training_curves_draw_every_column():
     log = pd.DataFrame({"step": [1, 2, 2], "loss": [3.0, 2.0, None]})
-    ax = plot_training_curves(log.assign(eval_true=[None, None, 0.5]))
+    ax = plots.plot_training_curves(log.assign(eval_true=[None, None, 0.5]))
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), [3.0, 2.0])
     _, shares = ax.figure.axes
     np.testing.assert_array_equal(shares.lines[0].get_ydata(), [0.5])
@@ -72,7 +66,7 @@ def peaked(row, column, height=1.0, **named):
 
 
 def test_patch_maps_lie_flat_on_the_patches_of_a_grey_photo():
-    ax = plot_patch_map(PHOTO, peaked(1, 5), grid=True)
+    ax = plots.plot_patch_map(PHOTO, peaked(1, 5), grid=True)
     photo, heat = ax.images
     assert photo.get_array().ndim == 2
     assert list(photo.get_extent()) == list(heat.get_extent()) == [0, 56, 28, 0]
@@ -90,7 +84,7 @@ def test_patch_maps_lie_flat_on_the_patches_of_a_grey_photo():
 
 
 def test_maps_without_a_photo_are_opaque():
-    (heat,) = plot_patch_map(None, peaked(0, 0), vmax=4.0).images
+    (heat,) = plots.plot_patch_map(None, peaked(0, 0), vmax=4.0).images
     assert heat.get_alpha() is None
     assert heat.get_clim() == (0, 4)
 
@@ -100,41 +94,40 @@ def test_sheets_share_a_scale_within_a_method():
         "weak": [peaked(0, 0, 0.2, method="a"), peaked(0, 0, 0.4, method="a")],
         "strong": [peaked(0, 0, 30, method="b")],
     }
-    figure = map_sheet(PHOTO, rows)
+    figure = plots.map_sheet(PHOTO, rows)
     maps = [ax.images[-1] for ax in figure.axes[:3]]
     assert [heat.get_clim() for heat in maps] == [(0, 0.4), (0, 0.4), (0, 30)]
     assert len(figure.axes) == 4 + 2  # tiles and colour bars
     with pytest.raises(ValueError, match="no map"):
-        map_sheet(PHOTO, {"empty": []})
+        plots.map_sheet(PHOTO, {"empty": []})
 
 
 @pytest.mark.parametrize("suffix", ["pdf", "svg", "png"])
 def test_sheets_are_written_in_every_format(suffix, tmp_path):
     file = tmp_path / f"sheet.{suffix}"
-    map_sheet(PHOTO, {"block 0": [peaked(0, 0)]}, grid=True).savefig(file)
+    plots.map_sheet(PHOTO, {"block 0": [peaked(0, 0)]}, grid=True).savefig(file)
     assert file.stat().st_size > 1000
 
 
-def test_query_sheet_names_whom_a_query_serves():
+def test_query_sheet_names_the_words_that_read_a_query():
     profiles = [SimpleNamespace(map=peaked(0, i), words=("dog", "red"), cost=i) for i in range(3)]
-    figure = query_sheet(profiles, PHOTO, ncols=2)
-    assert [[t.get_text() for t in ax.texts] for ax in figure.axes] == [
-        *([f"dog, red\ncost {i}.00"] for i in range(3)),
-        [],
-    ]
+    texts = [[t.get_text() for t in ax.texts] for ax in plots.query_sheet(profiles, PHOTO).axes]
+    assert texts == [[f"dog, red\ncost {i}.00"] for i in range(3)] + [[], []]
 
 
 def test_removal_curves_are_means_with_their_area():
     kept = np.array([0.0, 0.5, 1.0])
-    ax = plot_removal_curves(kept, {"by_chance": np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0]])})
+    ax = plots.plot_removal_curves(
+        kept, {"by_chance": np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0]])}
+    )
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), [0, 0.5, 1])
     assert ax.get_legend().texts[0].get_text() == "by chance (0.50)"
 
 
 def test_effects_stand_side_by_side_at_their_words():
-    words = [Said("a"), Said("dog")]
+    words = [Caption("a"), Caption("dog")]
     both = [SimpleNamespace(label=name, words=words, change=[-1, i]) for i, name in enumerate("xy")]
-    ax = plot_effects(both)
+    ax = plots.plot_effects(both)
     assert [[bar.get_height() for bar in bars] for bars in ax.containers] == [[-1, 0], [-1, 1]]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "dog"]
     centres = [[bar.get_center()[0] for bar in bars] for bars in ax.containers]
@@ -147,7 +140,7 @@ def test_studies_are_drawn_sorted_with_a_zero_line_and_bands():
         index=["better", "worse", "failed"],
     )
     ax = plots.plot_differences(rows)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["worse", "better"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["better", "worse"]
     assert ax.lines[-1].get_xdata() == [0, 0]
     table = pd.DataFrame({"variant": ["a", "a", "b"], "seed": [0, 1, 0], "step": 1})
     table = table.assign(CIDEr=[1.0, 3.0, 5.0], seconds=[10.0, 20.0, 30.0])

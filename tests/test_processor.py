@@ -1,4 +1,4 @@
-"""Pictures become the original's pixels, words become its ids, and patches keep their place."""
+"""Images become the original pixels, text the original ids, and patches keep their place."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_a_strip_is_cropped_before_it_is_resized(processor):
     row = np.zeros((1, 20_000), np.uint8)
     row[0, 10_000:] = 255
     pixels = processor(images=Image.fromarray(row), preset="clip")["pixel_values"][0, 0]
-    assert (pixels.diff(dim=1) > 0).all()  # the edge is in the middle of what is seen
+    assert (pixels.diff(dim=1) > 0).all()  # the edge is in the middle of the input
     assert (pixels + pixels.flip(1)).std() < 0.01
 
 
@@ -67,32 +67,14 @@ def test_captions_become_the_training_text_and_come_back(processor, byte_tokeniz
     assert [processor.decode(row) for row in ids] == captions
 
 
-def test_a_long_caption_keeps_its_end(processor):
+def test_long_captions_keep_their_end_and_special_tokens_are_plain_characters(processor):
     ids = processor.encode("a very long caption", max_length=8)
     assert len(ids) == 8
     assert (ids[0], ids[-1]) == (257, 258)
     assert processor.decode(ids) == "a ver"
-
-
-def test_special_tokens_in_a_caption_are_plain_characters(processor):
     ids = processor.encode("the <END> is near")
     assert ids.tolist().count(258) == 1
     assert processor.decode(ids) == "the <END> is near"
-
-
-@pytest.mark.parametrize("preset", IMAGE_PRESETS)
-@pytest.mark.parametrize("size", [(96, 64), (50, 200)])
-def test_patch_boxes_find_their_place_in_the_original(processor, preset, size):
-    in_model = processor.patch_boxes()
-    assert in_model.tolist() == [[0, 0, 16, 16], [16, 0, 16, 16], [0, 16, 16, 16], [16, 16, 16, 16]]
-    for p, (x, y, width, height) in enumerate(processor.patch_boxes(size, preset)):
-        picture = np.zeros((size[1], size[0]), dtype=np.uint8)
-        picture[round(y) : round(y + height), round(x) : round(x + width)] = 255
-        pixels = processor(images=Image.fromarray(picture), preset=preset)["pixel_values"][0, 0]
-        patches = pixels.unfold(0, 16, 16).unfold(1, 16, 16).flatten(0, 1).mean((1, 2))  # [4]
-        assert patches.argmax() == p
-        others = patches[[i for i in range(4) if i != p]]
-        assert (patches[p] - others.max()) / (patches[p] - pixels.min()) > 0.85
 
 
 def test_auto_processor_reads_what_was_saved(processor, tiny, tmp_path):
@@ -106,7 +88,7 @@ def test_auto_processor_reads_what_was_saved(processor, tiny, tmp_path):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_without_a_tokenizer_pictures_work_and_words_raise(tiny, tmp_path):
+def test_without_a_tokenizer_images_work_and_text_raises(tiny, tmp_path):
     QVisionProcessor.from_config(tiny.config).save_pretrained(tmp_path)
     processor = QVisionProcessor.from_pretrained(tmp_path)
     assert processor(images=Image.new("RGB", (9, 9)))["pixel_values"].shape == (1, 3, 32, 32)

@@ -1,6 +1,4 @@
-"""Pictures read ahead: the same batches by threads and by processes."""
-
-from types import SimpleNamespace
+"""Reading ahead: threads and processes give the same batches."""
 
 import numpy as np
 import pytest
@@ -8,7 +6,7 @@ import torch
 from PIL import Image
 
 from qvision_lab.captioning.images import ImageError
-from qvision_lab.captioning.reading import Read, Reader, read_with_processes, read_with_threads
+from qvision_lab.captioning.reading import Batch, Item, Reader, read_batches
 from qvision_lab.model.processor import QVisionProcessor
 
 
@@ -19,49 +17,42 @@ def reader(tiny, byte_tokenizer) -> Reader:
 
 
 @pytest.fixture
-def items(tmp_path) -> list[SimpleNamespace]:
-    """75 picture files, some of them damaged: more than a process reads at a time."""
-    items = []
-    for i in range(75):
-        path = tmp_path / f"{i}.png"
+def items(tmp_path) -> list[Item]:
+    """75 image files, some of them damaged: more than a process reads at a time."""
+    paths = [tmp_path / f"{i}.png" for i in range(75)]
+    for i, path in enumerate(paths):
         pixels = np.random.default_rng(i).integers(0, 256, (20, 30, 3), np.uint8)
         Image.fromarray(pixels).save(path)
         if i in (0, 31, 32, 74):
             path.write_bytes(path.read_bytes()[:100])
-        items.append(SimpleNamespace(picture=path, source=str(path)))
-    return items
-
-
-def as_lists(batches) -> list[tuple]:
-    return [
-        ([item.source for item in read.items], [str(e) for e in read.errors], read.pixels.tolist())
-        for read in batches
-    ]
+    return [Item(path, str(path), path.name) for path in paths]
 
 
 @pytest.mark.parametrize("batch_size", [7, 32, 50, 100])
-def test_processes_read_what_threads_do(reader, items, batch_size):
-    by_threads = as_lists(read_with_threads(iter(items), reader, batch_size))
-    by_processes = as_lists(read_with_processes(iter(items), reader, batch_size, workers=2))
+def test_processes_and_threads_read_the_same(reader, items, batch_size):
+    by_threads, by_processes = (
+        [
+            ([(item, str(error)) for item, error in batch.items], batch.pixels.tolist())
+            for batch in read_batches(iter(items), reader, batch_size, workers)
+        ]
+        for workers in (0, 2)
+    )
     assert by_processes == by_threads
-    sources = [source for batch, _, _ in by_threads for source in batch]
-    assert sources == [item.source for item in items]
-    assert [len(batch) for batch, _, _ in by_threads[:-1]] == [batch_size] * (75 // batch_size)
+    assert [item for pairs, _ in by_threads for item, _ in pairs] == items
+    assert [len(pairs) for pairs, _ in by_threads[:-1]] == [batch_size] * (75 // batch_size)
 
 
-def test_a_process_hands_back_what_is_wrong_with_a_picture(reader, items):
-    (read,) = read_with_processes(items[:3], reader, 3, workers=1)
-    assert isinstance(read.errors[0], ImageError)
-    assert items[0].source in str(read.errors[0])
-    assert read.errors[1:] == [None, None]
-    assert read.pixels.shape == (2, 32, 32, 3)
-    first, rest = read.split(2)
-    assert first.pixels.equal(read.pixels[:1])
-    assert Read.join([first, rest]).pixels.equal(read.pixels)
-    (damaged,) = read_with_processes(items[:1], reader, 3, workers=1)
+def test_a_process_returns_the_error_of_an_image(reader, items):
+    (batch,) = read_batches(items[:3], reader, 3, workers=1)
+    (first, error), *others = batch.items
+    assert isinstance(error, ImageError)
+    assert first.source in str(error)
+    assert others == [(item, None) for item in items[1:3]]
+    assert batch.pixels.shape == (2, 32, 32, 3)
+    start, rest = batch.split(2)
+    assert start.pixels.equal(batch.pixels[:1])
+    assert Batch.join([start, rest]).pixels.equal(batch.pixels)
+    (damaged,) = read_batches(items[:1], reader, 3, workers=1)
     assert damaged.pixels.shape == (0, 32, 32, 3)
-
-
-def test_nothing_is_read_of_nothing(reader):
-    assert list(read_with_threads([], reader, 4)) == []
-    assert list(read_with_processes([], reader, 4, workers=1)) == []
+    for workers in (0, 1):
+        assert list(read_batches([], reader, 4, workers)) == []

@@ -1,4 +1,4 @@
-"""Scenes in words: every caption told is true, and every claim that is made up is found out."""
+"""Captions of scenes are true, and the checker finds every false claim."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from qvision_lab.scenes.captions import PLACES, relation, tell
+from qvision_lab.scenes.captions import PLACES, caption_scene, relation
 from qvision_lab.scenes.checker import RATES, Rate, check, score
 from qvision_lab.scenes.layout import (
     CATEGORIES,
@@ -30,14 +30,14 @@ CAR_AND_DOGS = scene(
 CAT_AND_CUP = scene(("black", "cat", 20, 90), ("orange", "cup", 120, 100), background="room")
 
 
-def told(split: str, n: int = 300) -> list[tuple[Layout, str]]:
+def captioned(split: str, n: int = 300) -> list[tuple[Layout, str]]:
     layouts = [layout(split, 0, index) for index in range(n)]
-    return [(truth, caption) for truth in layouts for caption in tell(truth, 6)]
+    return [(truth, caption) for truth in layouts for caption in caption_scene(truth, 6)]
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_what_is_told_is_true_and_complete(split):
-    judged = [check(caption, truth) for truth, caption in told(split)]
+def test_captions_are_true_and_complete(split):
+    judged = [check(caption, truth) for truth, caption in captioned(split)]
     assert [c for c in judged if not c.true] == []
     rates = score(judged)
     for name in ("pairs right", "object recall", "count stated", "count right"):
@@ -45,7 +45,7 @@ def test_what_is_told_is_true_and_complete(split):
 
 
 def test_captions_read_like_captions():
-    captions = [caption for split in SPLITS for _, caption in told(split)]
+    captions = [caption for split in SPLITS for _, caption in captioned(split)]
     words = {word for caption in captions for word in re.findall(r"\w+", caption.lower())}
     assert len(words) < 120
     assert max(len(caption.split()) for caption in captions) <= 26
@@ -53,17 +53,17 @@ def test_captions_read_like_captions():
     assert not [c for c in captions if re.search(r"\ba [aeiou]|\ban [^aeiou]", c.lower())]
 
 
-def test_telling_is_deterministic_distinct_and_a_prefix_of_telling_more():
+def test_captions_are_deterministic_distinct_and_a_prefix_of_more():
     for index in range(100):
         truth = layout("val", 1, index)
-        assert tell(truth) == tell(truth, 12)[:5]
-        assert len(set(tell(truth, 12))) == 12
+        assert caption_scene(truth) == caption_scene(truth, 12)[:5]
+        assert len(set(caption_scene(truth, 12))) == 12
     with pytest.raises(ValueError, match="13"):
-        tell(truth, 13)
+        caption_scene(truth, 13)
 
 
 def test_shares_of_what_is_optional():
-    captions = told("test", 1000)
+    captions = captioned("test", 1000)
     judged = [check(caption, truth) for truth, caption in captions]
     kinds = [{claim.kind for claim in c.claims} for c in judged]
     sunny = [kind for (truth, _), kind in zip(captions, kinds, strict=True) if truth.sky]
@@ -84,7 +84,7 @@ def test_shares_of_what_is_optional():
     ],
 )
 def test_a_relation_is_stated_only_where_it_is_clear(a, b, stated):
-    captions = tell(scene(("red", "car", *a), ("blue", "dog", *b)), 12)
+    captions = caption_scene(scene(("red", "car", *a), ("blue", "dog", *b)), 12)
     joined = {c for c in captions if re.search("left of|above", c)}
     assert bool(joined) == (stated is not None)
     assert all(stated.lower() in caption.lower() for caption in joined)
@@ -122,7 +122,7 @@ def test_the_language_is_wider_than_the_grammar(truth, caption):
         ("A red car under the moon.", "sky", "under the moon"),
     ],
 )
-def test_a_made_up_claim_is_wrong(caption, kind, text):
+def test_a_false_claim_is_wrong(caption, kind, text):
     judged = check(caption, CAR_AND_DOGS)
     wrong = [claim for claim in judged.claims if not claim.right and claim.kind == kind]
     assert [claim.text for claim in wrong] == [text or caption.removesuffix(".")]
@@ -154,7 +154,7 @@ def test_nonsense_is_outside_the_language(caption, outside):
 
 
 def swaps(caption: str) -> list[str]:
-    """The caption with one word of meaning put for another, in every way of a fixed list."""
+    """The caption with one word of meaning replaced, for every pair of a fixed list."""
     nouns = [category.noun for category in CATEGORIES.values()]
     plurals = [category.plural for category in CATEGORIES.values()]
     places = [wordings[0] for wordings in PLACES.values()]
@@ -171,7 +171,7 @@ def swaps(caption: str) -> list[str]:
 
 @pytest.mark.parametrize("split", ["test", "crowd"])
 def test_a_word_swapped_in_a_true_caption_makes_it_untrue(split):
-    swapped = [(truth, text) for truth, caption in told(split, 100) for text in swaps(caption)]
+    swapped = [(truth, text) for truth, caption in captioned(split, 100) for text in swaps(caption)]
     assert len(swapped) > 1000
     assert [text for truth, text in swapped if check(text, truth).true] == []
 

@@ -1,4 +1,4 @@
-"""The drawn world: its truth is fixed, its pictures show it, and its folders are COCO's."""
+"""Scenes: layouts and pixels are fixed, images show their layout, folders are COCO's."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from qvision_lab import scenes
+from qvision_lab.scenes.captions import caption_scene
+from qvision_lab.scenes.dataset import SceneDrawing, drawing_version
 from qvision_lab.scenes.drawing import sketch
 from qvision_lab.scenes.layout import (
+    BACKGROUNDS,
     CATEGORIES,
     COLORS,
     HELD_OUT,
@@ -29,7 +32,7 @@ from qvision_lab.scenes.layout import (
 )
 from qvision_lab.scenes.pen import Pen
 
-TRUTH = "fd2af287f5c18720"
+TRUTH, CAPTIONS = "fd2af287f5c18720", "d16addd004f90b99"
 PIXELS = {"13.0.0": "5e164f437ab55d75"}  # by Pillow's version
 
 
@@ -37,12 +40,11 @@ def layouts(split, n=500):
     return [layout(split, 0, index) for index in range(n)]
 
 
-def test_same_seed_same_truth():
-    text = "\n".join(repr(layout(split, 7, i)) for split in SPLITS for i in range(10))
-    assert sha256(text.encode()).hexdigest()[:16] == TRUTH
-
-
-def test_same_seed_same_pixels():
+def test_same_seed_same_truth_captions_and_pixels():
+    drawn = [layout(split, 7, i) for split in SPLITS for i in range(10)]
+    assert sha256("\n".join(map(repr, drawn)).encode()).hexdigest()[:16] == TRUTH
+    captions = "\n".join(text for truth in drawn for text in caption_scene(truth, 12))
+    assert sha256(captions.encode()).hexdigest()[:16] == CAPTIONS
     if PIL.__version__ not in PIXELS:
         pytest.skip(f"no hash recorded for Pillow {PIL.__version__}")
     digest = sha256()
@@ -52,12 +54,21 @@ def test_same_seed_same_pixels():
     assert digest.hexdigest()[:16] == PIXELS[PIL.__version__]
 
 
+def test_a_drawing_is_named_by_its_pixels(monkeypatch):
+    drawn = list(scenes.generate(32, split="crowd"))  # those that the version is a digest of
+    assert {thing.category for scene in drawn for thing in scene.objects} == set(CATEGORIES)
+    assert {scene.background for scene in drawn} == set(BACKGROUNDS)
+    assert {scene.sky for scene in drawn} == {"sun", "moon", None}
+    drawing = SceneDrawing(layout("crowd", 0, 3))
+    assert drawing.name == f"scenes/crowd/0/3/{drawing_version()}"
+    assert drawing.draw().tobytes() == drawn[3].image.tobytes()
+    monkeypatch.setitem(COLORS, "red", (220, 36, 40))
+    assert drawing_version.__wrapped__() != drawing_version()
+
+
 def test_splits_and_seeds_differ():
     first = {repr(layout(split, seed, 0).objects) for split in SPLITS for seed in range(5)}
     assert len(first) == 5 * len(SPLITS)
-
-
-def test_unknown_split_names_the_choices():
     with pytest.raises(ValueError, match=r"'dev'.*train"):
         next(scenes.generate(1, split="dev"))
 
@@ -90,20 +101,20 @@ def test_masks_lie_in_their_boxes_and_apart():
     for scene in scenes.generate(20, split="crowd"):
         assert scene.masks.shape == (len(scene.objects), PICTURE, PICTURE)
         assert scene.masks.sum(0).max() == 1
-        for thing in scene.objects:
+        for thing, mask in zip(scene.objects, scene.masks, strict=True):
             x, y, width, height = thing.box
-            inside = thing.mask[y : y + height, x : x + width].sum()
-            assert inside == thing.mask.sum() > 0.2 * width * height
+            inside = mask[y : y + height, x : x + width].sum()
+            assert inside == mask.sum() > 0.2 * width * height
 
 
-def test_colors_can_be_told_apart():
-    """However hue and light are varied, a body is nearest to its own colour."""
+def test_colors_are_distinct():
+    """With every variation of hue and light, a body is nearest to its own colour."""
     palette, tile = np.array(list(COLORS.values())), Image.new("RGB", (8, 8))
     for color in COLORS:
         bodies = np.array([Pen(tile, random.Random(pose), color).body for pose in range(200)])
         for light in (0.9, 1.1):
-            seen = np.abs(palette - (bodies * light).clip(0, 255)[:, None]).sum(2).argmin(1)
-            assert {list(COLORS)[i] for i in seen} == {color}
+            nearest = np.abs(palette - (bodies * light).clip(0, 255)[:, None]).sum(2).argmin(1)
+            assert {list(COLORS)[i] for i in nearest} == {color}
 
 
 def test_held_out_pairs_are_only_in_compose():
@@ -146,9 +157,8 @@ def test_relations():
     assert not any(holds(p, (50, 50), (60, 62)) for p in PREDICATES)
     for truth in layouts("test", 50):
         mirrored = {"left of": "right of", "above": "below"}
-        stated = {(r.subject, r.predicate, r.object) for r in truth.relations}
-        for a, predicate, b in stated:
-            assert predicate not in mirrored or (b, mirrored[predicate], a) in stated
+        for a, predicate, b in truth.relations:
+            assert predicate not in mirrored or (b, mirrored[predicate], a) in truth.relations
 
 
 def test_workers_change_nothing():
@@ -178,10 +188,6 @@ def test_coco_folder_is_read_and_resumed(tmp_path):
         masks = np.stack([instances.annToMask(row) for row in rows])
         assert np.array_equal(masks, scene.masks)
     assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_coco_folder_of_another_split_is_refused(tmp_path):
-    scenes.write_coco(tmp_path, 1, split="val")
     for other in ({"split": "test"}, {"split": "val", "seed": 1}):
         with pytest.raises(ValueError, match="another folder"):
             scenes.write_coco(tmp_path, 1, **other)

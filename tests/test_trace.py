@@ -1,49 +1,37 @@
-"""A recorded forward pass: nothing else than the model does, and every word with its tokens."""
+"""A trace equals the model's own forward pass, and finds the tokens of every word."""
 
 import copy
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from qvision_lab.captioning import Captioner
+from qvision_lab.interpretation.maps import word_maps
 from qvision_lab.interpretation.trace import Trace, trace, trace_all
-from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.model.qformer import QFormerOutput
 
 CAPTION = "It's a café, x-ray 🐟."
-
-
-@pytest.fixture
-def captioner(tiny, byte_tokenizer) -> Captioner:
-    return Captioner(tiny, QVisionProcessor.from_config(tiny.config, byte_tokenizer))
-
-
-@pytest.fixture
-def pictures() -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)) for _ in range(3)]
 
 
 def hooks(model: torch.nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def test_words_are_the_captions_and_their_tokens_spell_them(captioner, pictures):
-    traced = trace(captioner, pictures[0], CAPTION)
+def test_words_are_the_captions_and_their_tokens_spell_them(byte_captioner, noise):
+    traced = trace(byte_captioner, noise[0], CAPTION)
     assert [w.text for w in traced.words] == ["It's", "a", "café", ",", "x-ray", "🐟."]
     for word in traced.words:
         assert CAPTION[slice(*word.span)] == word.text
-        spelled = captioner.processor.decode(traced.token_ids[list(word.tokens)])
+        spelled = byte_captioner.processor.decode(traced.token_ids[list(word.tokens)])
         assert spelled == word.text
 
 
-def test_a_trace_is_the_models_own_forward_pass(captioner, pictures):
-    model, processor = captioner.model, captioner.processor
-    traced = trace(captioner, pictures[0], CAPTION)
-    inputs = processor(images=pictures[0], text=CAPTION)
+def test_a_trace_is_the_models_own_forward_pass(byte_captioner, noise):
+    model, processor = byte_captioner.model, byte_captioner.processor
+    traced = trace(byte_captioner, noise[0], CAPTION)
+    inputs = processor(images=noise[0], text=CAPTION)
     ids = inputs["input_ids"]
     with torch.no_grad():
         output = model(ids, pixel_values=inputs["pixel_values"], output_attentions=True)
@@ -52,9 +40,8 @@ def test_a_trace_is_the_models_own_forward_pass(captioner, pictures):
     np.testing.assert_array_equal(traced.token_ids, ids[0, 1:])
     bridge = output.decoder_cross_attentions[0, :, :-1]  # read where a token is predicted
     np.testing.assert_allclose(traced.bridge_attentions, bridge, atol=1e-6)
-    for name in ("qformer_self", "qformer_cross", "bridge", "text"):
-        maps = getattr(traced, f"{name}_attentions")
-        np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
+    for name in ("qformer_self", "qformer_cross", "bridge"):
+        np.testing.assert_allclose(getattr(traced, f"{name}_attentions").sum(-1), 1, atol=1e-5)
     assert traced.tokens[-1] == "<END>"
     assert list(traced.norms) == [
         *("vision", "image tokens", "Q-Former block 0", "Q-Former block 1"),
@@ -65,66 +52,67 @@ def test_a_trace_is_the_models_own_forward_pass(captioner, pictures):
     assert not hooks(model)
 
 
-def test_many_at_once_equal_one_by_one(captioner, pictures):
+def test_a_batch_equals_single_traces(byte_captioner, noise):
     captions = ["a", CAPTION, "a red dog"]
-    for together, picture, caption in zip(
-        trace_all(captioner, pictures, captions, batch_size=2), pictures, captions, strict=True
+    for batched, image, caption in zip(
+        trace_all(byte_captioner, noise, captions, batch_size=2), noise, captions, strict=True
     ):
-        alone = trace(captioner, picture, caption)
-        assert (together.caption, together.words) == (alone.caption, alone.words)
+        alone = trace(byte_captioner, image, caption)
+        assert (batched.caption, batched.words) == (alone.caption, alone.words)
         for name in (f.name for f in fields(alone)):
             if isinstance(value := getattr(alone, name), np.ndarray):
-                np.testing.assert_allclose(getattr(together, name), value, atol=1e-5, err_msg=name)
+                np.testing.assert_allclose(getattr(batched, name), value, atol=1e-5, err_msg=name)
 
 
-def test_without_a_caption_it_is_the_greedy_one(captioner, pictures):
-    caption = captioner.caption(pictures[0], preset="greedy").text
-    assert trace(captioner, pictures[0]).caption == caption
-    assert [t.caption for t in trace_all(captioner, pictures[:2], [None, "a"])] == [caption, "a"]
+def test_without_a_caption_it_is_the_greedy_one(byte_captioner, noise):
+    caption = byte_captioner.caption(noise[0], preset="greedy").text
+    assert trace(byte_captioner, noise[0]).caption == caption
+    traces = trace_all(byte_captioner, noise[:2], [None, "a"])
+    assert [t.caption for t in traces] == [caption, "a"]
 
 
-def test_saved_and_loaded_it_is_the_same(captioner, pictures, tmp_path):
-    traced = trace(captioner, pictures[0], CAPTION)
+def test_saved_and_loaded_it_is_the_same(byte_captioner, noise, tmp_path):
+    traced = trace(byte_captioner, noise[0], CAPTION)
     traced.save(tmp_path / "one.safetensors")
-    loaded = Trace.load(tmp_path / "one.safetensors", captioner)
+    loaded = Trace.load(tmp_path / "one.safetensors", byte_captioner)
     for name in (f.name for f in fields(traced)):
         np.testing.assert_equal(getattr(loaded, name), getattr(traced, name))
-    assert {path.name for path in tmp_path.iterdir()} == {"one.safetensors", "one.json"}
-    modelless = Trace.load(tmp_path / "one.safetensors")
-    for mine, theirs in zip(
-        modelless.word_maps("rollout"), traced.word_maps("rollout"), strict=True
-    ):
-        np.testing.assert_array_equal(mine.values, theirs.values)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.safetensors"]
+    without_model = Trace.load(tmp_path / "one.safetensors")
+    maps = (word_maps(each, "rollout") for each in (without_model, traced))
+    for mine, expected in zip(*maps, strict=True):
+        np.testing.assert_array_equal(mine.values, expected.values)
     with pytest.raises(ValueError, match=r"Trace\.load"):
-        modelless.word_maps()
+        word_maps(without_model)
 
 
-def test_a_missing_map_is_an_error_and_leaves_no_hook(captioner, pictures):
+def test_a_missing_map_is_an_error_and_leaves_no_hook(byte_captioner, noise):
     def fused(module, inputs, output):
         return QFormerOutput(output.visual_tokens, None, None)
 
     with (
-        captioner.model.qformer.register_forward_hook(fused),
+        byte_captioner.model.qformer.register_forward_hook(fused),
         pytest.raises(ValueError, match="Q-Former self attention"),
     ):
-        trace(captioner, pictures[0], CAPTION)
-    assert not hooks(captioner.model)
+        trace(byte_captioner, noise[0], CAPTION)
+    assert not hooks(byte_captioner.model)
 
 
-def test_bad_or_unusual_input(captioner, pictures):
+def test_invalid_or_unusual_input(byte_captioner, noise):
     with pytest.raises(TypeError, match="list is no picture"):
-        trace(captioner, pictures, CAPTION)
-    empty = trace(captioner, pictures[0], "")
-    assert (empty.words, empty.word_maps()) == ((), [])
-    assert np.isfinite(trace(captioner, Image.new("RGB", (1, 1)), "a dog").logprobs).all()
+        trace(byte_captioner, noise, CAPTION)
+    empty = trace(byte_captioner, noise[0], "")
+    assert (empty.words, word_maps(empty)) == ((), [])
+    pixel = Image.new("RGB", (1, 1))
+    assert np.isfinite(trace(byte_captioner, pixel, "a dog").logprobs).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_gives_nearly_the_same(captioner, pictures, dtype):
-    half = Captioner(copy.deepcopy(captioner.model).to(dtype), captioner.processor)
-    whole, rough = (trace(c, pictures[0], CAPTION) for c in (captioner, half))
-    np.testing.assert_allclose(rough.logprobs, whole.logprobs, atol=0.3)
+def test_half_precision_gives_nearly_the_same(byte_captioner, noise, dtype):
+    half = replace(byte_captioner, model=copy.deepcopy(byte_captioner.model).to(dtype))
+    full, rough = (trace(c, noise[0], CAPTION) for c in (byte_captioner, half))
+    np.testing.assert_allclose(rough.logprobs, full.logprobs, atol=0.3)
     for method in ("composition", "rollout", "gradient", "occlusion", "integrated_gradients"):
-        for mine, theirs in zip(rough.word_maps(method), whole.word_maps(method), strict=True):
-            tolerance = max(0.3 * np.abs(theirs.values).max(), 0.1)  # the second in nats
-            np.testing.assert_allclose(mine.values, theirs.values, atol=tolerance)
+        for mine, exact in zip(word_maps(rough, method), word_maps(full, method), strict=True):
+            tolerance = max(0.3 * np.abs(exact.values).max(), 0.1)  # the second in nats
+            np.testing.assert_allclose(mine.values, exact.values, atol=tolerance)

@@ -10,19 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
-from test_finetune import home, losses, quick, run, weights
-from test_training import captioner_config, tokenizer
+from test_training import home, losses, new_model, quick, run, weights
 
 import qvision_lab as ql
 from qvision_lab.data.coco import open_dataset
 from qvision_lab.model.attention import MultiHeadAttention
 from qvision_lab.model.captioner import IGNORED_LABEL, QVisionForConditionalGeneration
 from qvision_lab.model.processor import QVisionProcessor
-from qvision_lab.training import caption_trainer, features, freezing, gpu
-from qvision_lab.training.caption_stage import CaptionCollator
-from qvision_lab.training.caption_trainer import CaptionedPictures, CaptionTrainer, Validation
-from qvision_lab.training.trainer import BatchedMuon, MuonAdamW
+from qvision_lab.training import features, freezing, gpu, trainer
+from qvision_lab.training.optimizers import BatchedMuon, MuonAdamW
+from qvision_lab.training.samples import CaptionCollator, CaptionSamples
+from qvision_lab.training.trainer import StageTrainer, Validation
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -30,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 @pytest.fixture
 def held(monkeypatch) -> None:
     """Trainers hold frozen matrices in bfloat16 on the CPU too."""
-    init = CaptionTrainer.__init__
+    init = StageTrainer.__init__
 
     def holds(self, *args, **kwargs):
         init(self, *args, **kwargs)
@@ -38,7 +36,7 @@ def held(monkeypatch) -> None:
         self.originals = [weight.data for weight in self.frozen]
         assert self.frozen
 
-    monkeypatch.setattr(CaptionTrainer, "__init__", holds)
+    monkeypatch.setattr(StageTrainer, "__init__", holds)
 
 
 def undropped(model: QVisionForConditionalGeneration) -> QVisionForConditionalGeneration:
@@ -144,14 +142,10 @@ def test_frozen_matrices_in_bfloat16_are_what_autocast_casts_them_to(tiny, polic
 
 
 def test_a_run_that_holds_them_saves_what_one_without_does(home, monkeypatch, request):
-    precise = "training.precision=bfloat16"
-    recipe = yaml.safe_load((home / "run.yaml").read_text())
-    recipe["training"]["precision"] = "bfloat16"
-    recipe["training"]["phases"][1]["policy"] = 0.5  # of two blocks
-    (home / "run.yaml").write_text(yaml.safe_dump(recipe))
-    plain = run(home, "plain", precise)
+    changes = "training.precision=bfloat16", "training.phases.1.policy=0.5"  # of two blocks
+    plain = run(home, "plain", *changes)
     request.getfixturevalue("held")
-    step, taken = CaptionTrainer.training_step, []
+    step, taken = StageTrainer.training_step, []
 
     def stops_once(self, *args, **kwargs):
         taken.append(self.frozen[0].dtype)
@@ -159,10 +153,10 @@ def test_a_run_that_holds_them_saves_what_one_without_does(home, monkeypatch, re
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(CaptionTrainer, "training_step", stops_once)
+    monkeypatch.setattr(StageTrainer, "training_step", stops_once)
     with pytest.raises(KeyboardInterrupt):
-        run(home, "held", precise)
-    resumed = run(home, "held", precise)
+        run(home, "held", *changes)
+    resumed = run(home, "held", *changes)
     assert set(taken) == {torch.bfloat16}
     assert weights(resumed) == weights(plain)
     for checkpoint in (home / "held/phase-2").glob("checkpoint-*"):
@@ -173,11 +167,8 @@ def test_a_run_that_holds_them_saves_what_one_without_does(home, monkeypatch, re
         assert torch.equal(frozen, model.vision.get_parameter(name))
 
 
-def test_compiled_steps_learn_what_plain_ones_do(home, monkeypatch):
+def test_compiled_steps_train_as_plain_ones_do(home, monkeypatch):
     without_dropout(home)
-    recipe = yaml.safe_load((home / "run.yaml").read_text())
-    recipe["training"]["compile"] = False
-    (home / "run.yaml").write_text(yaml.safe_dump(recipe))
     run(home, "plain")
     ran = []
 
@@ -191,12 +182,9 @@ def test_compiled_steps_learn_what_plain_ones_do(home, monkeypatch):
     assert losses(home / "compiled") == pytest.approx(losses(home / "plain"), abs=1e-5)
 
 
-def test_where_compiling_fails_training_goes_on(home, monkeypatch):
+def test_where_compiling_fails_training_continues(home, monkeypatch):
     without_dropout(home)
-    recipe = yaml.safe_load((home / "run.yaml").read_text())
-    recipe["training"]["compile"] = False
-    (home / "run.yaml").write_text(yaml.safe_dump(recipe))
-    run(home, "plain")  # None: not on a CPU
+    run(home, "plain")
     tried = []
 
     def backend(graph, inputs):
@@ -210,7 +198,7 @@ def test_where_compiling_fails_training_goes_on(home, monkeypatch):
     assert losses(home / "failed") == pytest.approx(losses(home / "plain"), abs=1e-5)
 
 
-def test_blocks_compile_whole_and_share_their_code(tiny):
+def test_blocks_compile_completely_and_share_their_code(tiny):
     """GPT-Neo's, which are transformers': a new length or frozen weights, and no new code a layer.
 
     Ours are checked for their shapes in tests, which a compiler cannot read.
@@ -229,7 +217,7 @@ def test_blocks_compile_whole_and_share_their_code(tiny):
     for block in blocks:
         block.compile(backend=backend, fullgraph=True)
     for length in (8, 16, 24, 32):
-        for block in blocks:  # one looks at all positions, one at a window
+        for block in blocks:  # one attends to all positions, one to a window
             block(torch.ones(2, length, 32, requires_grad=True))
     assert len(compiled) == 2  # of the first length, and of all others
     torch.testing.assert_close(blocks[0](torch.ones(2, 8, 32))[0], plain)
@@ -237,10 +225,8 @@ def test_blocks_compile_whole_and_share_their_code(tiny):
     assert blocks[0]._compiled_call_impl is None
 
 
-def test_matrices_of_a_shape_are_stepped_together_as_torch_does_one_by_one(captioner_config):
-    torch.manual_seed(0)
-    models = [QVisionForConditionalGeneration(captioner_config)]
-    models.append(copy.deepcopy(models[0]))
+def test_batched_matrices_are_stepped_as_torch_does_one_by_one(new_model):
+    models = [copy.deepcopy(new_model) for _ in range(2)]
     optimizers = [MuonAdamW(model, 1e-3, 0.02, 0.03).muon for model in models]
     assert type(optimizers[1]) is BatchedMuon
     for step in range(3):
@@ -254,7 +240,7 @@ def test_matrices_of_a_shape_are_stepped_together_as_torch_does_one_by_one(capti
             optimizer.step_batched(alike) if batched else optimizer.step()
             assert max(map(len, alike.values())) > 2
             assert model.qformer.key_proj.weight.isfinite().all()
-    before = QVisionForConditionalGeneration(captioner_config).qformer.key_proj.weight
+    before = new_model.qformer.key_proj.weight
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(one, other, atol=2e-3, rtol=0)  # of steps of up to 0.06
     assert (models[1].qformer.key_proj.weight - before).abs().max() > 0.02
@@ -272,21 +258,19 @@ def test_lengths_are_multiples_where_asked():
     assert (batch["labels"][:, 11:] == -100).all()
 
 
-def test_a_loss_that_was_looked_at_later_still_has_its_step():
-    trainer = CaptionTrainer.__new__(CaptionTrainer)
-    trainer.args = SimpleNamespace(output_dir="run")
-    trainer.losses = [(3, torch.tensor(1.0)), (4, torch.tensor(torch.nan)), (5, torch.tensor(2.0))]
+def test_a_loss_that_is_checked_later_still_has_its_step():
+    stage = StageTrainer.__new__(StageTrainer)
+    stage.args = SimpleNamespace(output_dir="run")
+    stage.losses = [(3, torch.tensor(1.0)), (4, torch.tensor(torch.nan)), (5, torch.tensor(2.0))]
     with pytest.raises(ValueError, match="the loss is nan at step 4 of run"):
-        trainer._check_losses()
-    assert not trainer.losses
+        stage._check_losses()
+    assert not stage.losses
 
 
 def test_all_evaluations_of_a_run_share_a_captioner(home, monkeypatch):
     made = []
-    captioner = caption_trainer.Captioner
-    monkeypatch.setattr(
-        caption_trainer, "Captioner", lambda *args: made.append(args) or captioner(*args)
-    )
+    captioner = trainer.Captioner
+    monkeypatch.setattr(trainer, "Captioner", lambda *args: made.append(args) or captioner(*args))
     run(home, "run", "training.phases=[{policy: bridge, epochs: 2}]")
     assert len(made) == 1
 
@@ -295,12 +279,12 @@ def test_captions_are_encoded_and_files_opened_once(home, tiny, byte_tokenizer, 
     processor = QVisionProcessor.from_config(tiny.config, byte_tokenizer)
     images = open_dataset(home / "pictures/train.jsonl")
     cache = features.FeatureCache(home / "cache", tiny, "float32")
-    seen = cache.see(images, tiny, processor)
+    cached = cache.encode(images, tiny, processor)
     encoded, opened = [], []
     encode, safe_open = processor.encode, features.safe_open
     monkeypatch.setattr(processor, "encode", lambda *how: encoded.append(how) or encode(*how))
     monkeypatch.setattr(features, "safe_open", lambda *how: opened.append(how) or safe_open(*how))
-    samples = CaptionedPictures(images, processor, 5, 40, 0, seen)
+    samples = CaptionSamples(images, processor, 5, 40, 0, cached)
     first = samples[3]
     assert all(torch.equal(samples[3][name], first[name]) for name in ("vision_states",))
     samples.epoch = 1
@@ -311,13 +295,8 @@ def test_captions_are_encoded_and_files_opened_once(home, tiny, byte_tokenizer, 
 
 
 @pytest.mark.parametrize(("cores", "workers"), [(2, 0), (16, 8), (6, 6)])
-def test_pictures_are_read_by_as_many_processes_as_fit(
-    home,
-    tiny,
-    byte_tokenizer,
-    monkeypatch,
-    cores,
-    workers,
+def test_images_are_read_by_as_many_processes_as_fit(
+    home, tiny, byte_tokenizer, monkeypatch, cores, workers
 ):
     asked = []
 
@@ -331,7 +310,7 @@ def test_pictures_are_read_by_as_many_processes_as_fit(
     processor = QVisionProcessor.from_config(tiny.config, byte_tokenizer)
     images = open_dataset(home / "pictures/val.jsonl")
     cache = features.FeatureCache(home / "cache", tiny, "float32")
-    cache.see(images, tiny, processor, workers=None)
+    cache.encode(images, tiny, processor, workers=None)
     assert asked == [workers]
 
 

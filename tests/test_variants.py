@@ -1,20 +1,20 @@
-"""What an ablation varies in the model: every variant, against itself by other ways."""
+"""Every architecture, the published one and the ablations: one result however it is computed."""
 
 import pytest
 import torch
+from conftest import tiny_captioner, with_noise
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from test_model import ONE_BY_ONE, TOLERANCE, generate_with_and_without_cache
+from test_model import GREEDY, TOLERANCE
 from torch.testing import assert_close
 
-from qvision_lab.captioning import Captioner
 from qvision_lab.captioning.compiled import FastDecoding
 from qvision_lab.interpretation.interventions import mute, patch, sweep
+from qvision_lab.interpretation.maps import query_maps, word_maps
 from qvision_lab.interpretation.trace import Trace, trace
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
-from qvision_lab.model.processor import QVisionProcessor
-from qvision_lab.training.trainer import MuonAdamW
+from qvision_lab.training.optimizers import MuonAdamW
 from qvision_lab.widgets import explore, parts
 
 VARIANTS = {
@@ -25,9 +25,7 @@ VARIANTS = {
     "prefix": {"bridge": "prefix"},
     "image tokens as prefix": {"bridge": "prefix", "bridge_reads": "image_tokens"},
 }
-
-
-PICTURE = Image.new("RGB", (32, 32), "teal")
+IMAGE = Image.new("RGB", (32, 32), "teal")
 
 
 def varied(tiny, changes):
@@ -39,65 +37,73 @@ def varied(tiny, changes):
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request, tiny):
-    """A random model of each variant, with biases too."""
-    model = varied(tiny, VARIANTS[request.param])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return with_noise(varied(tiny, VARIANTS[request.param]))
 
 
-@pytest.fixture(scope="module")
-def pixels() -> torch.Tensor:
-    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+@pytest.fixture(scope="module", params=["published", *VARIANTS])
+def model(request, tiny):
+    name = request.param
+    return tiny if name == "published" else with_noise(varied(tiny, VARIANTS[name]))
 
 
-@pytest.fixture(scope="module")
-def captions() -> torch.Tensor:
-    ids = torch.randint(0, 256, (4, 9), generator=torch.Generator().manual_seed(2))
-    ids[:, 0], ids[1, 5], ids[1, 6:] = 257, 258, 256
-    return ids
-
-
-def test_cached_equals_uncached(variant, pixels):
-    cached = generate_with_and_without_cache(variant, pixels)
-    whole = variant(input_ids=cached.sequences, pixel_values=pixels).logits[:, :-1]
-    words = cached.sequences[:, :-1] != variant.config.pad_token_id
+def test_cached_equals_uncached_and_teacher_forced(model, pixels):
+    settings = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    cached = model.generate(pixel_values=pixels, **settings)
+    uncached = model.generate(pixel_values=pixels, use_cache=False, **settings)
+    assert torch.equal(cached.sequences, uncached.sequences)
+    assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), **TOLERANCE)
+    beams = {**GREEDY, "num_beams": 3}
+    again = model.generate(pixel_values=pixels, use_cache=False, **beams)
+    assert torch.equal(model.generate(pixel_values=pixels, **beams), again)
+    whole = model(input_ids=cached.sequences, pixel_values=pixels).logits[:, :-1]
+    words = cached.sequences[:, :-1] != model.config.pad_token_id
     assert_close(torch.stack(cached.logits, dim=1)[words], whole[words], **TOLERANCE)
 
 
-def test_batched_equals_single(variant, pixels, captions):
-    together = variant(input_ids=captions, pixel_values=pixels).logits
-    words = captions != variant.config.pad_token_id
-    masked = variant(input_ids=captions, pixel_values=pixels, attention_mask=words.long()).logits
+def test_batched_equals_single(model, pixels, captions):
+    together = model(input_ids=captions, pixel_values=pixels).logits
+    words = captions != model.config.pad_token_id
+    masked = model(input_ids=captions, pixel_values=pixels, attention_mask=words.long()).logits
     assert_close(masked[words], together[words], **TOLERANCE)
-    generated = variant.generate(pixel_values=pixels, **ONE_BY_ONE)
+    generated = model.generate(pixel_values=pixels, **GREEDY)
     for i in range(len(pixels)):
-        alone = variant(input_ids=captions[[i]], pixel_values=pixels[[i]]).logits[0]
+        alone = model(input_ids=captions[[i]], pixel_values=pixels[[i]]).logits[0]
         assert_close(alone[words[i]], together[i][words[i]], **TOLERANCE)
-        row = variant.generate(pixel_values=pixels[[i]], **ONE_BY_ONE)[0]
+        row = model.generate(pixel_values=pixels[[i]], **GREEDY)[0]
         assert torch.equal(row, generated[i, : len(row)])
-    assert (
-        together[0] - variant(input_ids=captions, pixel_values=-pixels).logits[0]
-    ).abs().max() > 0.01
+    others = model(input_ids=captions, pixel_values=-pixels).logits
+    assert (together[0] - others[0]).abs().max() > 0.01
 
 
-def test_several_captions_of_an_image_equal_repeated_images(variant, pixels, captions):
-    grouped = variant(input_ids=captions, pixel_values=pixels[:2])
-    repeated = variant(input_ids=captions, pixel_values=pixels[[0, 0, 1, 1]])
+def test_several_captions_of_an_image_equal_repeated_images(model, pixels, captions):
+    grouped = model(input_ids=captions, pixel_values=pixels[:2])
+    repeated = model(input_ids=captions, pixel_values=pixels[[0, 0, 1, 1]])
     assert_close(grouped.logits, repeated.logits, **TOLERANCE)
+    assert len(grouped.visual_tokens) == 2
 
 
-def test_saved_variants_come_back(variant, pixels, captions, tmp_path):
-    variant.save_pretrained(tmp_path)
+def test_saved_models_load_the_same(model, pixels, captions, tmp_path):
+    model.save_pretrained(tmp_path)
     loaded = QVisionForConditionalGeneration.from_pretrained(tmp_path)
-    logits = variant(input_ids=captions, pixel_values=pixels).logits
+    logits = model(input_ids=captions, pixel_values=pixels).logits
     assert torch.equal(loaded(input_ids=captions, pixel_values=pixels).logits, logits)
     for name in ("global_token", "bridge", "bridge_reads"):
-        assert getattr(loaded.config, name) == getattr(variant.config, name)
+        assert getattr(loaded.config, name) == getattr(model.config, name)
 
 
-def test_all_weights_of_a_variant_learn(variant, pixels, captions):
+def test_tensors_have_the_names_of_the_published_architecture(tiny, variant):
+    ours, published = variant.state_dict(), list(tiny.state_dict())
+    absent = ()
+    if variant.config.bridge_reads != "visual_tokens":
+        absent += ("qformer.",)
+    if variant.config.bridge == "prefix":
+        absent += ("decoder.bridge.",)
+    assert list(ours) == [name for name in published if not name.startswith(absent or ("-",))]
+    if variant.config.global_token == "none":
+        assert ours["qformer.global_token"].shape == (1, 0, 32)
+
+
+def test_all_weights_of_a_variant_are_trained(variant, pixels, captions):
     model = QVisionForConditionalGeneration(variant.config)
     model.vision.tower.requires_grad_(False)
     optimizer = MuonAdamW(model, 1e-3, 0.02, 0.0)
@@ -108,7 +114,7 @@ def test_all_weights_of_a_variant_learn(variant, pixels, captions):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_maps_say_what_visual_tokens_are_made_of(variant, pixels, captions):
+def test_variants_have_maps_of_their_visual_tokens(variant, pixels, captions):
     shown = variant(input_ids=captions, pixel_values=pixels, output_attentions=True)
     logits = variant(input_ids=captions, pixel_values=pixels).logits
     assert_close(shown.logits, logits, **TOLERANCE)
@@ -134,7 +140,7 @@ def test_an_added_global_token_reaches_every_word(tiny, pixels, captions):
     assert_close(states - plain, (0.2 * token).expand_as(states), **TOLERANCE)
 
 
-def test_configurations_of_before_are_the_published_architecture(tiny):
+def test_old_configurations_are_the_published_architecture(tiny):
     fields = tiny.config.to_dict()
     for name in ("global_token", "bridge", "bridge_reads"):
         del fields[name]
@@ -145,45 +151,38 @@ def test_configurations_of_before_are_the_published_architecture(tiny):
         QVisionConfig(bridge="none")
 
 
-@pytest.fixture
-def captioner_of(tiny, byte_tokenizer):
-    def make(**changes) -> Captioner:
-        model = varied(tiny, changes)
-        return Captioner(model, QVisionProcessor.from_config(model.config, byte_tokenizer))
-
-    return make
-
-
-def test_queries_keep_their_names_without_the_global_token(captioner_of, tmp_path):
-    captioner = captioner_of(global_token="none")
+def test_queries_keep_their_names_without_the_global_token(tiny, tmp_path):
+    captioner = tiny_captioner(varied(tiny, {"global_token": "none"}))
     queries = [f"query {i}" for i in range(4)]
-    assert [effect.label for effect in sweep(captioner, PICTURE, "a dog", "queries")] == queries
+    effects = sweep(trace(captioner, IMAGE, "a dog"), "queries")
+    assert [effect.label for effect in effects] == queries
     with mute(captioner.model, queries=[3]):
-        traced = trace(captioner, PICTURE, "a dog")
+        traced = trace(captioner, IMAGE, "a dog")
     assert (traced.bridge_attentions[..., 3] == 0).all()
     assert (traced.bridge_attentions[..., :3] > 0).all()
     traced.save(tmp_path / "trace.safetensors")
-    maps = Trace.load(tmp_path / "trace.safetensors").query_maps()
+    maps = query_maps(Trace.load(tmp_path / "trace.safetensors"))
     assert [patch_map.label for patch_map in maps] == queries
     assert [part.label for part in parts(captioner.model)["Queries"].values()] == queries
     with pytest.raises(ValueError, match=r"global token does not exist; .* query 0 to query 3"):
         mute(captioner.model, global_token=True)
 
 
-def test_looking_inside_names_the_part_that_a_variant_lacks(captioner_of):
-    prefix, patches = captioner_of(bridge="prefix"), captioner_of(bridge_reads="image_tokens")
-    for look in (lambda: trace(prefix, PICTURE, "a dog"), lambda: explore(prefix)):
+def test_interpretation_names_the_part_that_a_variant_lacks(tiny):
+    prefix = tiny_captioner(varied(tiny, {"bridge": "prefix"}))
+    patches = tiny_captioner(varied(tiny, {"bridge_reads": "image_tokens"}))
+    for inspect in (lambda: trace(prefix, IMAGE, "a dog"), lambda: explore(prefix)):
         with pytest.raises(ValueError, match=r"this model has no bridge .*bridge='prefix'"):
-            look()
-    seen = trace(patches, PICTURE, "a dog")
-    assert seen.query_maps()[3].label == "image token 3"
-    for look in (
-        lambda: seen.word_maps("gradient"),
-        lambda: patch(patches, PICTURE, "visual_tokens"),
+            inspect()
+    traced = trace(patches, IMAGE, "a dog")
+    assert query_maps(traced)[3].label == "image token 3"
+    for inspect in (
+        lambda: word_maps(traced, "gradient"),
+        lambda: patch(patches, IMAGE, "visual_tokens"),
         lambda: explore(patches),
     ):
         with pytest.raises(ValueError, match=r"no Q-Former .*bridge_reads='image_tokens'"):
-            look()
+            inspect()
 
 
 @pytest.mark.parametrize("changes", [{"bridge": "prefix"}, {"global_token": "added"}])

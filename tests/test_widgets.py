@@ -1,4 +1,4 @@
-"""The explorer without a browser: what is answered, what is drawn, and what the controls do."""
+"""The explorer without a browser: results, drawings, and what the controls do."""
 
 import base64
 import io
@@ -13,8 +13,17 @@ from PIL import Image
 
 from qvision_lab import scenes
 from qvision_lab.captioning import Captioner, load
-from qvision_lab.interpretation.interventions import effect, mute
-from qvision_lab.widgets import Bench, Explorer, Question, Shown, draw, explore, tell
+from qvision_lab.interpretation.interventions import effects, mute
+from qvision_lab.interpretation.maps import word_maps
+from qvision_lab.widgets import (
+    Backend,
+    Explorer,
+    ImageChoice,
+    Request,
+    color_limits,
+    explore,
+    result_html,
+)
 
 GREEDY = (("preset", "greedy"),)
 
@@ -25,13 +34,13 @@ def captioner() -> Captioner:
 
 
 @pytest.fixture(scope="module")
-def bench(captioner) -> Bench:
-    return Bench(captioner)
+def backend(captioner) -> Backend:
+    return Backend(captioner)
 
 
 @pytest.fixture(scope="module")
-def question() -> Question:
-    return Question(Shown("a scene", scenes.scene("test", 0, 1).image), GREEDY)
+def request_() -> Request:
+    return Request(ImageChoice("a scene", scenes.scene("test", 0, 1).image), GREEDY)
 
 
 @pytest.fixture
@@ -42,12 +51,9 @@ def explorer(captioner):
     explorer.close()
 
 
-def pixels(encoded: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-
-
 def drawn(html: str) -> np.ndarray:
-    return pixels(base64.b64decode(re.search(r'base64,([^"]+)', html)[1]))
+    png = base64.b64decode(re.search(r'base64,([^"]+)', html)[1])
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 def upload(explorer: Explorer, name: str, content: bytes) -> None:
@@ -67,81 +73,79 @@ def press(explorer: Explorer, *labels: str) -> None:
     explorer.pending.result()
 
 
-def test_whole_and_muted_readings_are_those_of_the_package(captioner, bench, question):
-    picture, muted = question.picture.picture, ("query 3", "block 0, head 1")
-    answer = bench.answer(replace(question, muted=muted, token=4, block=1, head=2))
+def test_whole_and_muted_results_are_those_of_the_package(captioner, backend, request_):
+    image, muted = request_.image.image, ("query 3", "block 0, head 1")
+    results = backend.run(replace(request_, muted=muted, token=4, block=1, head=2))
+    whole, ablated = results
     same = mute(captioner.model, queries=[3], heads=[(0, 1)])
-    found = effect(captioner, picture, answer.whole.said, same)
-    assert answer.whole.said == captioner.caption(picture, preset="greedy").text
-    np.testing.assert_allclose(np.log(answer.whole.probabilities), found.before, atol=1e-3)
-    np.testing.assert_allclose(np.log(answer.muted.probabilities), found.after, atol=1e-3)
-    of_word, of_query = answer.whole.maps
-    expected = answer.whole.trace.word_maps()[answer.word]
+    (effect,) = effects(replace(whole.trace, captioner=captioner), [same])
+    assert whole.caption == captioner.caption(image, preset="greedy").text
+    np.testing.assert_allclose(np.log(whole.probabilities), effect.before, atol=1e-3)
+    np.testing.assert_allclose(np.log(ablated.probabilities), effect.after, atol=1e-3)
+    of_word, of_query = whole.maps
+    expected = word_maps(whole.trace)[whole.word]
     np.testing.assert_allclose(of_word.values, expected.values, atol=1e-5)
-    assert of_word.label == max((w.text for w in answer.whole.trace.words), key=len)
-    np.testing.assert_array_equal(
-        of_query.values.ravel(), answer.whole.trace.qformer_cross_attentions[1, 2, 4]
-    )
+    assert of_word.label == max((word.text for word in whole.trace.words), key=len)
+    attention = whole.trace.qformer_cross_attentions[1, 2, 4]
+    np.testing.assert_array_equal(of_query.values.ravel(), attention)
     with same:
-        assert answer.muted.said == captioner.caption(picture, preset="greedy").text
-    assert not np.array_equal(answer.muted.maps[0].values, of_word.values)
-    assert answer.vmax[0] == max(of_word.values.max(), answer.muted.maps[0].values.max())
+        assert ablated.caption == captioner.caption(image, preset="greedy").text
+    assert not np.array_equal(ablated.maps[0].values, of_word.values)
+    assert color_limits(results)[0] == max(of_word.values.max(), ablated.maps[0].values.max())
 
 
-def test_the_bench_keeps_its_mutes_to_itself_and_shares_the_weights(captioner, bench):
-    ours, theirs = bench.captioner.model.parameters(), captioner.model.parameters()
-    assert all(mine is other for mine, other in zip(ours, theirs, strict=True))
-    with bench.parts["Whole"]["bridge"]:
+def test_the_backend_keeps_its_mutes_to_itself_and_shares_the_weights(captioner, backend):
+    pairs = zip(backend.captioner.model.parameters(), captioner.model.parameters(), strict=True)
+    assert all(mine is other for mine, other in pairs)
+    with backend.parts["Whole"]["bridge"]:
         assert not any(module._forward_hooks for module in captioner.model.modules())
 
 
-def test_every_part_can_be_muted_once(captioner, bench):
+def test_every_part_can_be_muted_once(captioner, backend):
     config = captioner.model.config
-    labels = [part.label for group in bench.parts.values() for part in group.values()]
+    labels = [part.label for group in backend.parts.values() for part in group.values()]
     heads = (2 * config.num_qformer_blocks + 1) * config.num_attention_heads
     assert len(labels) == 1 + config.num_query_tokens + heads + config.num_qformer_blocks + 1
     assert len(set(labels)) == len(labels)
 
 
-def test_a_compiled_captioner_is_explored_with_its_mutes(captioner, question):
+def test_a_compiled_captioner_is_explored_with_its_mutes(captioner, backend, request_):
     with torch.compiler.set_stance("force_eager"):
-        compiled = Bench(captioner.compile())
-    muted = replace(question, muted=("bridge",))
-    for asked in (question, muted):
-        ours, plain = compiled.answer(asked), Bench(captioner).answer(asked)
-        assert ours.whole.said == plain.whole.said
-        assert (ours.muted and ours.muted.said) == (plain.muted and plain.muted.said)
-    assert ours.muted.said != ours.whole.said
+        compiled = Backend(captioner.compile())
+    muted = replace(request_, muted=("bridge",))
+    captions, expected = ([x.caption for x in each.run(muted)] for each in (compiled, backend))
+    assert captions == expected
+    assert len(set(captions)) == 2
 
 
-def test_a_drawing_follows_its_map_and_has_a_text(bench, question):
+def test_a_drawing_follows_its_map_and_has_a_text(backend, request_):
+    (default,) = backend.run(request_)
     first, last = (
-        bench.answer(replace(question, word=(bench.answer(question).whole.said, i))).whole
-        for i in (0, -1)
+        backend.run(replace(request_, word=(default.caption, i)))[0]
+        for i in (0, len(default.trace.words) - 1)
     )
-    assert not np.array_equal(pixels(draw(first, [1, 1])), pixels(draw(last, [1, 1])))
-    told = tell(replace(first, said="<b>"), [1, 1], "a < b")
-    assert "a &lt; b" in told
-    assert "&lt;b&gt;" in told
-    assert f'alt="{first.maps[0].label} (agreement): highest in patch {first.maps[0].peak}' in told
-    np.testing.assert_array_equal(drawn(told), pixels(draw(first, [1, 1])))
+    html = result_html(replace(first, caption="<b>"), [1, 1], "a < b")
+    assert "a &lt; b" in html
+    assert "&lt;b&gt;" in html
+    assert f'alt="{first.maps[0].label} (agreement): highest in patch {first.maps[0].peak}' in html
+    assert not np.array_equal(drawn(html), drawn(result_html(last, [1, 1], "last")))
 
 
-def test_a_caption_without_a_word_is_answered(bench, question, monkeypatch):
-    monkeypatch.setattr(bench, "_caption", lambda *question: "")
-    answer = bench.answer(question)
-    assert answer.word is None
-    assert [m.label for m in answer.whole.maps] == ["global token"]
-    assert "(no word)" in tell(answer.whole, answer.vmax, "whole")
+def test_a_caption_without_a_word_has_a_result(backend, request_, monkeypatch):
+    monkeypatch.setattr(backend, "_caption", lambda *request: "")
+    (result,) = backend.run(request_)
+    assert result.word is None
+    assert [m.label for m in result.maps] == ["global token"]
+    assert "(no word)" in result_html(result, color_limits([result]), "whole")
 
 
 def test_clicks_change_what_is_shown(explorer):
-    caption, picture = explorer.words.value[0], drawn(explorer.whole.value)
+    caption, image = explorer.words.value[0], drawn(explorer.whole.value)
     assert "Ready" in explorer.status.value
     assert "Nothing is muted" in explorer.muted.value
     explorer.words.index = int(explorer.words.index == 0)
     explorer.pending.result()
-    assert not np.array_equal(drawn(explorer.whole.value), picture)
+    assert not np.array_equal(drawn(explorer.whole.value), image)
     for block, head in (("1", "all"), ("1", "2"), ("all", "all")):
         previous = explorer.whole.value
         explorer.block.value, explorer.head.value = block, head
@@ -164,43 +168,43 @@ def test_search_settings_reach_the_captioner(explorer, captioner):
     explorer.pending.result()
     assert (explorer.beams.disabled, explorer.seed.disabled) == (True, False)
     settings = {"temperature": 2.0, "top_p": 0.9, "seed": 7, "repetition_penalty": 1.0}
-    picture = explorer.picture.value.picture
-    assert captioner.caption(picture, preset="greedy", **settings).text in explorer.whole.value
+    image = explorer.image.value.image
+    assert captioner.caption(image, preset="greedy", **settings).text in explorer.whole.value
 
 
-def test_pictures_come_from_uploads_and_folders(explorer, tmp_path):
+def test_images_come_from_uploads_and_folders(explorer, tmp_path):
     for name in ("b.png", "a.png"):
         scenes.scene("test", 0, 20).image.save(tmp_path / name)
     explorer.folder.value = str(tmp_path)
     explorer.pending.result()
-    assert [name for name, _ in explorer.picture.options[:3]] == ["a.png", "b.png", "scene 0"]
-    assert explorer.picture.label == "a.png"
+    assert [name for name, _ in explorer.image.options[:3]] == ["a.png", "b.png", "scene 0"]
+    assert explorer.image.label == "a.png"
     scene = explorer.whole.value
     upload(explorer, "mine.png", (tmp_path / "a.png").read_bytes())
-    assert explorer.picture.label == "mine.png"
+    assert explorer.image.label == "mine.png"
     assert explorer.whole.value == scene
 
 
-def test_what_goes_wrong_is_told_and_can_be_mended(explorer, tmp_path):
+def test_errors_are_shown_and_can_be_mended(explorer, tmp_path):
     upload(explorer, "<notes>.txt", b"no picture")
     assert 'role="alert"' in explorer.status.value
     assert "&lt;notes&gt;.txt is no picture in a format known here" in explorer.status.value
     explorer.folder.value = str(tmp_path)
     assert "no picture in" in explorer.status.value
-    explorer.picture.index = len(explorer.picture.options) - 1
+    explorer.image.index = len(explorer.image.options) - 1
     explorer.pending.result()
     assert "Ready" in explorer.status.value
     press(explorer, *(label for label in explorer.parts if label.startswith(("query", "global"))))
     assert "no visual token is left" in explorer.status.value
 
 
-def test_only_the_last_of_many_questions_is_answered(explorer, monkeypatch):
-    asked, answer = [], explorer.bench.answer
-    monkeypatch.setattr(explorer.bench, "answer", lambda q: asked.append(q) or answer(q))
+def test_only_the_last_of_many_requests_is_run(explorer, monkeypatch):
+    requests, run = [], explorer.backend.run
+    monkeypatch.setattr(explorer.backend, "run", lambda r: requests.append(r) or run(r))
     explorer._worker.submit(torch.ones(()).item).result()  # the worker is free
     for token in range(1, 20):
         explorer.token.value = token
     explorer.pending.result()
-    assert asked[-1].token == 19
-    assert len(asked) < 19
-    assert f"query {18} (attention)" in explorer.whole.value
+    assert requests[-1].token == 19
+    assert len(requests) < 19
+    assert "query 18 (attention)" in explorer.whole.value

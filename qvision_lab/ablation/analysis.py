@@ -1,4 +1,4 @@
-"""What a study's table supports: seeds are the unit, and many comparisons are corrected for."""
+"""Statistics of a study's table: paired over seeds, corrected for multiple comparisons."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qvision_lab.ablation.study import BASE
 
 
 def averages(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over `n` finished runs, one row a variant: what it is worth beside what it costs."""
+    """Means over `n` finished runs, one row per variant: scores and costs."""
     finished = table[table["failed"].isna()].drop(columns=["seed", "failed"])
     groups = finished.groupby("variant", sort=False)
     return groups.mean().assign(n=groups.size())
@@ -22,7 +22,7 @@ def differences(
     """What each variant has over the base: the mean of paired differences, one a seed.
 
     A run averages over its images, so that seeds are what varies. With five of them a paired
-    t-interval covers what it says; a bootstrap of five covers 84% and no rank test can come
+    t-interval has its nominal coverage; a bootstrap of five covers 84% and no rank test can come
     below p = 0.06.
 
     Returns:
@@ -53,24 +53,24 @@ def holm(p: pd.Series) -> pd.Series:
 
 
 def summarise(table: pd.DataFrame, metric: str = "CIDEr", confidence: float = 0.95) -> list[str]:
-    """What can be said of a metric, a sentence a variant, and of runs that failed.
+    """Sentences on a metric, one per variant, and on runs that failed.
 
-    A difference is claimed where Holm's p is below 1 - `confidence`; of the others the sentence
-    says how large a difference their interval leaves room for.
+    A difference is claimed where Holm's p is below 1 - `confidence`; for the others the
+    sentence gives the largest difference that their interval allows.
     """
     rows, means = differences(table, metric, confidence), averages(table)
     base = means.loc[BASE]
-    told = [f"{metric} of the base is {base[metric]:.3g}, the mean of {base['n']:.0f} seeds."]
+    sentences = [f"{metric} of the base is {base[metric]:.3g}, the mean of {base['n']:.0f} seeds."]
     for name, row in rows.sort_values("difference").iterrows():
         interval = f"[{row.low:+.3g}, {row.high:+.3g}] over {row.n:.0f} seeds"
         if row.n < 2:
-            told.append(f"{name}: nothing can be said with {row.n:.0f} pairs of runs.")
+            sentences.append(f"{name}: nothing can be said with {row.n:.0f} pairs of runs.")
         elif row.corrected < 1 - confidence:
             verb = "raises" if row.difference > 0 else "lowers"
-            told.append(f"{name}: {verb} {metric} by {abs(row.difference):.3g}, {interval}.")
+            sentences.append(f"{name}: {verb} {metric} by {abs(row.difference):.3g}, {interval}.")
         else:
             bound = max(abs(row.low), abs(row.high))
-            told.append(f"{name}: no difference larger than {bound:.3g}, {interval}.")
+            sentences.append(f"{name}: no difference larger than {bound:.3g}, {interval}.")
     for name, runs in table.dropna(subset="failed").groupby("variant", sort=False):
-        told.append(f"{name}: {len(runs)} runs failed ({runs['failed'].iloc[0]}).")
-    return told
+        sentences.append(f"{name}: {len(runs)} runs failed ({runs['failed'].iloc[0]}).")
+    return sentences

@@ -1,4 +1,4 @@
-"""One run of a study: a captioner learned behind a frozen tower, and what it is worth and costs."""
+"""One run of a study: a captioner trained behind a frozen tower, its scores and its cost."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ import json
 import os
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
-from jaxtyping import Float
-from torch import Tensor
 
 from qvision_lab.captioning import Captioner, load
 from qvision_lab.data.atomic import write_atomic
@@ -27,99 +24,91 @@ from qvision_lab.data.coco import CaptionDataset, open_dataset
 from qvision_lab.evaluation import evaluate_dataset
 from qvision_lab.interpretation.faithfulness import examples_of, score_maps
 from qvision_lab.interpretation.maps import composition
-from qvision_lab.model.captioner import QVisionForConditionalGeneration, generation_preset
-from qvision_lab.model.config import QVisionConfig
-from qvision_lab.training.caption_stage import caption_seen, learn_to_tell, see_scenes
-from qvision_lab.training.trainer import last_checkpoint
+from qvision_lab.model.captioner import generation_preset
+from qvision_lab.training import freezing
+from qvision_lab.training.recipe import Recipe
+from qvision_lab.training.train import train_captioner
+from qvision_lab.training.trainer import DivergedError, last_checkpoint
 
-# What may vary of a model: nothing of the tower, which is frozen, and of the tokens.
-MODEL_FIELDS = (
-    *("num_query_tokens", "num_qformer_blocks", "num_attention_heads", "dropout", "text_config"),
-    *("global_token", "bridge", "bridge_reads"),
-)
-TOKENS, ROUNDS = 20, 5  # of captions whose time is taken
+TOKENS, ROUNDS = 20, 5  # of the captions that are timed
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A variant with a seed, and all that its result hangs on."""
+    """A variant with a seed, and everything that determines its result."""
 
     variant: str
     seed: int  # runs of one seed are pairs
-    draws: int  # what weights and the order of pictures are drawn from
-    settings: dict[str, Any]  # of the model, its training and its scores
-    checkpoint: str | None  # with the tower and the tokenizer; None: the embedded one
-    data: str  # fingerprint
+    recipe: Recipe
+    scored: int  # test scenes
+    pointed: int  # of those, for the maps
+    threads: int
+    origin: str  # digest of the tower and of how scenes are drawn and captioned
 
     @property
     def key(self) -> str:
-        """A digest of all that the result hangs on; the names hang on nothing."""
-        told = asdict(replace(self, variant="", seed=0))
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        """Hash of everything that determines the result; names and places excluded."""
+        recipe = self.recipe.model_dump(mode="json", exclude={"name": True, "features": {"folder"}})
+        parts = [recipe, self.scored, self.pointed, self.threads, self.origin]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def row(self, folder: str | os.PathLike) -> Path:
-        """Where its results are, once it is finished; `curve.csv` and `log.txt` are beside them."""
-        return Path(folder, "runs", self.key, "row.json")
-
-
-def arm_config(config: QVisionConfig, settings: dict[str, Any]) -> QVisionConfig:
-    """A checkpoint's configuration with what a run says of the model."""
-    changes = {name: settings[name] for name in MODEL_FIELDS}
-    return QVisionConfig.from_dict({**config.to_dict(), **changes})
+    def folder(self, study: str | os.PathLike) -> Path:
+        """Folder of the run: `row.json` once it is finished, `phase-1/curve.csv`, `log.txt`."""
+        return Path(study, "runs", self.key)
 
 
-def carry_out(run: Run, folder: Path) -> None:
-    """Do a run, or what is left of it, and write its row; what it prints goes to its log.
+def carry_out(run: Run, study: Path) -> None:
+    """Execute or resume a run and write its row; what it prints goes to its log.
 
-    One at a time in a process, since torch's threads and random numbers are the process's own.
+    One at a time in a process, since torch's threads and random numbers belong to the process.
     """
-    row, threads = run.row(folder), torch.get_num_threads()
-    work = row.parent
-    work.mkdir(parents=True, exist_ok=True)
-    with FileLock(work / "lock"), (work / "log.txt").open("a") as log:
-        if row.exists():  # done by the worker of a study that was killed, which outlived it
+    folder, threads = run.folder(study), torch.get_num_threads()
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"), (folder / "log.txt").open("a") as log:
+        if (folder / "row.json").exists():  # finished by a worker that survived a killed study
             return
-        torch.set_num_threads(run.settings["threads"])
+        torch.set_num_threads(run.threads)
         try:
             with redirect_stdout(log), redirect_stderr(log):
-                measured = _measure(run, work, folder / "states")
+                row = _measure(run, folder, study / "features")
         finally:
             torch.set_num_threads(threads)
-        write_atomic(row, json.dumps(measured, indent=1))
-        for checkpoint in work.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        write_atomic(folder / "row.json", json.dumps(row, indent=1))
+        for checkpoint in (folder / "checkpoint", *folder.glob("phase-*/checkpoint-*")):
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def _measure(run: Run, work: Path, states: Path) -> dict[str, float | str | None]:
-    """Learn, then score; a run that diverges has a reason in place of scores."""
-    settings, origin = {**run.settings, "workers": 0}, load(run.checkpoint, device="cpu")
-    tower, tokenizer = origin.model.vision.tower, origin.processor.tokenizer
-    resumed = last_checkpoint(work) is not None
-    config = arm_config(origin.model.config, settings)
-    model = learn_to_tell(tower, config, tokenizer, settings, run.draws, work, states)
-    broken = [name for name, weights in model.named_parameters() if not weights.isfinite().all()]
-    if broken:
-        return {"failed": f"diverged: {len(broken)} weights are no numbers, {broken[0]} first"}
-    seen = see_scenes(tower, states, settings["scored"], "test", 0, 0)
-    dataset = open_dataset("scenes:test", n=settings["scored"])
-    captions = dict(zip(dataset.ids, caption_seen(model, tokenizer, seen), strict=True))
-    report = evaluate_dataset(captions, dataset, ("cider", "scenes"), resamples=1)
-    seconds = pd.read_csv(work / "curve.csv")["train_runtime"].max()
-    some = open_dataset("scenes:test", n=settings["pointed"])
+def _measure(run: Run, folder: Path, features: Path) -> dict[str, float | str | None]:
+    """Train, then score; a run that diverges has a reason in place of scores."""
+    resumed = last_checkpoint(folder / "phase-1") is not None
+    changes = {"folder": str(features), "workers": 0}
+    recipe = run.recipe.model_copy(
+        update={"features": run.recipe.features.model_copy(update=changes)}
+    )
+    try:
+        captioner = load(train_captioner(recipe, folder))
+        freezing.apply(captioner.model, recipe.training.phases[-1].policy)
+    except DivergedError as error:
+        return {"failed": f"diverged: {error}"}
+    dataset = open_dataset("scenes:test", n=run.scored)
+    captions = captioner.caption([image.picture for image in dataset], preset="greedy")
+    texts = {i: caption.text for i, caption in zip(dataset.ids, captions, strict=True)}
+    report = evaluate_dataset(texts, dataset, ("cider", "scenes"), resamples=1)
+    curves = [pd.read_csv(path) for path in folder.glob("phase-*/curve.csv")]
     return {
         "failed": None,
         **report.scores,
-        "pointing": _pointing(Captioner(model, origin.processor), some),
-        "parameters": model.num_parameters(only_trainable=True),
-        "seconds": nan if resumed else seconds,  # those before an interruption are lost
-        "latency": _latency(model, torch.from_numpy(seen.states[:1].astype(np.float32))),
+        "pointing": _pointing(captioner, open_dataset("scenes:test", n=run.pointed)),
+        "parameters": sum(p.numel() for p in captioner.model.parameters() if p.requires_grad),
+        "seconds": nan if resumed else sum(curve["train_runtime"].max() for curve in curves),
+        "latency": _latency(captioner, dataset),
     }
 
 
 def _pointing(captioner: Captioner, dataset: CaptionDataset) -> float:
-    """How often the peak of a word's map lies on what it names, in captions that all arms share.
+    """Share of words whose map peaks on the object they name, in captions that all arms share.
 
-    nan without a bridge, and where it reads a single mean: there is no map of words.
+    nan without a bridge, and where the bridge reads a single mean: there is no map of words.
     """
     config = captioner.model.config
     if config.bridge == "prefix" or config.bridge_reads == "mean_image_token":
@@ -131,13 +120,17 @@ def _pointing(captioner: Captioner, dataset: CaptionDataset) -> float:
     return float(np.average(by_size["value"], weights=by_size["words"]))
 
 
-def _latency(model: QVisionForConditionalGeneration, states: Float[Tensor, "1 P C"]) -> float:
-    """Median seconds of a greedy caption of 20 tokens, behind the tower that all arms share."""
+@torch.no_grad()
+def _latency(captioner: Captioner, dataset: CaptionDataset) -> float:
+    """Median seconds of a greedy caption of 20 tokens, after the tower that all arms share."""
+    model = captioner.model
+    pixels = captioner.processor(images=dataset[0].picture).pixel_values.to(model.device)
+    states = model.vision.encode(pixels)  # [1,P,C]
     settings = generation_preset("greedy", model.config)
     settings.update(max_new_tokens=TOKENS, min_length=TOKENS + 1)  # and <START>
     seconds = []
     for _ in range(ROUNDS):
         start = perf_counter()
-        model.generate(vision_states=states.to(model.device), generation_config=settings)
+        model.generate(vision_states=states, generation_config=settings)
         seconds.append(perf_counter() - start)
     return median(seconds)

@@ -1,130 +1,113 @@
-"""A study: variants of one base, each with the same seeds, carried out anywhere, into one table."""
+"""A study: variants of one base recipe, each with the same seeds, run anywhere, into one table."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from functools import cached_property, partial
 from importlib.resources import files
-from math import prod
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
 import pandas as pd
-import yaml
-from huggingface_hub.errors import StrictDataclassError
+from pydantic import Strict
 from tqdm.auto import tqdm
 
-from qvision_lab import scenes
-from qvision_lab.ablation.arm import MODEL_FIELDS, Run, arm_config, carry_out
+from qvision_lab.ablation.arm import Run, carry_out
 from qvision_lab.captioning import load
 from qvision_lab.data.atomic import write_atomic
-from qvision_lab.training.caption_stage import see_scenes
-from qvision_lab.training.features import fingerprint_weights
-from qvision_lab.training.recipe import load_recipe, record_run
+from qvision_lab.data.coco import open_dataset
+from qvision_lab.training.features import FeatureCache, fingerprint_weights
+from qvision_lab.training.recipe import RECIPES, Count, Recipe
+from qvision_lab.training.results import record_run
+from qvision_lab.training.settings import Settings, find_settings, override, read_yaml
+from qvision_lab.training.train import changed_config, fingerprint, open_data
 
 STUDIES = files("qvision_lab.ablation") / "studies"
 BASE = "base"
-CAPTIONS = ("steps", "batch_size", "captions_per_visit")  # whose product a run sees
-RUN_SETTINGS = {  # beside those of the captioner stage of the recipe `scenes`
-    "captions_per_picture": 5,
-    "measurements": 4,  # of the held-out scenes, while it learns
-    "bf16": True,
-    "threads": 1,
-    "scored": 500,  # scenes of the test split that are captioned
-    "pointed": 50,  # of those, for the maps
-}
-CONTROL_DRAWS = 10_000  # from the seeds of a control to those of the next arm
+CONTROL_SEEDS = 10_000  # between the seeds of a control and those of the next arm
 
 
-@dataclass(frozen=True)
-class Study:
-    """What is compared, and by how many seeds.
+class Study(Settings):
+    """Variants of a base recipe, and the seeds that each is trained with.
 
-    Each run trains all that stands behind the frozen tower of a checkpoint from random weights, as
-    the captioner stage of the recipe `scenes` does, and sees as many captions as every other run.
+    Each run is one training by the recipe, and is trained on as many captions as every other run.
 
     Args:
-        variants: by name, what each changes: fields of `QVisionConfig` (`MODEL_FIELDS`), settings
-            of the stage, and `RUN_SETTINGS`. `{"control": True}` changes nothing and draws other
-            random numbers: it shows how large differences get by chance.
+        variants: by name, what each changes of the recipe, by dotted names as in `qvision train
+            --set`. `{"control": True}` changes nothing and uses other random numbers: it shows how
+            large differences get by chance.
         seeds: of every arm; runs of one seed are compared in pairs.
-        base: what all arms change of the checkpoint's configuration and of the recipe.
-        checkpoint: folder or Hub id; None is the embedded one.
+        base: what all arms change of the recipe.
+        recipe: name or path.
+        scored: test scenes that every run captions; `pointed` of them are for the maps.
+        threads: of each run.
     """
 
     name: str
-    variants: Mapping[str, Mapping[str, Any]]
-    seeds: Sequence[int]
-    base: Mapping[str, Any] = field(default_factory=dict)
-    checkpoint: str | None = None
+    variants: dict[str, dict[str, Any]]
+    seeds: Annotated[tuple[int, ...], Strict(False)]
+    base: dict[str, Any] = {}
+    recipe: str = "ablation"
+    scored: Count = 500
+    pointed: Count = 50
+    threads: Count = 1
 
     @classmethod
     def read(cls, source: str | os.PathLike) -> Study:
         """Read a YAML file, or one of the package's own by its name.
 
         Raises:
-            ValueError: there is no such study, or it says something that there is not.
+            ValueError: there is no such study, or a setting that is unknown or not allowed.
         """
-        path = Path(source) if Path(source).suffix else STUDIES / f"{source}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(Path(str(file)).stem for file in STUDIES.iterdir()))
-            raise ValueError(f"no study {str(source)!r}: give a YAML file, or one of {known}.")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        _refuse_unknown(values, [field.name for field in fields(cls)], str(path))
-        return cls(**values)
+        path = find_settings(str(source), STUDIES, "study")
+        return cls.parse(read_yaml(path), str(source))
 
     @cached_property
     def runs(self) -> list[Run]:
-        """All of them, the base's first.
+        """All runs, the base's first.
 
         Raises:
-            ValueError: a variant names a field that there is not, changes nothing, is another's
-                twin, does not fit together, or sees more captions than the base.
+            ValueError: a variant changes a setting that does not exist, changes nothing, duplicates
+                another, does not fit together, or is trained on more captions than the base.
         """
-        model = load(self.checkpoint, device="cpu").model
-        recipe = load_recipe("scenes")["captioner"]
-        sizes = model.config.to_dict()
-        known = {name: sizes[name] for name in MODEL_FIELDS} | recipe | RUN_SETTINGS
-        del known["workers"]  # which changes no result
-        base = _change(known, self.base, BASE)
-        arms, draws = {}, {}
+        values = override(read_yaml(find_settings(self.recipe, RECIPES, "recipe")), self.base)
+        base = Recipe.parse(values, BASE)
+        tower = load(base.checkpoint, base.revision, device="cpu").model
+        drawn = fingerprint(open_dataset("scenes:test", n=20))  # they stand for all
+        origin = fingerprint_weights(tower.vision.tower) + drawn
+        arms: dict[str, Recipe] = {}
+        first_seed: dict[str, int] = {}
         for name, changes in [(BASE, {}), *self.variants.items()]:
-            changes = dict(changes or {})
-            is_control = changes.pop("control", False)
-            settings = _change(base, changes, name)
-            twin = next((other for other in arms if arms[other] == settings), None)
-            if name in arms or (twin and not is_control):
-                raise ValueError(
-                    f"{name} is the same configuration as {twin or BASE}: change something, or "
-                    "declare `control: true`, to see what chance does."
-                )
-            if is_control and settings != base:
+            is_control = changes.get("control", False)
+            if is_control and len(changes) > 1:
                 raise ValueError(f"{name} is a control, so it changes nothing; not {changes}.")
-            ours, theirs = (prod(each[name] for name in CAPTIONS) for each in (settings, base))
+            recipe = base if is_control else Recipe.parse(override(values, changes), name)
+            duplicate = next((other for other in arms if arms[other] == recipe), None)
+            if name in arms or (duplicate and not is_control):
+                raise ValueError(
+                    f"{name} is the same configuration as {duplicate or BASE}: change something, "
+                    "or declare `control: true`, to measure the effect of chance."
+                )
+            ours, theirs = (_trained_captions(each) for each in (recipe, base))
             if ours != theirs:
                 raise ValueError(
-                    f"{name} sees {ours:,} captions and the base {theirs:,}: keep the product of "
-                    f"{', '.join(CAPTIONS)}."
+                    f"{name} is trained on {ours:,} captions and the base on {theirs:,}: keep the "
+                    "product of steps, batch_size, accumulation and captions_per_image."
                 )
             try:
-                arm_config(model.config, settings)
-            except StrictDataclassError as error:
-                raise ValueError(f"{name} is no model: {error}") from error
-            draws[name] = CONTROL_DRAWS * len(arms) if is_control else 0
-            arms[name] = settings
-        data = _fingerprint(model.vision.tower)
+                changed_config(tower.config, recipe.model.model_dump(exclude_none=True))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            first_seed[name] = CONTROL_SEEDS * len(arms) if is_control else 0
+            arms[name] = recipe
+        sizes = self.scored, self.pointed, self.threads, origin
         return [
-            Run(name, seed, seed + draws[name], settings, self.checkpoint, data)
-            for name, settings in arms.items()
+            Run(name, seed, recipe.model_copy(update={"seed": first_seed[name] + seed}), *sizes)
+            for name, recipe in arms.items()
             for seed in self.seeds
         ]
 
@@ -134,39 +117,35 @@ class Study:
         executor: Executor | None = None,
         processes: int | None = None,
     ) -> pd.DataFrame:
-        """Carry out what is not done yet and give the `table`; stopped, the next call goes on.
+        """Execute the missing runs and return the `table`; after an interruption, it resumes.
 
-        It is kept as `table.csv` in the folder, with `curves.csv` beside it.
+        The table is kept as `table.csv` in the folder, with `curves.csv` next to it.
 
         Args:
-            folder: of the results, by default `runs/NAME`. More variants and seeds may come.
+            folder: of the results, by default `runs/NAME`. Variants and seeds can be added later.
             executor: any of `concurrent.futures`, such as dask's `client.get_executor()`, whose
-                workers see `folder` and do one run at a time; by default spawned processes, so a
+                workers share `folder` and do one run at a time; by default spawned processes, so a
                 script that calls this needs its `if __name__ == "__main__":`.
-            processes: of those, and to draw scenes with; by default one for every core.
+            processes: of those; by default one per core.
 
         Raises:
-            ValueError: as `runs`, or `folder` has results of another base, naming the difference.
-            OSError: no room on the disk; finished runs are kept.
+            ValueError: as `runs`, or `folder` has results of another base, with the difference.
+            OSError: the disk is full; finished runs are kept.
         """
         folder = Path(folder or f"runs/{self.name}").absolute()
-        base = {"base": self.runs[0].settings, "checkpoint": self.checkpoint}
+        base = self.runs[0].recipe.model_dump(mode="json", exclude={"seed"})
         folder.mkdir(parents=True, exist_ok=True)
-        record_run(folder, json.loads(json.dumps(base)), {"scenes and tower": self.runs[0].data})
-        todo = [run for run in self.runs if not run.row(folder).exists()]
+        record_run(folder, {"base": base}, {"scenes and tower": self.runs[0].origin})
+        todo = [run for run in self.runs if not (run.folder(folder) / "row.json").exists()]
         processes = processes or os.cpu_count()
-        tower = load(self.checkpoint, device="cpu").model.vision.tower
-        parts = {"train": "pictures", "val": "held_out", "test": "scored"}
-        needed = {(part, run.settings[name]) for run in todo for part, name in parts.items()}
-        for part, n in sorted(needed):  # drawn and looked at once, before the runs start
-            see_scenes(tower, folder / "states", n, part, 0, processes if n > 1000 else 0)
+        self._fill_cache(folder / "features", [run.recipe for run in todo], processes)
         done, total = len(self.runs) - len(todo), len(self.runs)
-        # No smoothing: the time that is left is told by the mean of all runs so far.
+        # No smoothing: the remaining time comes from the mean of all runs so far.
         bar = tqdm(total=total, initial=done, desc=self.name, unit="run", smoothing=0)
         spawn = get_context("spawn")
         pool = nullcontext(executor) if executor else ProcessPoolExecutor(processes, spawn)
         with bar, pool as workers:
-            for _ in workers.map(partial(carry_out, folder=folder), todo):
+            for _ in workers.map(partial(carry_out, study=folder), todo):
                 bar.update()
         table = self.table(folder)
         write_atomic(folder / "table.csv", table.to_csv(index=False))
@@ -174,17 +153,28 @@ class Study:
         write_atomic(folder / "curves.csv", curves)
         return table
 
-    def table(self, folder: str | os.PathLike) -> pd.DataFrame:
-        """One row a finished run, in the order of `runs`: `variant`, `seed` and what it measured.
+    def _fill_cache(self, folder: Path, recipes: list[Recipe], workers: int) -> None:
+        """Encode the images of all runs once, before they start."""
+        if not recipes:
+            return
+        captioner = load(recipes[0].checkpoint, recipes[0].revision, device="cpu")
+        cache = FeatureCache(folder, captioner.model, recipes[0].features.dtype)
+        for data in dict.fromkeys(recipe.data for recipe in recipes):
+            for images in open_data(data).values():
+                workers = workers if len(images) > 1000 else 0
+                cache.encode(images, captioner.model, captioner.processor, workers=workers)
 
-        `failed` says why a run has no scores; `seconds` (of training) is missing where it was
-        interrupted, and `pointing` where an arm has no maps. Scores are those of
-        `EvaluationReport`, on the test split; `latency` is seconds a caption.
+    def table(self, folder: str | os.PathLike) -> pd.DataFrame:
+        """One row per finished run, in the order of `runs`: `variant`, `seed` and its measures.
+
+        `failed` has the reason why a run has no scores; `seconds` (of training) is missing after an
+        interruption, and `pointing` where an arm has no maps. Scores are those of
+        `EvaluationReport`, on the test split; `latency` is in seconds per caption.
         """
         rows = [
             {"variant": run.variant, "seed": run.seed, **json.loads(path.read_text())}
             for run in self.runs
-            if (path := run.row(folder)).exists()
+            if (path := run.folder(folder) / "row.json").exists()
         ]
         return pd.DataFrame(rows)
 
@@ -193,31 +183,14 @@ class Study:
         logs = pd.concat(
             pd.read_csv(log).assign(variant=run.variant, seed=run.seed)
             for run in self.runs
-            if (log := run.row(folder).with_name("curve.csv")).exists()
+            if (log := run.folder(folder) / "phase-1" / "curve.csv").exists()
         )
-        return logs.filter(regex="^(variant|seed|step|loss|eval_.*)$")
+        return logs.filter(regex="^(variant|seed|step|loss|eval_(?!runtime|.*_per_second).*)$")
 
 
-def _change(settings: dict[str, Any], changes: Mapping[str, Any], arm: str) -> dict[str, Any]:
-    """Settings with changes; those of `text_config` leave what they do not name."""
-    _refuse_unknown(changes, settings, arm)
-    text = {**settings["text_config"], **changes.get("text_config", {})}
-    changed = {**settings, **changes, "text_config": text}
-    rates = [name for name, value in settings.items() if isinstance(value, float)]
-    return changed | {name: float(changed[name]) for name in rates}  # YAML 1.1 reads 1e-4 as text
-
-
-def _refuse_unknown(named: Collection[str], known: Collection[str], where: str) -> None:
-    for name in named:
-        if name not in known:
-            near = get_close_matches(str(name), known, n=1, cutoff=0)[0]
-            raise ValueError(f"{where}: there is no field {name!r}; did you mean {near!r}?")
-
-
-def _fingerprint(tower: Any) -> str:
-    """A digest of the tower's weights, and of how scenes are drawn and told."""
-    digest = hashlib.sha256(fingerprint_weights(tower).encode())
-    for scene in scenes.generate(20):  # which stand for all
-        digest.update(np.asarray(scene.image))
-        digest.update(json.dumps(scene.captions).encode())
-    return digest.hexdigest()[:16]
+def _trained_captions(recipe: Recipe) -> int:
+    training = recipe.training
+    if not all(phase.steps for phase in training.phases):
+        raise ValueError("a study needs phases with steps, so that all arms get as many captions.")
+    steps = sum(phase.steps for phase in training.phases)
+    return steps * training.batch_size * training.accumulation * training.captions_per_image

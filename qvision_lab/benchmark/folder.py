@@ -1,37 +1,35 @@
-"""Folders of many pictures: does memory stay the same, and what do files cost beside the model?"""
+"""Folders of many images: memory over time, and the rate next to the model's alone."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import psutil
 from PIL import Image
-from torch import Tensor
 
 from qvision_lab import scenes
-from qvision_lab.benchmark.harness import Spread, Table, take_turns
-from qvision_lab.captioning import BATCH_SIZES, Captioner
+from qvision_lab.benchmark.harness import Spread, Table, interleave
+from qvision_lab.captioning.captioner import BATCH_SIZES, Captioner
 from qvision_lab.captioning.sampling import Choice
 
 PICTURES, EARLY = {"cpu": 5_000, "cuda": 20_000}, 1_000
 TIMED, ROUNDS = {"cpu": 512, "cuda": 8_192}, {"cpu": 7, "cuda": 3}
 SIZE, NOISE = (640, 480), 6  # pixels, and the deviation of noise like a camera's, of 255
-DRAWN = 64  # different ones; the others are the same files under other names
+DRAWN = 64  # distinct images; the others are the same files under other names
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": 30}
 
 
 @dataclass(frozen=True)
 class FolderRow:
-    """`caption_folder` beside the model alone on tensors that are ready."""
+    """`caption_folder`, and the model alone on tensors that are ready."""
 
     pictures: int
-    early_gigabytes: float  # resident after the first 1,000 pictures, reading processes included
+    early_gigabytes: float  # resident after the first 1,000 images, reading processes included
     late_gigabytes: float  # and after all
     pictures_per_second: Spread
     model_pictures_per_second: Spread
@@ -41,45 +39,46 @@ class FolderRow:
 
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
-    """Caption many photographs' worth of JPEG files; in turn, some of them as tensors."""
+    """Caption many JPEG files as large as photographs; in turn, some of them as tensors."""
     device = captioner.model.device.type
-    pictures, early, timed = (PICTURES[device], EARLY, TIMED[device])
-    if quick:
-        pictures, early, timed = 64, 32, 32
+    count, early, timed = (64, 32, 32) if quick else (PICTURES[device], EARLY, TIMED[device])
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        paths = write_pictures(folder / "pictures", pictures)
+        paths = write_pictures(folder / "pictures", count)
         tensors = captioner.processor(images=[Image.open(path) for path in paths[:DRAWN]])
         ready = tensors["pixel_values"].to(captioner.model.device, captioner.model.dtype)
         ready = ready.repeat(-(-timed // len(ready)), 1, 1, 1)[:timed]
-        outputs = (folder / f"{number}.jsonl" for number in range(pictures))
-        ways = {
-            "model": partial(_caption_tensors, captioner, ready),
-            "folder": lambda: captioner.caption_folder(paths[:timed], next(outputs), **GREEDY),
-        }
-        seconds = take_turns(ways, ROUNDS[device], quick)
-        resident = {}
-        captioner.caption_folder(
-            _noting(paths, resident, at=(early, pictures)), folder / "all.jsonl", **GREEDY
-        )
-    rates = [Spread.of(timed / s for s in seconds[way]) for way in ("folder", "model")]
+        choice = Choice(repetition_penalty=1.0, min_length=0, sampling=None)
+        outputs = (folder / f"{number}.jsonl" for number in range(count))
+
+        def caption_tensors() -> None:
+            for pixel_values in ready.split(BATCH_SIZES[device]):
+                captioner.decoding.run(choice, GREEDY["max_new_tokens"], pixel_values=pixel_values)
+
+        def caption_files() -> None:
+            captioner.caption_folder(paths[:timed], next(outputs), **GREEDY)
+
+        candidates = {"model": caption_tensors, "folder": caption_files}
+        seconds = interleave(candidates, ROUNDS[device], quick)
+        resident: dict[int, int] = {}
+        watched = _record_memory(paths, resident, at=(early, count))
+        captioner.caption_folder(watched, folder / "all.jsonl", **GREEDY)
     row = FolderRow(
-        pictures,
+        count,
         resident[early] / 1e9,
-        resident[pictures] / 1e9,
-        *rates,
+        resident[count] / 1e9,
+        *(Spread.of(timed / s for s in seconds[name]) for name in ("folder", "model")),
         Spread.ratio(seconds["model"], seconds["folder"]),
         seconds["folder"],
         seconds["model"],
     )
     settings = {**GREEDY, "format": "JPEG", "size": SIZE, "timed_pictures": timed}
-    settings |= {"batch": BATCH_SIZES[device]}
-    settings |= {"parameters": captioner.model.num_parameters()}
+    settings |= {"batch": BATCH_SIZES[device], "parameters": captioner.model.num_parameters()}
     yield Table(name="folder", rows=(row,), quick=quick, settings=settings)
 
 
 def write_pictures(folder: Path, count: int) -> list[Path]:
-    """So many names for a few drawn scenes, as large and as noisy as photographs."""
+    """So many JPEG files of `DRAWN` scenes, as large and as noisy as photographs."""
     folder.mkdir()
     paths = [folder / f"{i:06}.jpg" for i in range(count)]
     random = np.random.default_rng(0)
@@ -92,14 +91,10 @@ def write_pictures(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def _caption_tensors(captioner: Captioner, ready: Tensor) -> None:
-    greedy = Choice(repetition_penalty=1.0, min_length=0, sampling=None)
-    for pixel_values in ready.split(BATCH_SIZES[ready.device.type]):
-        captioner.decoding.run(greedy, GREEDY["max_new_tokens"], pixel_values=pixel_values)
-
-
-def _noting(paths: list[Path], resident: dict[int, int], at: tuple[int, ...]) -> Iterator[Path]:
-    """The paths, noting the bytes of resident memory when so many have been asked for."""
+def _record_memory(
+    paths: list[Path], resident: dict[int, int], at: tuple[int, ...]
+) -> Iterator[Path]:
+    """The paths, recording bytes of resident memory once so many have been read."""
     for number, path in enumerate(paths, start=1):
         yield path
         if number in at:

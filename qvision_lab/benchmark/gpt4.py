@@ -1,4 +1,4 @@
-"""GPT-4 and its like as a peer: a captioner over any endpoint that speaks OpenAI's protocol."""
+"""GPT-4 and other chat models as a peer: a captioner over any endpoint with OpenAI's protocol."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ PROMPT = "Describe this picture in one short sentence."
 
 
 class EndpointError(OSError):
-    """The endpoint did not give a caption: it hangs, fails, or answers without text."""
+    """The endpoint gave no caption: it timed out, failed, or answered without text."""
 
 
 class Gpt4Captioner:
-    """Asks a chat model for captions; needs the extra `qvision-lab[gpt4]`.
+    """Captions from a chat model; needs the extra `qvision-lab[gpt4]`.
 
     The key is read from `OPENAI_API_KEY`, an endpoint other than OpenAI's from `OPENAI_BASE_URL`.
 
     Args:
-        model: any chat model of the endpoint that takes pictures.
-        timeout: seconds to wait for each answer; nothing is asked twice.
+        model: any chat model of the endpoint that takes images.
+        timeout: seconds to wait for each answer; no request is repeated.
 
     Raises:
         EndpointError: if no key is set.
@@ -37,22 +37,21 @@ class Gpt4Captioner:
         self.client = OpenAI(timeout=timeout, max_retries=0)
 
     def caption(self, image: Picture, max_new_tokens: int = 20) -> str:
-        """Caption one picture, sent as a PNG.
+        """Caption one image, sent as a PNG.
 
         Raises:
-            EndpointError: if the endpoint hangs, answers with an error, or returns no text.
+            EndpointError: if the endpoint times out, answers with an error, or returns no text.
         """
         from openai import APITimeoutError, OpenAIError
 
         buffer = io.BytesIO()
         open_image(image).save(buffer, "PNG")
         url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-        asked = [{"type": "text", "text": PROMPT}, {"type": "image_url", "image_url": {"url": url}}]
+        parts = [{"type": "text", "text": PROMPT}, {"type": "image_url", "image_url": {"url": url}}]
+        messages = [{"role": "user", "content": parts}]
         try:
             answer = self.client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": "user", "content": asked}],
-                max_tokens=max_new_tokens,
+                model=self.model, messages=messages, max_tokens=max_new_tokens
             )
         except APITimeoutError as error:
             raise EndpointError(f"{self.model} gave no answer in {self.timeout:g} s.") from error

@@ -1,4 +1,4 @@
-"""Which of several is fastest, and by how much: all in turn, A B A B, within one run."""
+"""Interleaved timing (A B A B within one run), and result files that say what a time depends on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ PACKAGES = ("qvision-lab", "torch", "transformers", "numpy", "pillow")
 
 @dataclass(frozen=True)
 class Spread:
-    """The middle of some numbers, and the quartiles around it."""
+    """Median and quartiles."""
 
     median: float
     lower: float
@@ -39,18 +39,22 @@ class Spread:
 
     @classmethod
     def ratio(cls, baseline: Iterable[float], candidate: Iterable[float]) -> Spread:
-        """Of baseline's seconds over the candidate's, round by round."""
+        """Speed-up of the candidate: baseline's seconds over its own, round by round."""
         return cls.of(b / c for b, c in zip(baseline, candidate, strict=True))
 
-    def __str__(self) -> str:
-        return f"{self.median:.3g} ({self.lower:.3g} to {self.upper:.3g})"
+    def __format__(self, spec: str) -> str:
+        """All three numbers; `ms` gives the median alone, in milliseconds."""
+        if spec == "ms":
+            milliseconds = 1000 * self.median
+            return f"{milliseconds:{',.0f' if milliseconds >= 100 else '.3g'}}"
+        return f"{self.median:{spec}} ({self.lower:{spec}} to {self.upper:{spec}})"
 
 
 def machine(gpu: bool = True) -> dict:
-    """What the times depend on; no names of hosts or users.
+    """Hardware that times depend on, without names of hosts or users.
 
     Args:
-        gpu: name the GPU, where CUDA is in use; False for what is measured beside it.
+        gpu: False for what runs on the CPU although CUDA is in use.
     """
     cpuinfo = Path("/proc/cpuinfo")  # on Linux
     names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
@@ -64,55 +68,39 @@ def machine(gpu: bool = True) -> dict:
 
 
 def _versions() -> dict[str, str]:
-    versions = {name: version(name) for name in PACKAGES}
-    versions |= {"cuda": torch.version.cuda} if _cuda_in_use() else {}
-    return {"python": platform.python_version(), **versions}
+    cuda = {"cuda": torch.version.cuda} if _cuda_in_use() else {}
+    return {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}, **cuda}
 
 
 def _cuda_in_use() -> bool:
-    """Whether this process has held anything on a GPU."""
     return torch.cuda.max_memory_allocated() > 0
 
 
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """Something measured, with all that it depends on."""
+class Table:
+    """Rows of one kind (small dataclasses) that one run measured, and what they depend on."""
 
     name: str
     settings: dict = field(default_factory=dict)
     quick: bool = False
-    machine: dict = field(default_factory=machine, repr=False)
-    versions: dict[str, str] = field(default_factory=_versions, repr=False)
-    taken: str = field(default_factory=_now)  # date and time, UTC
-
-    @property
-    def device(self) -> str:
-        """The GPU's name as a folder's, or `cpu`."""
-        return re.sub(r"\W+", "_", self.machine["gpu"] or "cpu").strip("_").lower()
+    machine: dict = field(default_factory=machine)
+    versions: dict[str, str] = field(default_factory=_versions)
+    taken: str = field(default_factory=lambda: f"{datetime.now(timezone.utc):%FT%T+00:00}")
+    rows: tuple
 
     def save(self, folder: str | Path | None = None) -> Path:
-        """Write all of it as `<name>.json`, by default among the package's results by device."""
-        folder = Path(folder or RESULTS / self.device)
+        """Write `<name>.json`, by default to a folder named after the GPU, or `cpu`."""
+        device = re.sub(r"\W+", "_", self.machine["gpu"] or "cpu").strip("_").lower()
+        folder = Path(folder or RESULTS / device)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name.replace(' ', '_')}.json"
         return write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Table(Result):
-    """Rows of one kind that one run measured: small dataclasses."""
-
-    rows: tuple
-
     def __str__(self) -> str:
-        last = [(part.name, getattr(self.rows[-1], part.name)) for part in fields(self.rows[-1])]
-        told = {name: value for name, value in last if not isinstance(value, list | None)}
-        numbers = {name: f"{value:.3g}" for name, value in told.items() if type(value) is float}
-        return ", ".join(f"{name} {value}" for name, value in (told | numbers).items())
+        """The last row, without lists of samples."""
+        shown = {k: v for k, v in vars(self.rows[-1]).items() if not isinstance(v, list | None)}
+        short = {k: f"{v:.3g}" for k, v in shown.items() if isinstance(v, float | Spread)}
+        return ", ".join(f"{name} {value}" for name, value in (shown | short).items())
 
 
 def growing_table(name: str, rows: Iterable, **about) -> Iterator[Table]:
@@ -123,22 +111,19 @@ def growing_table(name: str, rows: Iterable, **about) -> Iterator[Table]:
         yield Table(name=name, rows=measured, **about)
 
 
-class OutOfTime(Exception):  # noqa: N818 - no error: what was measured is kept
-    """A suite took as long as it may."""
+class OutOfTime(BaseException):  # not an Exception, which suites catch
+    """A suite reached its time limit."""
 
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise `OutOfTime` in what runs inside for so long; the clock is Unix's."""
+    """Raise `OutOfTime` inside after so many seconds; None: never. Unix only (SIGALRM)."""
 
     def stop(*_):
         raise OutOfTime
 
-    if seconds is None:
-        yield
-        return
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0)
     try:
         yield
     finally:
@@ -146,26 +131,26 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def take_turns(
-    ways: Mapping[str, Callable[[], object]], rounds: int, quick: bool = False
+def interleave(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, quick: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of callables, called in turn; the i-th of each were taken in the same round.
+    """Seconds of callables run in turn; the i-th of each were taken in the same round.
 
-    Each is warmed up once. CUDA, where it is in use, is waited for before the clock is read.
+    Each is warmed up once. Where CUDA is in use, it is synchronised before the clock is read.
 
     Args:
-        rounds: times that each is run; `quick` takes two, to show that the comparison runs.
+        rounds: times that each is run; `quick` takes at most two.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}; a median needs at least 1.")
-    for way in ways.values():
-        way()
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for run in candidates.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(min(rounds, 2) if quick else rounds):
-        for name, way in ways.items():
+        for name, run in candidates.items():
             _synchronise()
             start = perf_counter()
-            way()
+            run()
             _synchronise()
             seconds[name].append(perf_counter() - start)
     return seconds
@@ -177,7 +162,7 @@ def _synchronise() -> None:
 
 
 def process_bytes(file: str, field: str) -> int:
-    """Bytes that Linux counts of this process; elsewhere 0."""
+    """A count of bytes that Linux keeps of this process in /proc/self; elsewhere 0."""
     path = Path("/proc/self") / file
     found = re.search(rf"{field}:\s+(\d+)( kB)?", path.read_text()) if path.exists() else None
     return int(found[1]) * (1024 if found[2] else 1) if found else 0

@@ -1,4 +1,4 @@
-"""What loading costs in time, reading and memory: ours, and the way of the card's snippet."""
+"""Cost of loading in time, reading and memory: ours, transformers', and the card's snippet."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,10 +23,16 @@ from qvision_lab.captioning import Captioner
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.loading import published
 from qvision_lab.model.loading.checkpoint import load_checkpoint
+from qvision_lab.model.processor import QVisionProcessor
 
 ROUNDS = 3
-CARD = "the card's way"
-WAYS = ((CARD, "float32"), ("ql.load", "float32"), ("ql.load", "bfloat16"))
+CARD, OURS = "the card's snippet", "ql.load"
+NATIVE, TRANSFORMERS = "ql.load, native layout", "from_pretrained, native layout"
+METHODS = (  # with the dtype; the first is the baseline
+    *((CARD, "float32"), (OURS, "float32"), (OURS, "bfloat16")),
+    *((TRANSFORMERS, "float32"), (NATIVE, "float32")),
+    *((TRANSFORMERS, "bfloat16"), (NATIVE, "bfloat16")),
+)
 FILES = (*published.WEIGHT_FILES, published.THIRD_COPY)
 
 
@@ -38,12 +44,12 @@ class Load:
     gigabytes_read: float  # from the disk
     resident_gigabytes: float  # with every weight read
     peak_gigabytes: float
-    captioning_gigabytes: float  # the peak after captions of 16 pictures at once
+    captioning_gigabytes: float  # the peak after captions of a batch of 16
 
 
 @dataclass(frozen=True)
 class LoadingRow:
-    """One way to load, in turn with the others."""
+    """One method of loading, in turn with the others."""
 
     way: str
     dtype: str
@@ -51,59 +57,64 @@ class LoadingRow:
     ratio_to_card: float  # how many times as fast: median over the rounds
     spread: Spread
     seconds: list[float]  # with the files in memory
-    loads: list[dict]  # all of them; the first found the files on disk
+    loads: list[Load]  # all of them; the first found the files on disk
 
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
-    """Load a checkpoint in the published layout, with all its copies, every time in a new process.
+    """Load a checkpoint in both layouts, each time in a new process, on the CPU.
 
-    The card's way builds CLIP and GPT-Neo with random weights (its snippet downloads them), reads
-    all three files and copies each over the model. All of it is on the CPU.
+    The published layout has all its copies. The card's snippet builds CLIP and GPT-Neo with random
+    weights (it downloads them), reads all three files and copies each over the model.
     """
     about = {"quick": quick, "settings": GREEDY, "machine": machine(gpu=False)}
     return growing_table("loading", _rows(captioner, quick), **about)
 
 
 def _rows(captioner: Captioner, quick: bool) -> Iterator[LoadingRow]:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the processes shall not look for a tokenizer
-    loads: dict[tuple[str, str], list[Load]] = {way: [] for way in WAYS}
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the processes shall not download a tokenizer
+    loads: dict[tuple[str, str], list[Load]] = {method: [] for method in METHODS}
     with TemporaryDirectory() as temporary:
-        model = timed_model(captioner, quick)
-        write_published(Path(temporary), model)
+        model, folder = timed_model(captioner, quick), Path(temporary)
+        write_published(folder, model)
+        model.save_pretrained(folder / "native")
+        QVisionProcessor.from_config(model.config).save_pretrained(folder / "native")
         size = model.num_parameters()
         del model
         for number in range(1 if quick else 1 + ROUNDS):
-            for way in WAYS:
+            for method in METHODS:
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                    run = pool.submit(load_once, Path(temporary), *way, cold=number == 0)
-                    loads[way].append(run.result())
-    warm = {way: [load.seconds for load in taken][not quick :] for way, taken in loads.items()}
-    for way, dtype in WAYS:
+                    run = pool.submit(load_once, folder, *method, cold=number == 0)
+                    loads[method].append(run.result())
+    warm = {method: [load.seconds for load in loads[method]][not quick :] for method in METHODS}
+    for way, dtype in METHODS:
         seconds = warm[way, dtype]
         yield LoadingRow(
             way,
             dtype,
             gigabytes_needed=size * getattr(torch, dtype).itemsize / 1e9,
-            ratio_to_card=Spread.ratio(warm[WAYS[0]], seconds).median,
+            ratio_to_card=Spread.ratio(warm[METHODS[0]], seconds).median,
             spread=Spread.of(seconds),
             seconds=seconds,
-            loads=[asdict(load) for load in loads[way, dtype]],
+            loads=loads[way, dtype],
         )
 
 
 @torch.no_grad()
 def load_once(folder: Path, way: str, dtype: str, cold: bool) -> Load:
-    """Load, read every weight, and caption; `cold` has the files leave memory before."""
-    for name in FILES if cold and hasattr(os, "posix_fadvise") else ():
-        with open(folder / name, "rb") as file:
+    """Load, read every weight, and caption; `cold` drops the files from memory before."""
+    for path in folder.rglob("*.safetensors") if cold and hasattr(os, "posix_fadvise") else ():
+        with open(path, "rb") as file:
             os.fsync(file)
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     read, before = process_bytes("io", "read_bytes"), process_bytes("status", "VmRSS")
     start = perf_counter()
     if way == CARD:
         model = load_the_cards_way(folder)
+    elif way == TRANSFORMERS:
+        model = QVisionForConditionalGeneration.from_pretrained(folder / "native", dtype=dtype)
     else:
-        model = load_checkpoint(folder, dtype=dtype, device="cpu").model
+        source = folder / "native" if way == NATIVE else folder
+        model = load_checkpoint(source, dtype=dtype, device="cpu").model
     for parameter in model.parameters():
         parameter.sum()
     seconds = perf_counter() - start

@@ -1,9 +1,9 @@
-"""Whether word maps are true: every method held against boxes, beside chance and the centre."""
+"""Faithfulness of word maps: every method scored against boxes, next to chance and the centre."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,31 +17,18 @@ from qvision_lab.model.loading.checkpoint import EMBEDDED
 SCENES, QUICK_SCENES = 500, 6
 
 
-@dataclass(frozen=True)
-class MapRow:
-    """A row of `score_maps`."""
-
-    method: str
-    size: str  # of what the words name
-    measure: str
-    value: float
-    low: float  # 95%, bootstrap over images
-    high: float
-    words: int
-    images: int
-
-
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
     """Score the maps of greedy captions of 500 test scenes; ten minutes on two cores.
 
-    Those of another checkpoint than the embedded one are kept under the name of its run.
+    Results of another checkpoint than the embedded one are named after its run.
     """
     scenes = QUICK_SCENES if quick else SCENES
     examples = examples_of(open_dataset("scenes:test", n=scenes))
     methods = {"composition, first block": partial(composition, block=0), **METHODS}
     table = score_maps(captioner, examples, methods)
     source = Path(captioner.provenance.source)
-    run = source.parent if source.name == "checkpoint" else source  # as recipes lay it out
+    run = source.parent if source.name == "checkpoint" else source  # as recipes write it
     name = "maps" if str(source) == EMBEDDED else f"maps {run.name}"
-    rows = tuple(MapRow(**row) for row in table.to_dict("records"))
+    row = make_dataclass("MapRow", table.columns, frozen=True)
+    rows = tuple(row(**record) for record in table.to_dict("records"))
     yield Table(name=name, rows=rows, quick=quick, settings={"scenes": scenes})

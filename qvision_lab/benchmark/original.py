@@ -1,4 +1,4 @@
-"""The original's way to caption, as the baseline that every faster way is held against."""
+"""The original's generation method, the baseline of every faster one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def generate_the_original_way(
     max_new_tokens: int = 30,
     min_length: int = 5,
 ) -> Int[Tensor, "1 T"]:
-    """Greedy ids of one image, found as often over as the published code finds them.
+    """Greedy ids of one image, without any cache, as the published code generates them.
 
-    CLIP runs once. Each step runs the Q-Former and all words so far again, and scores the next word
-    of every one of them. The settings mean what they mean in `generate`.
+    CLIP runs once; each step runs the Q-Former and all words so far again, and scores the next
+    word of every one of them. The settings mean what they mean in `generate`.
     """
     image_tokens = model.vision(pixel_values)  # [1,P,D]
     ids = torch.full((1, 1), model.config.start_token_id, device=image_tokens.device)

@@ -1,4 +1,4 @@
-"""How fast captions are learned: our way beside the original's, at the published sizes."""
+"""Training speed: our step and the original's, at the published sizes."""
 
 from __future__ import annotations
 
@@ -6,49 +6,49 @@ import gc
 import math
 import resource
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from time import perf_counter
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers.activations import NewGELUActivation
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from qvision_lab.benchmark.harness import Table, growing_table, process_bytes, take_turns
+from qvision_lab.benchmark.harness import Table, growing_table, interleave, process_bytes
 from qvision_lab.captioning import Captioner
 from qvision_lab.model.captioner import IGNORED_LABEL, QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.training import freezing, gpu
-from qvision_lab.training.caption_stage import CaptionCollator
-from qvision_lab.training.finetune import estimate_memory
-from qvision_lab.training.finetune_recipe import Phase, Training
+from qvision_lab.training.memory import estimate_memory
+from qvision_lab.training.recipe import Phase, Training
+from qvision_lab.training.samples import CaptionCollator
 
-IMAGES = 8, 64  # of a step; a CPU takes the first
-CAPTIONS = {"original": 1, "ours": 5}  # of each of them
-PRECISIONS = ("float32", "tf32", "bfloat16")  # the last by autocast; a CPU knows no tf32
+IMAGES = 8, 64  # per step; a CPU takes the first
+CAPTIONS = {"original": 1, "ours": 5}  # per image
+PRECISIONS = ("float32", "tf32", "bfloat16")  # the last by autocast; a CPU has no tf32
 ROUNDS = 10
+PHASES = (Phase(policy="published", epochs=1),)
 LENGTH = 20  # tokens to which the original pads and cuts
 COCO_LENGTH = 14.5, 3.0  # mean and deviation of its captions' tokens, <START>, space and <END> too
 
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """What one way learns in a second, and the memory that it needs."""
+    """Captions and images per second of one method, and the memory that it needs."""
 
     way: str
     precision: str
-    images: int  # of a step
+    images: int  # per step
     captions_per_second: float
     images_per_second: float
-    seconds: list[float]  # of steps; on a CPU those of all ways were taken in turn
-    peak_gigabytes: float | None  # of a GPU's memory, or of a process: in the way's first row
+    seconds: list[float]  # per step; on a CPU those of all methods were taken in turn
+    peak_gigabytes: float | None  # of a GPU's memory, or of a process: in the method's first row
     estimated_gigabytes: float | None = None  # by `estimate_memory`, for a GPU
     compile_seconds: float | None = None
 
@@ -65,16 +65,16 @@ class TrainingRow:
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
     """Compare training steps with random weights, on the captioner's device.
 
-    The original's way: pixels through CLIP at each step, one caption an image, padded to 20 tokens.
-    Ours: CLIP's states as a cache holds them, five captions an image, padded to the longest. In
-    both AdamW trains what the published run trained.
+    The original encodes pixels with CLIP at each step, one caption per image, padded to 20 tokens.
+    Ours takes CLIP's states as a cache holds them, five captions per image, padded to the longest.
+    In both AdamW trains what the published run trained.
 
-    On a CPU each way is a process, and a step makes its batch; they take turns. On a GPU the batch
-    is there; ours is captured in graphs, holds frozen matrices in bfloat16 where it computes in
-    bfloat16, and is compiled instead of captured in the last row.
+    On a CPU each method is a process, and a step makes its batch; they take turns. On a GPU the
+    batch is there; ours is captured in graphs, holds frozen matrices in bfloat16 where it computes
+    in bfloat16, and is compiled instead of captured in the last row.
 
     Args:
-        captioner: of its sizes `quick` takes some steps, instead of the published ones.
+        captioner: with `quick`, a few steps of its sizes are taken, instead of the published ones.
     """
     config = captioner.model.config if quick else QVisionConfig()
     device = captioner.model.device
@@ -85,15 +85,15 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
 
 def _on_cpu(config: QVisionConfig, quick: bool) -> Iterator[TrainingRow]:
     with _process("original", config) as original, _process("ours", config) as ours:
-        ways = {
-            (name, precision): partial(process, precision)
+        steps = {
+            (way, precision): partial(step, precision)
             for precision in ("float32", "bfloat16")
-            for name, process in (("original", original), ("ours", ours))
+            for way, step in (("original", original), ("ours", ours))
         }
-        seconds = take_turns(ways, ROUNDS, quick)
+        seconds = interleave(steps, ROUNDS, quick)
         peaks = {("original", "float32"): original("float32"), ("ours", "float32"): ours("float32")}
-    for way, taken in seconds.items():
-        yield TrainingRow.of(*way, IMAGES[0], taken, peaks.get(way))
+    for key, samples in seconds.items():
+        yield TrainingRow.of(*key, IMAGES[0], samples, peaks.get(key))
 
 
 def _on_gpu(config: QVisionConfig, device: torch.device, quick: bool) -> Iterator[TrainingRow]:
@@ -117,7 +117,7 @@ def _row(
     multiple = gpu.LENGTHS if way == "ours" else 1
     batch = random_batch(way, model.config, images, multiple)
     kept = "bfloat16" if precision == "bfloat16" else "float32"
-    settings = Training((Phase("published", 1),), 1e-4, precision=kept)
+    settings = Training(phases=PHASES, learning_rate=1e-4, precision=kept)
     lengths = (batch["labels"] != IGNORED_LABEL).sum(1) + 1  # <START> too
     estimate = estimate_memory(model, settings, images, lengths.tolist()).peak / 1e9
     batch = {name: values.to(model.device) for name, values in batch.items()}
@@ -130,7 +130,7 @@ def _row(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         step = partial(learner.step, batch, precision)
-        seconds = take_turns({way: step}, ROUNDS, quick)[way]
+        seconds = interleave({way: step}, ROUNDS, quick)[way]
     peak = torch.cuda.max_memory_reserved()  # graphs keep what a step frees
     ours = {"estimated_gigabytes": estimate} if way == "ours" else {}
     ours |= {"compile_seconds": first} if compiled else {}
@@ -139,7 +139,7 @@ def _row(
 
 
 class Learner:
-    """A captioner with random weights, trained one way as the published run trained."""
+    """A captioner with random weights, trained by one method as the published run trained."""
 
     def __init__(self, way: str, config: QVisionConfig, device: torch.device | str = "cpu"):
         torch.manual_seed(0)
@@ -152,17 +152,18 @@ class Learner:
                 block.mlp.act = NewGELUActivation()  # ours is the same in one kernel
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=2e-4, fused=True)
-        self.captured = None
-        if way == "ours" and self.model.device.type == "cuda":
-            self.captured = gpu.CapturedLoss(self.model)
+        captures = way == "ours" and self.model.device.type == "cuda"
+        self.captured = gpu.CapturedLoss(self.model) if captures else None
 
     def step(self, batch: dict[str, Tensor], precision: str) -> None:
         model, bf16 = self.model, precision == "bfloat16"
         self.optimizer.zero_grad()
         with nullcontext() if precision == "float32" else gpu.tf32_products():
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                if self.way == "original":
-                    loss = _original_loss(model, **batch)
+                if self.way == "original":  # the loss of the logits of all positions, padding too
+                    inputs = {name: values for name, values in batch.items() if name != "labels"}
+                    logits = model(**inputs).logits
+                    loss = ForCausalLMLoss(logits, batch["labels"], model.config.vocab_size)
                 else:
                     loss = self.captured(**batch) if self.captured else model(**batch).loss
             loss.backward()
@@ -172,43 +173,26 @@ class Learner:
 
 @contextmanager
 def _process(way: str, config: QVisionConfig) -> Iterator[Callable[[str], int]]:
-    """A process of its own, so that its peak is its own; a call takes one step and returns it."""
-    context = get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_train, args=(there, way, config), daemon=True)
-    process.start()
-    there.close()  # so that a process that dies is noticed
-
-    def step(precision: str) -> int:
-        here.send(precision)
-        return here.recv()
-
-    yield step
-    process.terminate()
+    """A function that takes a step in a process of its own and returns its peak bytes."""
+    with ProcessPoolExecutor(1, get_context("spawn"), _start, (way, config)) as pool:
+        yield lambda precision: pool.submit(_step, precision).result()
 
 
-def _train(asked: Connection, way: str, config: QVisionConfig) -> None:
-    """Take a step whenever asked, and answer with the largest memory until now, in bytes."""
-    learner = Learner(way, config)
-    while True:
-        precision = asked.recv()
-        learner.step(random_batch(way, config), precision)
-        # What getrusage tells begins on Linux at the parent's peak; on macOS it is in bytes.
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        asked.send(process_bytes("status", "VmHWM") or usage.ru_maxrss)
+def _start(way: str, config: QVisionConfig) -> None:
+    global _learner  # of this process
+    _learner = Learner(way, config)
 
 
-def _original_loss(
-    model: QVisionForConditionalGeneration, labels: Int[Tensor, "R T"], **batch: Tensor
-) -> Float[Tensor, ""]:
-    """The loss as the original took it: of the logits of all positions, padding too."""
-    return ForCausalLMLoss(model(**batch).logits, labels, model.config.vocab_size)
+def _step(precision: str) -> int:
+    _learner.step(random_batch(_learner.way, _learner.model.config), precision)
+    # On Linux getrusage begins at the parent's peak; on macOS it counts bytes.
+    return process_bytes("status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def random_batch(
     way: str, config: QVisionConfig, images: int = IMAGES[0], multiple: int = 1
 ) -> dict[str, Tensor]:
-    """Random pictures with random captions as long as COCO's, in the form that a way has them."""
+    """Random images with random captions as long as COCO's, in the form that a method takes."""
     mean, deviation = COCO_LENGTH
     lengths = torch.normal(mean, deviation, (images, CAPTIONS[way])).round().clamp(9, 40).int()
     above = config.vocab_size - 3  # special tokens are the first or the last three
@@ -217,12 +201,12 @@ def random_batch(
     if way == "ours":
         patches = math.prod(config.patch_grid)
         states = torch.randn(images, patches, vision.hidden_size).bfloat16()  # [B,P,C]
-        samples = zip(states, words, strict=True)
         collate = CaptionCollator(config.pad_token_id, multiple)
-        return collate([{"vision_states": seen, "captions": told} for seen, told in samples])
+        pairs = zip(states, words, strict=True)
+        return collate([{"vision_states": s, "captions": captions} for s, captions in pairs])
     ids = torch.full((images, LENGTH), config.pad_token_id)
-    for row, (told,) in zip(ids, words, strict=True):
-        row[: len(told)] = told[:LENGTH]
+    for row, (caption,) in zip(ids, words, strict=True):
+        row[: len(caption)] = caption[:LENGTH]
     return {
         "pixel_values": torch.randn(images, 3, vision.image_size, vision.image_size),
         "input_ids": ids,

@@ -1,4 +1,4 @@
-"""Attention of one new word over its cache in a single kernel, for CUDA; elsewhere PyTorch's."""
+"""Attention of one new token over its KV cache: a single Triton kernel on CUDA, else PyTorch."""
 
 from __future__ import annotations
 
@@ -22,21 +22,14 @@ def attend_to_cache(
     position: Int[Tensor, " 1"],
     window: int,
 ) -> Float[Tensor, "R D"]:
-    """What one word reads of itself and of those before it; its key and value join the cache.
+    """Causal self-attention of one token; `made` is its query, key and value, which join the cache.
 
-    Scores are not scaled, as in GPT-Neo.
-
-    Args:
-        made: query, key and value of the word.
-        position: its place; those behind it in the cache count for nothing.
-        window: how many words, itself included, it can read.
+    Scores are not scaled, as in GPT-Neo. The token at `position` attends to at most `window`
+    tokens, itself included.
     """
-    rows, _, heads, width = made.shape
     if triton is not None and made.is_cuda and cache.shape[3] <= LONGEST:
-        read = torch.empty(rows, heads * width, dtype=made.dtype, device=made.device)
-        launch(made.contiguous(), cache, position, window, read)
-        return read
-    if made.is_cpu and not torch.compiler.is_compiling():  # what is not there need not be masked
+        return launch(made.contiguous(), cache, position, window)
+    if made.is_cpu and not torch.compiler.is_compiling():  # slices in place of a mask
         here = int(position)
         cache[:, :, :, here] = made[:, 1:]
         keys, values = cache[:, :, :, max(0, here + 1 - window) : here + 1].unbind(1)
@@ -54,10 +47,10 @@ def attend(
     scale: float,
     mask: Bool[Tensor, " S"] | None = None,
 ) -> Float[Tensor, "R D"]:
-    """What one word reads; compiled, it is sums over the cache, which is not copied to float32."""
+    """Attention of one query; compiled, as sums over the cache, which is not copied to float32."""
     if not torch.compiler.is_compiling():
         mask = mask if mask is None else mask.expand(len(query), 1, 1, -1)
-        parts = query[:, :, None], keys, values  # a CPU's kernel takes half as long in float32
+        parts = query[:, :, None], keys, values  # on a CPU half the time in float32
         parts = [part.float() for part in parts] if query.is_cpu else parts
         read = F.scaled_dot_product_attention(*parts, mask, scale=scale)  # [R,H,1,C]
         return read.to(query.dtype).flatten(1)
@@ -85,18 +78,18 @@ if triton is not None:
         values = keys + heads * length * width
         tl.store(keys + here * width + part, key, mask=inside)
         tl.store(values + here * width + part, value, mask=inside)
-        # Itself it reads from registers, and the others from the cache.
+        # Its own key and value are read from registers, the others from the cache.
         past = (place < here) & (place > here - window)
         tile = place[:, None] * width + part[None, :]
         held = past[:, None] & inside[None, :]
         others = tl.load(keys + tile, mask=held, other=0).to(tl.float32)
-        seen = tl.load(values + tile, mask=held, other=0).to(tl.float32)  # while scores are made
+        theirs = tl.load(values + tile, mask=held, other=0).to(tl.float32)  # while scores are made
         scores = tl.sum(others * query[None, :], 1)
         scores = tl.where(past, scores, -float("inf"))
         own = tl.sum(query * key.to(tl.float32), 0)
         top = tl.maximum(tl.max(scores, 0), own)
         shares, own = tl.exp(scores - top), tl.exp(own - top)
-        total = tl.sum(shares[:, None] * seen, 0) + own * value.to(tl.float32)
+        total = tl.sum(shares[:, None] * theirs, 0) + own * value.to(tl.float32)
         total = total / (tl.sum(shares, 0) + own)
         tl.store(read + (row * heads + head) * width + part, total, mask=inside)
 
@@ -106,11 +99,12 @@ def launch(
     cache: Float[Tensor, "R 2 G S E"],
     position: Int[Tensor, " 1"],
     window: int,
-    read: Float[Tensor, "R D"],
-) -> None:
+) -> Float[Tensor, "R D"]:
     """Run the kernel, a program for each row and head."""
     rows, _, heads, width = made.shape
     length = cache.shape[3]
+    read = torch.empty(rows, heads * width, dtype=made.dtype, device=made.device)
     padded = 1 << (length - 1).bit_length(), 1 << (width - 1).bit_length()
     sizes = window, heads, length, width, *padded
     _attend[(rows, heads)](made, cache, position, read, *sizes, num_warps=1)
+    return read

@@ -1,45 +1,49 @@
-"""The Captioner: pictures of any kind, one, many or a folder of them -> Caption records."""
+"""The Captioner: images of any kind, one, many or a folder of them -> Caption records."""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qvision_lab.captioning.captions import Batch, Caption, Item, outcome
+from qvision_lab.captioning import reading, records
 from qvision_lab.captioning.compiled import FastDecoding
 from qvision_lab.captioning.decoding_step import Int8Decoder, copy_sharing_weights
 from qvision_lab.captioning.generation import Search
 from qvision_lab.captioning.images import ImageError, Picture, picture_name, walk_pictures
-from qvision_lab.captioning.reading import Read, Reader, read_with_processes, read_with_threads
-from qvision_lab.captioning.records import SeenNames, gather_records, read_records
+from qvision_lab.captioning.reading import Batch, Item
+from qvision_lab.captioning.records import Caption, digest
+from qvision_lab.data.coco import CaptionedImage
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.loading.checkpoint import Provenance, load_checkpoint
-from qvision_lab.model.processor import QVisionProcessor, image_preset
+from qvision_lab.model.processor import QVisionProcessor
 
-BATCH_SIZES = {"cpu": 16, "cuda": 256}  # where none is asked for; on CUDA, what fills a card
-MANY = 512  # pictures in files, from which processes read them for a GPU
+BATCH_SIZES = {"cpu": 16, "cuda": 256}  # defaults; on CUDA, what fills a card
+MANY = 512  # image files, from which on processes read them for a GPU
+Captioned: TypeAlias = tuple[Item, list[Caption] | ImageError]
 
 
 @dataclass(frozen=True)
 class FolderReport:
-    """What `caption_folder` did: numbers of pictures, and where their records are."""
+    """Counts of images that `caption_folder` processed, and the file of their records."""
 
     captioned: int
     skipped: int  # captioned already: by an earlier call, or under the same name
@@ -47,26 +51,14 @@ class FolderReport:
     output: Path
 
 
-class Identified(Protocol):
-    """A picture of a data set, such as `data.coco.CaptionedImage`."""
-
-    image_id: int | str
-    picture: Picture
-
-
 @dataclass(eq=False, repr=False)
 class Captioner:
-    """A model with the preprocessing that matches it; `qvision_lab.load()` makes one.
-
-    Attributes:
-        decoding: how captions are made: compiled by `compile`, and on CUDA captured in graphs at
-            the first batch of a size.
-    """
+    """A model with the preprocessing that matches it; `qvision_lab.load()` makes one."""
 
     model: QVisionForConditionalGeneration
     processor: QVisionProcessor
     provenance: Provenance | None = None
-    decoding: FastDecoding = field(init=False)
+    decoding: FastDecoding = field(init=False)  # on CUDA, captures a graph for each batch size
 
     def __post_init__(self):
         self.decoding = FastDecoding(self.model)
@@ -81,41 +73,39 @@ class Captioner:
         seed: int = 0,
         **settings,
     ) -> Caption | list[Caption] | list[list[Caption]]:
-        """Caption one picture or many.
+        """Caption one image or many, and leave the model in evaluation mode.
 
-        In float32 the same seed gives the same captions whatever the batch size: what is drawn for
-        a picture depends on `seed` and its place in `images` alone. torch's generators stay as
-        they are. The model is left in evaluation mode.
+        Sampling is batch-invariant: draws for an image depend on `seed` and its index in `images`
+        alone, so in float32 captions do not depend on the batch size; torch's own are unused.
 
         Args:
             images: anything that `open_image` takes, or an iterable of it, read as it is needed.
-            batch_size: pictures at once; None: 16, or 256 on CUDA, halved where its memory is less.
+            batch_size: None: 16, or 256 on CUDA, halved when out of memory.
             preset: a key of `GENERATION_PRESETS`; by default the model's own generation settings.
             preprocessing: "training" (how the model was trained), "model_card" or "clip".
             settings: any setting of transformers' `generate`, on top of the preset. One of sampling
-                (`temperature`, `top_k`, `top_p` and their like) turns sampling on, and `num_beams`
-                turns it off, unless `do_sample` says otherwise.
+                (`temperature`, `top_k`, `top_p`, ...) turns sampling on, and `num_beams` turns it
+                off, unless `do_sample` says otherwise.
 
         Returns:
-            A Caption for one picture, a list for an iterable. With `num_return_sequences=k` greater
-            than 1, a list of k stands in place of each Caption, in the order of `generate`.
+            A Caption for one image, a list for an iterable; with `num_return_sequences=k` > 1 a
+            list of k in place of each Caption, in the order of `generate`.
 
         Raises:
-            ImageError: if a picture cannot be read (`caption_folder` notes it and goes on).
-            ValueError: if there is no picture, or a setting does not exist or does not fit.
+            ImageError: if an image cannot be read (`caption_folder` records it and continues).
+            ValueError: if there is no image, or a setting does not exist or does not fit.
         """
+        how = {"preset": preset, "preprocessing": preprocessing, "seed": seed}
+        search = Search.from_settings(self.model, **how, **settings)
         single = _is_single(images)
-        search = Search.from_settings(self.model, preset, seed, settings)
-        items = (
-            Item(picture, picture_name(picture) or f"picture {i}", key=str(i))
-            for i, picture in enumerate([images] if single else images)
-        )
+        pairs = enumerate([images] if single else images)
+        items = (Item(x, picture_name(x) or f"picture {i}", key=str(i)) for i, x in pairs)
         results = []
-        with closing(self._caption_batches(items, search, preprocessing, batch_size)) as batches:
-            for captions in chain.from_iterable(batch.captions() for batch in batches):
+        with closing(self._caption_batches(items, search, batch_size)) as batches:
+            for _, captions in chain.from_iterable(batches):
                 if isinstance(captions, ImageError):
                     raise captions
-                results.append(captions if search.captions_per_image > 1 else captions[0])
+                results.append(captions if len(captions) > 1 else captions[0])
         if not results:
             raise ValueError("there is nothing to caption: images is empty; pass at least one.")
         return results[0] if single else results
@@ -128,63 +118,52 @@ class Captioner:
         recursive: bool = False,
         **how,
     ) -> FolderReport:
-        """Caption the pictures of folders into a JSON Lines file, going on where it was left.
+        """Caption the images of folders into a JSON Lines file; a later call resumes.
 
-        A record has `source`, `caption`, `score` and `settings`, and with k > 1 captions a picture
-        `captions` and `scores` too; or `source`, `error` and `settings`. There is one for each
-        picture, written batch by batch in the order of `walk_pictures`, however many there are:
-        memory stays the same. A later call skips what is captioned, tries again what failed, and
-        adds what is new. What is drawn for a picture depends on `seed` and its path inside the
-        folder, so other pictures, batches and interruptions change nothing.
+        Each image has a record: `source`, `caption`, `score` and `settings`, with k > 1 captions
+        `captions` and `scores` too; or `source`, `error` and `settings`. They are written batch by
+        batch in the order of `walk_pictures`. Images are streamed: memory holds a few batches, and
+        some 130 bytes for each name. Resuming skips what is captioned and retries what failed.
+        Draws for an image depend on `seed` and its path inside the folder, so other images, batch
+        sizes and interruptions change nothing.
 
-        Under `accelerate launch` the processes share the pictures. Each writes a file of its own
-        beside `output`, which takes them all in at the end, or when the job is started again.
+        Under `accelerate launch` the processes share the images. Each writes a separate file
+        next to `output`; they are merged into it at the end, or when the job is started again.
 
         Args:
-            paths: folders, pictures, URLs; a folder means its files with a picture's suffix. An
+            paths: folders (of which files with an image's suffix are taken), images, URLs; an
                 iterator is read as it is needed.
-            recursive: take those of its subfolders too.
             how: `batch_size`, `preset`, `preprocessing`, `seed` and settings, as in `caption`.
 
         Raises:
-            ValueError: if there is no picture, or `output` was made with other settings.
+            ValueError: if there is no image, or `output` was made with other settings.
         """
         known = not isinstance(paths, Iterator)
         total = sum(1 for _ in walk_pictures(paths, recursive)) if known else None
-        found = walk_pictures(paths, recursive)
-        items = (Item(source, source, key) for source, key in found)
+        items = (Item(path, path, name) for path, name in walk_pictures(paths, recursive))
         return self._caption_to_file(items, total, output, **how)
 
     def caption_dataset(
-        self, images: Iterable[Identified], output: str | os.PathLike, **how
+        self, images: Iterable[CaptionedImage], output: str | os.PathLike, **how
     ) -> FolderReport:
-        """Caption a data set as `caption_folder` does a folder; `source` is the image's id.
-
-        What is drawn for a picture depends on `seed` and this id. Drawn scenes are made one by one.
-        """
-        items = (
-            Item(partial(getattr, image, "picture"), str(image.image_id), str(image.image_id))
-            for image in images
-        )
+        """Caption a data set as `caption_folder` does a folder, with its ids as names."""
+        pairs = ((partial(getattr, image, "picture"), str(image.image_id)) for image in images)
+        items = (Item(picture, name, name) for picture, name in pairs)
         total = len(images) if isinstance(images, Sized) else None
         return self._caption_to_file(items, total, output, **how)
 
     def compile(self, batch_size: int = 1, *, length: int = 32, int8: bool = False) -> Captioner:
-        """The same captioner with its decoding step compiled for batches of one size.
+        """A captioner of the same model whose decoding step is compiled for one batch size.
 
-        Compiling takes `captioner.decoding.compile_seconds`, half a minute or so at the published
-        size. Batches of another size, and captions of more than `length` tokens, are made as
-        before; all settings work as before.
+        Compiling takes `captioner.decoding.compile_seconds`, about half a minute at the published
+        size. Other batch sizes, and captions of more than `length` tokens, are decoded uncompiled.
 
         Args:
-            batch_size: captions at once; smaller batches are padded up to it, down to its half.
-            length: tokens of a caption that there is room for.
-            int8: round the decoder's matrices to 8 bits, on a CPU. A token then reads half of what
-                it reads in bfloat16, and words may change.
+            batch_size: captions per batch; a batch of more than half of it is padded.
+            int8: round the decoder to 8 bits, on a CPU: half of bfloat16; captions may change.
 
         Raises:
-            ValueError: for a variant of the architecture that the step does not know, and for int8
-                on another device.
+            ValueError: for an unsupported variant of the architecture, and int8 on a GPU.
         """
         model, origin = self.model, self.provenance
         if int8 and model.device.type != "cpu":
@@ -192,7 +171,7 @@ class Captioner:
         if int8:
             model = copy_sharing_weights(model)
             model.decoder = Int8Decoder(model.decoder)
-            origin = origin and replace(origin, dtype="int8")  # its captions may be others
+            origin = origin and replace(origin, dtype="int8")  # captions may differ
         captioner = Captioner(model.eval(), self.processor, origin)
         captioner.decoding = FastDecoding(model, batch_size, length)
         return captioner
@@ -204,151 +183,147 @@ class Captioner:
         output: str | os.PathLike,
         *,
         batch_size: int | None = None,
-        preset: str | None = None,
-        preprocessing: str = "training",
-        seed: int = 0,
         **settings,
     ) -> FolderReport:
-        search = Search.from_settings(self.model, preset, seed, settings)
-        told = self._tell_settings(search, preprocessing)
-        everyone = _processes()
-        count, index = everyone.num_processes, everyone.process_index
-        output = part = Path(output)
-        if count > 1:
-            part = output.with_name(f"{output.name}.part{index}")
-        with everyone.main_process_first():
-            if everyone.is_main_process:
-                gather_records(output, told, failures=False)
-        skipped = captioned = failed = 0
-        quiet = total == 1 or not everyone.is_main_process
+        search = Search.from_settings(self.model, **settings)
+        recorded = search.describe()  # and all else that a caption depends on, but its image
+        if (origin := self.provenance) is not None:
+            recorded |= {"model": origin.source, "revision": origin.revision, "dtype": origin.dtype}
+        if search.seed is not None:
+            recorded["seed"] = search.seed
+        processes = _processes()
+        count, index = processes.num_processes, processes.process_index
+        output = Path(output)
+        part = output.with_name(f"{output.name}.part{index}") if count > 1 else output
+        with processes.main_process_first():
+            if processes.is_main_process:
+                records.gather_records(output, recorded, keep_failures=False)
+        known = {digest(record["source"]) for record, _ in records.read_records(output, recorded)}
+        counts, quiet = Counter(), total == 1 or index > 0
         progress = tqdm(total=total, unit="picture", disable=quiet)
 
-        def unseen() -> Iterator[Item]:
-            nonlocal skipped
+        def new_items() -> Iterator[Item]:
             for item in items:
-                if seen.add(item.source):
+                if (name := digest(item.source)) not in known:
+                    known.add(name)
                     yield item
                 else:
-                    skipped += 1
+                    counts["skipped"] += 1
                     progress.update()
 
-        def write(batch: Batch) -> None:
-            nonlocal captioned, failed
-            for item, captions in zip(batch.items, batch.captions(), strict=True):
-                record = {"source": item.source, **outcome(captions), "settings": told}
+        def write(batch: Iterable[Captioned]) -> None:
+            for item, captions in batch:
+                found = records.make_record(captions)
+                record = {"source": item.source, **found, "settings": recorded}
                 file.write(json.dumps(record) + "\n")
-                failed += isinstance(captions, ImageError)
-                captioned += not isinstance(captions, ImageError)
+                counts["failed" if isinstance(captions, ImageError) else "captioned"] += 1
+                progress.update(count)
             file.flush()
-            progress.update(len(batch.items) * count)
 
         with (
-            closing(SeenNames()) as seen,
             open(part, "a", encoding="utf-8") as file,
             progress,
-            ThreadPoolExecutor(1) as writer,  # waited for, also where an error ends the job
+            ThreadPoolExecutor(1) as writer,  # finishes its batch, also where an error ends the job
         ):
-            for record, _ in read_records(output, told):
-                seen.add(record["source"])
-            mine = islice(unseen(), index, None, count)
+            mine = islice(new_items(), index, None, count)
             workers = self._reading_processes(total, count)
-            how = search, preprocessing, batch_size, workers
-            written: Future | None = None
-            with closing(self._caption_batches(mine, *how)) as batches:
+            written = writer.submit(write, ())
+            with closing(self._caption_batches(mine, search, batch_size, workers)) as batches:
                 for batch in batches:
-                    if written is not None:
-                        written.result()
+                    written.result()
                     written = writer.submit(write, batch)
-            if written is not None:
-                written.result()
-        counts = gather_object([(captioned, failed)])  # waits for all of them
-        if count > 1 and everyone.is_main_process:
-            gather_records(output, told, failures=True)
-        everyone.wait_for_everyone()
-        captioned, failed = map(sum, zip(*counts, strict=True))
-        return FolderReport(captioned, skipped, failed, output)
+            written.result()
+        everyones = gather_object([counts])  # waits for all processes
+        if count > 1 and processes.is_main_process:
+            records.gather_records(output, recorded, keep_failures=True)
+        processes.wait_for_everyone()
+        captioned, failed = (sum(c[name] for c in everyones) for name in ("captioned", "failed"))
+        return FolderReport(captioned, counts["skipped"], failed, output)
 
     def _reading_processes(self, total: int | None, sharing: int) -> int:
-        """How many read pictures: for a GPU and many of them, all cores but one."""
+        """Number of processes that read images: for many and a GPU, all cores but one; else 0."""
         if self.model.device.type != "cuda" or (total is not None and total < MANY):
             return 0
         return max(1, os.cpu_count() // sharing - 1)
 
     def _caption_batches(
-        self,
-        items: Iterable[Item],
-        search: Search,
-        preprocessing: str,
-        batch_size: int | None,
-        workers: int = 0,
-    ) -> Iterator[Batch]:
-        """Caption items in order; one that cannot be read comes back with its error.
-
-        Threads, or processes, read the pictures of the next batches while the model works.
-        """
+        self, items: Iterable[Item], search: Search, batch_size: int | None, workers: int = 0
+    ) -> Iterator[Iterator[Captioned]]:
+        """Caption items in order, while threads, or processes, read the next batches."""
         if batch_size is None:
             batch_size = BATCH_SIZES.get(self.model.device.type, 16)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
-        image_preset(preprocessing, self.processor.image_size)  # refused before anything is read
-        reader = Reader(self.processor, preprocessing, self.model.device)
-        reading = (
-            read_with_processes(items, reader, batch_size, workers)
-            if workers
-            else read_with_threads(items, reader, batch_size)
-        )
-        with closing(reading):  # now: a pool that a garbage collection closes may deadlock
-            for read in reading:
-                while read.items:  # at once, unless memory ran out
-                    now, rest = read.split(batch_size)
-                    found = None
+        reader = reading.Reader(self.processor, search.preprocessing, self.model.device)
+        read = reading.read_batches(items, reader, batch_size, workers)
+        with closing(read):  # not by garbage collection, where a pool may deadlock
+            for batch in read:
+                while batch.items:  # once, unless memory runs out
+                    now, rest = batch.split(batch_size)
+                    captioned = None
                     try:
-                        found = self._caption_batch(now, search, preprocessing)
+                        captioned = self._caption_batch(now, search)
                     except torch.OutOfMemoryError:
                         if len(now.items) == 1:
                             raise
-                    if found is not None:
-                        yield found
-                        read = rest
+                    if captioned is not None:
+                        yield captioned
+                        batch = rest
                     else:  # out here, since the error holds on to what was allocated
                         batch_size = len(now.items) // 2
                         self.decoding.release()
                         warnings.warn(
-                            f"{len(now.items)} pictures at once need more memory than "
-                            f"{self.model.device} has: going on with batch_size={batch_size}.",
+                            f"{len(now.items)} pictures in a batch need more memory than "
+                            f"{self.model.device} has: continuing with batch_size={batch_size}.",
                             stacklevel=2,
                         )
 
     @torch.no_grad()
-    def _caption_batch(self, read: Read, search: Search, preprocessing: str) -> Batch:
-        if self.decoding.model is not self.model:  # it was given another
+    def _caption_batch(self, batch: Batch, search: Search) -> Iterator[Captioned]:
+        """Generate the captions of a batch; they are decoded to text where they are iterated."""
+        if self.decoding.model is not self.model:  # `model` was replaced
             self.decoding = FastDecoding(self.model)
         if any(module.training for module in self.model.modules()):
             self.model.eval()
         ids = logprobs = torch.zeros(0, 0)
-        good = [item for item, error in zip(read.items, read.errors, strict=True) if not error]
-        if good:
-            pixels = self.processor.normalise(read.pixels.to(self.model.device), preprocessing)
-            ids, logprobs = search.run(self.decoding, pixels, [item.key for item in good])
-        settings = {"preprocessing": preprocessing, **search.describe()}
-        return Batch(
-            self.processor,
-            self.model.config,
-            read.items,
-            read.errors,
-            ids,
-            logprobs,
-            search,
-            settings,
-        )
+        if keys := [item.key for item, error in batch.items if not error]:
+            pixels = batch.pixels.to(self.model.device)
+            pixels = self.processor.normalise(pixels, search.preprocessing)
+            ids, logprobs = search.run(self.decoding, pixels, keys)
+        return self._make_captions(batch.items, search, ids, logprobs)
 
-    def _tell_settings(self, search: Search, preprocessing: str) -> dict:
-        """All that a caption depends on beside its picture, for records that outlive the model."""
-        told = {"preprocessing": preprocessing, **search.describe()}
-        if self.provenance is not None:
-            told["model"] = self.provenance.source
-            told |= {name: getattr(self.provenance, name) for name in ("revision", "dtype")}
-        return told if search.drawn_seed is None else {**told, "seed": search.drawn_seed}
+    def _make_captions(
+        self,
+        items: list[tuple[Item, ImageError | None]],
+        search: Search,
+        ids: Int[Tensor, "R T"],
+        logprobs: Float[Tensor, "R T"],
+    ) -> Iterator[Captioned]:
+        """Captions from the rows of readable images, and the errors of the others."""
+        processor, config, settings = self.processor, self.model.config, search.describe()
+        rows = iter(zip(ids.tolist(), logprobs, strict=True))
+
+        def make_caption(item: Item, ids: list[int], logprobs: Float[Tensor, " T"]) -> Caption:
+            if config.end_token_id in ids:
+                ids = ids[: ids.index(config.end_token_id) + 1]
+            else:  # a stopping criterion came first
+                while len(ids) > 1 and ids[-1] == config.pad_token_id:
+                    ids = ids[:-1]
+            logprobs = logprobs[: len(ids)]
+            return Caption(
+                text=processor.decode(ids),
+                tokens=tuple(processor.tokenizer.decode([token]) for token in ids),
+                token_ids=tuple(ids),
+                logprobs=tuple(logprobs.tolist()),
+                score=logprobs.mean().item(),
+                source=item.source,
+                settings=settings,
+                seed=search.seed,
+            )
+
+        for item, error in items:
+            own = islice(rows, search.config.num_return_sequences)
+            yield item, error or [make_caption(item, *row) for row in own]
 
 
 def load(
@@ -357,11 +332,8 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> Captioner:
-    """Load a captioner: a folder, a Hub id, or (None) the one that ships inside the package.
-
-    `model.loading.checkpoint.load_checkpoint` says more about the arguments and the errors.
-    """
-    if device is None and "LOCAL_RANK" in os.environ:  # each process has a device of its own
+    """Load a captioner: a folder, a Hub id, or (None) the embedded one; see `load_checkpoint`."""
+    if device is None and "LOCAL_RANK" in os.environ:  # each process has its own device
         device = _processes().device
     checkpoint = load_checkpoint(source, revision=revision, dtype=dtype, device=device)
     return Captioner(checkpoint.model, checkpoint.processor, checkpoint.provenance)
@@ -369,7 +341,7 @@ def load(
 
 def _is_single(images: Picture | Iterable[Picture]) -> bool:
     if isinstance(images, np.ndarray | Tensor):
-        return images.ndim < 4  # four axes are a batch of pictures
+        return images.ndim < 4  # four axes are a batch of images
     return isinstance(images, str | bytes) or not isinstance(images, Iterable)
 
 

@@ -1,10 +1,9 @@
-"""One step of decoding over buffers that stay where they are, with few kernels and copies."""
+"""One decoding step over buffers of fixed address, with few kernels and copies; int8 weights."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,22 +14,21 @@ from qvision_lab.captioning.cached_attention import attend, attend_to_cache
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.decoder import Decoder, DecoderOutput
 
-Module = TypeVar("Module", bound=nn.Module)
 PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # oneDNN's, where torch has it
 
 
 @dataclass
 class Buffers:
-    """What the steps of one batch read and write; they stay where they are, as graphs need it.
+    """Tensors that the steps of a batch read and write, at fixed addresses, as graphs need.
 
-    R rows, S positions of the cache, L layers of GPT-Neo, N visual tokens.
+    R rows, S positions of the cache, N visual tokens; GPT-Neo has G heads, the bridge H.
     """
 
     ids: Int[Tensor, "R S+1"]  # `<START>`, the tokens so far, and `<START>` again
     logprobs: Float[Tensor, "R S"]
     finished: Bool[Tensor, " R"]
     position: Int[Tensor, " 1"]  # of the token that is read next
-    draws: Int[Tensor, "R 2"]  # keys of what is sampled
+    draws: Int[Tensor, "R 2"]  # keys of the random draws
     cache: list[Float[Tensor, "R 2 G S E"]]  # keys and values of each layer
     bridge: Float[Tensor, "2 R H N C"]  # the bridge's keys and values of the visual tokens
 
@@ -52,7 +50,7 @@ class Buffers:
         )
 
     def begin(self, start_token_id: int, used: int, draws: Int[Tensor, "used 2"] | None) -> None:
-        """Set back to the start of a batch whose first `used` rows are captions."""
+        """Reset for a batch whose first `used` rows are captions."""
         self.ids.fill_(start_token_id)
         self.position.zero_()
         self.finished.zero_()
@@ -61,20 +59,19 @@ class Buffers:
             self.draws[:used].copy_(draws, non_blocking=True)
 
 
-def score_next_word(
+def score_next_token(
     decoder: Decoder, projections: list[list[nn.Module]], head: nn.Module, buffers: Buffers
 ) -> Float[Tensor, "R V"]:
-    """Logits of the next word after one more word, which joins those in the cache.
+    """Logits of the next token, after one more token is read and written to the cache.
 
     Args:
-        projections: of each layer, what makes query, key and value: one matrix, or three.
-        head: what makes the logits, and perhaps some more.
+        projections: of each layer, for query, key and value: one joined module, or three.
+        head: the LM head, perhaps padded with more rows.
     """
     text, bridge, position = decoder.language_model, decoder.bridge, buffers.position
-    word = buffers.ids.index_select(1, position)[:, 0]
-    states = text.wte(word) + text.wpe(position)  # [R,D]
-    layers = zip(text.h, projections, buffers.cache, strict=True)
-    for block, parts, cache in layers:
+    token = buffers.ids.index_select(1, position)[:, 0]
+    states = text.wte(token) + text.wpe(position)  # [R,D]
+    for block, parts, cache in zip(text.h, projections, buffers.cache, strict=True):
         attention, normed = block.attn.attention, block.ln_1(states)
         made = [product(normed, part) for part in parts]  # [R,3*D] or three [R,D]
         made = made[0] if len(made) == 1 else torch.cat(made, dim=-1)
@@ -98,25 +95,22 @@ def score_next_word(
 
 
 def product(x: Float[Tensor, "R I"], linear: nn.Linear | Int8Linear) -> Float[Tensor, "R O"]:
-    """What a linear layer makes of some rows."""
+    """A linear layer applied by `multiply`."""
     return multiply(x, linear.weight, linear.bias, getattr(linear, "scale", None))
 
 
 def multiply(
-    x: Float[Tensor, "R I"],
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Float[Tensor, " O"] | None = None,
+    x: Float[Tensor, "R I"], weight: Tensor, bias: Tensor | None, scale: Tensor | None = None
 ) -> Float[Tensor, "R O"]:
-    """Rows times the transpose of a matrix [O,I], by what reads it fastest.
+    """Rows times the transpose of a matrix [O,I], by the fastest method.
 
     Compiled, a product with a single row is a sum, which inductor makes one pass over the matrix at
-    the rate that memory gives. In float32 on a CPU oneDNN takes half the time of MKL, which
-    `F.linear` calls. Everything else is the library's.
+    memory bandwidth. In float32 on a CPU oneDNN takes half the time of MKL, which `F.linear` calls.
     """
-    if len(x) == 1 and torch.compiler.is_compiling():
+    eager = not torch.compiler.is_compiling()
+    if len(x) == 1 and not eager:
         y = (weight.float() * x.float()[:, None]).sum(-1)
-    elif _onednn_is_faster(x, weight):
+    elif eager and PRODUCT and x.is_cpu and x.dtype == weight.dtype == torch.float32:
         return PRODUCT(x, weight, bias, "none", [], "")
     elif scale is None:
         return F.linear(x, weight, bias)
@@ -126,28 +120,22 @@ def multiply(
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def _onednn_is_faster(x: Tensor, weight: Tensor) -> bool:
-    single = x.dtype == weight.dtype == torch.float32
-    return bool(PRODUCT) and single and x.is_cpu and not torch.compiler.is_compiling()
-
-
 def join_projections(attention: nn.Module) -> nn.Linear:
-    """Query, key and value of a layer as one matrix [3*D,D], of which its own become views."""
+    """Query, key and value matrices of a layer as views of one matrix [3*D,D]."""
     parts = [part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
-    return _linear(_joined(parts, sum(len(part) for part in parts)))
+    return _join(parts, sum(len(part) for part in parts))
 
 
 def padded_head(lm_head: nn.Linear) -> nn.Linear:
-    """A head with rows of zeros up to a multiple of 64, of which the given one becomes a view.
+    """The LM head as a view of one with rows of zeros up to a multiple of 64.
 
-    An odd vocabulary keeps matrix products from the kernels that need aligned rows: five times the
-    time with 256 rows on an H100.
+    Kernels need aligned rows: with an odd vocabulary 256 rows took five times as long on an H100.
     """
-    return _linear(_joined([lm_head.weight], -(-len(lm_head.weight) // 64) * 64))
+    return _join([lm_head.weight], -(-len(lm_head.weight) // 64) * 64)
 
 
-def _joined(parts: list[nn.Parameter], rows: int) -> Float[Tensor, "rows I"]:
-    """One matrix whose first rows are the parts, which become views of it, if they are not yet."""
+def _join(parts: list[nn.Parameter], rows: int) -> nn.Linear:
+    """A layer whose first rows are the parts; unless they are views of it, they become so."""
     first, width = parts[0].detach(), parts[0].shape[1]
     where, size = first.data_ptr(), first.element_size()
     together = first.untyped_storage().nbytes() == rows * width * size
@@ -155,22 +143,19 @@ def _joined(parts: list[nn.Parameter], rows: int) -> Float[Tensor, "rows I"]:
         together = together and part.data_ptr() == where
         where += part.numel() * size
     if together:
-        return first.as_strided((rows, width), (width, 1), 0)
-    matrix, begin = first.new_zeros(rows, width), 0
-    for part in parts:
-        view = matrix[begin : begin + len(part)]
-        part.data, begin = view.copy_(part.detach()), begin + len(part)
-    return matrix
-
-
-def _linear(weight: Float[Tensor, "O I"]) -> nn.Linear:
-    linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
+        matrix = first.as_strided((rows, width), (width, 1), 0)
+    else:
+        matrix, begin = first.new_zeros(rows, width), 0
+        for part in parts:
+            view = matrix[begin : begin + len(part)]
+            part.data, begin = view.copy_(part.detach()), begin + len(part)
+    linear = nn.Linear(width, rows, bias=False, device="meta")
+    linear.weight = nn.Parameter(matrix, requires_grad=False)
     return linear
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose matrix is rounded to 8 bits, with a scale for each row."""
+    """A linear layer with int8 weights and a scale for each row."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -182,16 +167,12 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
-        return multiply(x.flatten(0, -2), self.weight, self.bias, self.scale).view(
-            *x.shape[:-1], -1
-        )
+        y = multiply(x.flatten(0, -2), self.weight, self.bias, self.scale)
+        return y.view(*x.shape[:-1], -1)
 
 
 class Int8Decoder(Decoder):
-    """A decoder whose matrices, the tied head among them, have 8 bits; all else is float32.
-
-    A token then reads half of what it reads in bfloat16, and words may change.
-    """
+    """A decoder with int8 matrices, the tied head among them; all else is float32."""
 
     def __init__(self, decoder: Decoder):
         nn.Module.__init__(self)
@@ -207,7 +188,7 @@ class Int8Decoder(Decoder):
         return super().forward(input_ids, visual_tokens.float(), **settings)
 
 
-def copy_sharing_weights(module: Module) -> Module:
-    """A copy whose parts can be changed, with the very parameters and buffers of the original."""
+def copy_sharing_weights(module: nn.Module) -> nn.Module:
+    """A copy whose modules can be replaced, with the parameters and buffers of the original."""
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

@@ -1,4 +1,4 @@
-"""The settings of a search for captions: a preset, what is put on top of it, and how it is run."""
+"""Generation of captions: complete, checked settings, and the search that they describe."""
 
 from __future__ import annotations
 
@@ -10,115 +10,102 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from qvision_lab.captioning.compiled import FastDecoding
-from qvision_lab.captioning.sampling import (
-    NOT_SAMPLING,
-    WARPERS,
-    Choice,
-    Sampling,
-    SeededSampling,
-    row_keys,
-)
+from qvision_lab.captioning.sampling import NOT_SAMPLING, WARPERS, Choice, Sampling, row_keys
 from qvision_lab.model.captioner import PLAIN, QVisionForConditionalGeneration, generation_preset
+from qvision_lab.model.processor import image_preset
 
 LIVE_SETTINGS = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer"}
-UNSAID = {"transformers_version", "return_dict_in_generate"}
-UNSAID |= {"bos_token_id", "eos_token_id", "pad_token_id"}
+UNRECORDED = {"transformers_version", "return_dict_in_generate"}
+UNRECORDED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 @dataclass(frozen=True)
 class Search:
-    """Settings of `generate`, checked and complete, and the seed of what is drawn."""
+    """Settings of `generate`, checked and complete, and of the preprocessing."""
 
     config: GenerationConfig
     live: dict  # objects that take part, such as a streamer
-    seed: int
+    seed: int | None  # None where nothing is sampled
+    preprocessing: str
 
     @classmethod
     def from_settings(
-        cls, model: QVisionForConditionalGeneration, preset: str | None, seed: int, settings: dict
+        cls,
+        model: QVisionForConditionalGeneration,
+        /,
+        *,
+        preset: str | None = None,
+        preprocessing: str = "training",
+        seed: int = 0,
+        **settings,
     ) -> Search:
-        """Put settings on top of a preset, or of the model's own settings.
-
-        Raises:
-            ValueError: if a setting does not exist or does not fit the others.
-        """
+        """Put settings on top of a preset, or of the model's own; ValueError if they do not fit."""
+        image_preset(preprocessing, model.config.vision_config.image_size)  # raises if unknown
         own = model.generation_config
         config = copy.deepcopy(own) if preset is None else generation_preset(preset, model.config)
-        draws = any(settings.get(name) is not None for name in WARPERS)
-        if draws or (settings.get("num_beams") or 1) > 1:
-            settings = {"do_sample": draws, **settings}
+        samples = any(settings.get(name) is not None for name in WARPERS)
+        if samples or (settings.get("num_beams") or 1) > 1:
+            settings = {"do_sample": samples, **settings}
         rest = config.update(**settings, return_dict_in_generate=False)
         if unknown := sorted(rest.keys() - LIVE_SETTINGS):
             raise ValueError(
                 f"no generation setting {', '.join(map(repr, unknown))}; see transformers' "
-                "GenerationConfig for those there are."
+                "GenerationConfig for those that exist."
             )
         live = {name: value for name, value in rest.items() if value is not None}
+        config.num_return_sequences = config.num_return_sequences or 1
         if config.do_sample and (config.num_beams or 1) > 1:
             raise ValueError(
                 f"num_beams={config.num_beams} and sampling: choose one of them (num_beams=1 or "
-                "do_sample=False), or call model.generate, which knows beam sampling."
+                "do_sample=False), or call model.generate, which supports beam sampling."
             )
         if config.do_sample:
-            Sampling.from_config(config)  # a value out of range is found now, not in a batch
+            Sampling(config.to_dict())  # raises now, not in a batch, if a value is out of range
         else:
-            config.update(**NOT_SAMPLING)  # what the preset says of sampling would be warned about
-        return cls(config, live, seed)
+            config.update(**NOT_SAMPLING)  # transformers warns about a preset's sampling settings
+        return cls(config, live, seed if config.do_sample else None, preprocessing)
 
     @property
-    def captions_per_image(self) -> int:
-        return self.config.num_return_sequences or 1
-
-    @property
-    def drawn_seed(self) -> int | None:
-        """The seed, or None where nothing is drawn."""
-        return self.seed if self.config.do_sample else None
+    def new_tokens(self) -> int:
+        """Maximum number of tokens of a caption, `<END>` included."""
+        limit = self.config.max_new_tokens
+        return limit if limit is not None else (self.config.max_length or 20) - 1
 
     def describe(self) -> dict:
-        """Settings that are not the plain ones, as far as JSON can say them."""
-        hidden = UNSAID if self.config.do_sample else UNSAID | WARPERS.keys()
-        said = {
+        """The preprocessing, and the settings that differ from the defaults, for JSON."""
+        hidden = UNRECORDED if self.config.do_sample else UNRECORDED | WARPERS.keys()
+        changed = {
             name: value
             for name, value in self.config.to_diff_dict().items()
             if name not in hidden and value != PLAIN.get(name) and not name.startswith("_")
         }
-        return said | {name: type(value).__name__ for name, value in self.live.items()}
-
-    @property
-    def new_tokens(self) -> int:
-        """How many tokens a caption has at most, `<END>` included."""
-        limit = self.config.max_new_tokens
-        return limit if limit is not None else (self.config.max_length or 20) - 1
+        live = {name: type(value).__name__ for name, value in self.live.items()}
+        return {"preprocessing": self.preprocessing, **changed, **live}
 
     def run(
-        self,
-        decoding: FastDecoding,
-        pixel_values: Float[Tensor, "B 3 H W"],
-        names: list[str],
+        self, decoding: FastDecoding, pixel_values: Float[Tensor, "B 3 H W"], keys: list[str]
     ) -> tuple[Int[Tensor, "R T"], Float[Tensor, "R T"]]:
-        """Tokens of R = B * `captions_per_image` captions, an image's together.
+        """Generate R = B * `num_return_sequences` captions, by `generate` where `decoding` cannot.
 
         Args:
-            decoding: the fast way; what it cannot run, transformers' `generate` does.
-            names: one an image; its draws depend on its name and the seed alone.
+            keys: one an image; its draws depend on its key and the seed alone.
 
         Returns:
-            Ids, without `<START>`, and their log-probabilities (nats) before penalties,
-            temperature and all else that a search puts on top of the model.
+            Ids, without `<START>`, and their log-probabilities (nats) under the model itself:
+            before penalties, temperature and other processing of the logits.
         """
-        model, k, keys = decoding.model, self.captions_per_image, None
+        model, k, draws = decoding.model, self.config.num_return_sequences, None
         if self.config.do_sample:
-            keys = row_keys([f"{self.seed}/{name}/{n}" for name in names for n in range(k)])
+            draws = row_keys([f"{self.seed}/{key}/{n}" for key in keys for n in range(k)])
         choice = None if self.live else Choice.from_config(self.config)
         if choice is not None and decoding.can_run(self.new_tokens):
-            return decoding.run(choice, self.new_tokens, keys, k, pixel_values=pixel_values)
+            return decoding.run(choice, self.new_tokens, draws, k, pixel_values=pixel_values)
         config, live = copy.deepcopy(self.config), dict(self.live)
         _, visual = model.encode(pixel_values.to(model.device))
         visual_tokens = visual.visual_tokens  # [B,1+Q,D]
-        if keys is not None:
-            sampling = Sampling.from_config(config)
+        if draws is not None:
             processors = live.get("logits_processor", ())
-            live["logits_processor"] = [*processors, SeededSampling(sampling, keys)]
+            live["logits_processor"] = [*processors, Sampling(config.to_dict(), draws)]
             config.update(**NOT_SAMPLING, num_return_sequences=1)
             visual_tokens = visual_tokens.repeat_interleave(k, dim=0)  # [R,1+Q,D]
         config.update(return_dict_in_generate=True, output_logits=True)

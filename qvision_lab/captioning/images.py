@@ -1,4 +1,4 @@
-"""Opening pictures of any kind: paths, URLs, bytes, PIL images, arrays and tensors -> RGB."""
+"""Opening images of any kind: paths, URLs, bytes, PIL images, arrays and tensors -> RGB."""
 
 from __future__ import annotations
 
@@ -24,69 +24,55 @@ CHANNELS = (1, 3, 4)  # grey, RGB, RGB with alpha
 
 
 class ImageError(ValueError):
-    """A picture that cannot be opened; the message names it and the way out."""
+    """An image that cannot be opened; the message names it and says what to do."""
 
 
 def open_image(picture: Picture, name: str | None = None) -> Image.Image:
-    """Open a picture as RGB, the way a viewer shows it.
+    """Open an image as RGB, the way a viewer shows it.
 
-    EXIF orientation is respected, transparency laid on white, 16-bit grey scaled to 8; of an
-    animation the first frame is taken. More than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million
-    pixels) are refused.
+    EXIF orientation is applied, transparency composited on white, 16-bit grey scaled to 8; of an
+    animation the first frame is taken.
 
     Args:
         picture: a path; an http(s) URL of at most 64 MiB; an encoded file as bytes; a PIL image; an
-            array [H,W], [H,W,C] or [C,H,W] with C of 1, 3 or 4, uint8, uint16, bool or floats from
-            0 to 1; a tensor likewise.
-        name: what error messages call it.
+            array or tensor [H,W], [H,W,C] or [C,H,W] with C of 1, 3 or 4, uint8, uint16, bool or
+            floats from 0 to 1.
+        name: its name in error messages.
 
     Raises:
-        ImageError: if it cannot be read.
-        TypeError: if it is none of these.
+        ImageError: if it cannot be read, or has more than 2 * `PIL.Image.MAX_IMAGE_PIXELS`.
+        TypeError: if it is of another type.
     """
     name = name or picture_name(picture) or type(picture).__name__
     if isinstance(picture, np.ndarray):
         return _from_array(picture, name)
-    if hasattr(picture, "detach"):  # a tensor, told without importing torch
+    if hasattr(picture, "detach"):  # a tensor, recognised without importing torch
         tensor = picture.detach().cpu()
         tensor = tensor.float() if tensor.is_floating_point() else tensor  # numpy has no bfloat16
         return _from_array(tensor.numpy(), name, channels_first=True)
-    file = None if isinstance(picture, Image.Image) else io.BytesIO(_encoded(picture, name))
+    if not isinstance(picture, Image.Image):
+        picture = io.BytesIO(_read_bytes(picture, name))
     try:
-        image = Image.open(file) if file else picture
+        image = Image.open(picture) if isinstance(picture, io.BytesIO) else picture
         image.load()
         return _as_rgb(ImageOps.exif_transpose(image), name)
     except ImageError:
         raise
-    except Image.UnidentifiedImageError as error:
-        raise ImageError(
-            f"{name} is no picture in a format known here; convert it to JPEG or PNG."
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(
-            f"{name} has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; shrink it first, or "
-            "raise PIL.Image.MAX_IMAGE_PIXELS."
-        ) from error
-    except Exception as error:  # a decoder fails with whatever it stumbles upon
-        raise ImageError(
-            f"{name} is truncated or damaged ({error}); copy or download it again."
-        ) from error
-
-
-def find_pictures(
-    paths: str | os.PathLike | Iterable[str | os.PathLike], recursive: bool = False
-) -> dict[str, str]:
-    """All that `walk_pictures` finds, in sorted order: paths or URLs and their names."""
-    return dict(sorted(walk_pictures(paths, recursive)))
+    except Exception as error:  # decoders raise errors of many types
+        if isinstance(error, Image.UnidentifiedImageError):
+            problem = "is no picture in a format known here; convert it to JPEG or PNG"
+        elif isinstance(error, Image.DecompressionBombError):
+            pixels = f"has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
+            problem = f"{pixels}; shrink it first, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        else:
+            problem = f"is truncated or damaged ({error}); copy or download it again"
+        raise ImageError(f"{name} {problem}.") from error
 
 
 def walk_pictures(
     paths: str | os.PathLike | Iterable[str | os.PathLike], recursive: bool = False
 ) -> Iterator[tuple[str, str]]:
-    """Pictures in folders, and files and URLs that are named themselves, one after the other.
-
-    A folder's files come sorted, its subfolders after them; no more than the names of one folder
-    are held at a time.
+    """Images in folders, each folder sorted with its subfolders last, and listed files and URLs.
 
     Yields:
         A path or URL, and its name: the path inside the folder, the file's own name, or the URL.
@@ -108,16 +94,15 @@ def walk_pictures(
                     if file.suffix.lower() in SUFFIXES and file.is_file():
                         yield (found := str(file)), file.relative_to(folder).as_posix()
     if found is None:
-        said = ", ".join(map(str, paths)) if isinstance(paths, Collection) else ""
+        names = ", ".join(map(str, paths)) if isinstance(paths, Collection) else ""
         raise ValueError(
-            f"no picture in {said or 'an empty list of paths'}; a folder's "
-            f"files count if they end in {', '.join(SUFFIXES)}, those of its subfolders with "
-            "recursive=True."
+            f"no picture in {names or 'an empty list of paths'}; a folder's files count if they "
+            f"end in {', '.join(SUFFIXES)}, those of its subfolders with recursive=True."
         )
 
 
 def picture_name(picture: Picture) -> str | None:
-    """Path or URL of a picture; None where it has none."""
+    """Path or URL of an image; None where it has none."""
     if isinstance(picture, Image.Image):
         return str(getattr(picture, "filename", "")) or None
     return os.fspath(picture) if isinstance(picture, str | os.PathLike) else None
@@ -127,8 +112,8 @@ def _is_url(path: str | os.PathLike) -> bool:
     return str(path).startswith(("http://", "https://"))
 
 
-def _encoded(picture: str | os.PathLike | bytes, name: str) -> bytes:
-    """What a picture's file holds, wherever it is; at least one byte."""
+def _read_bytes(picture: str | os.PathLike | bytes, name: str) -> bytes:
+    """The content of an image file, from a path or URL; at least one byte."""
     if not isinstance(picture, str | os.PathLike | bytes):
         raise TypeError(
             f"a {type(picture).__name__} is no picture; pass a path, URL, bytes, PIL image, array "
@@ -136,24 +121,24 @@ def _encoded(picture: str | os.PathLike | bytes, name: str) -> bytes:
         )
     try:
         if isinstance(picture, bytes):
-            encoded = picture
+            content = picture
         elif _is_url(picture):
             request = urllib.request.Request(picture, headers={"User-Agent": "qvision-lab"})
             with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response:
-                encoded = response.read(URL_LIMIT + 1)
-            if len(encoded) > URL_LIMIT:
+                content = response.read(URL_LIMIT + 1)
+            if len(content) > URL_LIMIT:
                 raise ValueError(f"it is larger than {URL_LIMIT / 2**20:.0f} MiB")
         else:
-            encoded = Path(picture).expanduser().read_bytes()
+            content = Path(picture).expanduser().read_bytes()
     except IsADirectoryError as error:
         raise ImageError(f"{name} is a folder; caption_folder captions what is in it.") from error
     except (OSError, ValueError) as error:  # HTTP errors and time-outs are OSErrors
         raise ImageError(
             f"cannot read {name}: {error}; check it, or download the picture and pass its path."
         ) from error
-    if not encoded:
+    if not content:
         raise ImageError(f"{name} is empty (0 bytes); write or download it again.")
-    return encoded
+    return content
 
 
 def _as_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -173,18 +158,16 @@ def _from_array(values: np.ndarray, name: str, channels_first: bool = False) -> 
     if values.ndim == 3 and shape[0] in CHANNELS and (channels_first or not last):
         values, last = np.moveaxis(values, 0, -1), True  # [C,H,W] -> [H,W,C]
     if values.size == 0 or not (values.ndim == 2 or last):
-        raise ImageError(
-            f"{name} has shape {list(shape)}; a picture is [H,W], [H,W,C] or [C,H,W], "
-            "with C of 1, 3 or 4."
-        )
+        needed = "a picture is [H,W], [H,W,C] or [C,H,W], with C of 1, 3 or 4"
+        raise ImageError(f"{name} has shape {list(shape)}; {needed}.")
     if values.dtype == np.uint16:
         values = np.rint(values / 257)  # 65535 -> 255
     elif values.dtype.kind in "bf":  # bool or float
-        low, high = values.min(), values.max()  # nan fails the comparison too
+        low, high = values.min(), values.max()  # NaN fails the comparison too
         if not (low >= 0 and high <= 1):
             raise ImageError(
                 f"{name} holds numbers from {low:.4g} to {high:.4g}, not 0 to 1; pass pixels as "
-                "uint8, or what is preprocessed already to model.generate(pixel_values=...)."
+                "uint8, or preprocessed ones to model.generate(pixel_values=...)."
             )
         values = np.rint(values * 255.0)
     elif values.dtype != np.uint8:

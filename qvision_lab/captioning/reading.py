@@ -1,8 +1,8 @@
-"""Pictures read ahead of the model: by threads, or for a GPU by processes."""
+"""Reading images ahead of the model: by threads, or for a GPU by processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -13,50 +13,55 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qvision_lab.captioning.images import ImageError, open_image
+from qvision_lab.captioning.images import ImageError, Picture, open_image
 from qvision_lab.model.processor import QVisionProcessor
 
-THREADS = 2  # that open pictures while the model works on a CPU; more stand in its way
-CHUNK = 32  # pictures that a process reads at a time
+THREADS = 2  # that open images while the model works on a CPU; more slow it down
+CHUNK = 32  # images that a process reads at a time
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image to caption: its name in records, and the key that its random draws depend on."""
+
+    picture: Picture | Callable[[], Picture]  # a callable is called when the image is read
+    source: str
+    key: str
 
 
 @dataclass
-class Read:
-    """Pictures that were read, in order."""
+class Batch:
+    """Images that were read, in order."""
 
-    items: list  # what they were read for: each has a `picture` and a `source`
-    errors: list[ImageError | None]
+    items: list[tuple[Item, ImageError | None]]
     pixels: UInt8[Tensor, "B H W 3"]  # of those without an error
 
     @classmethod
-    def join(cls, parts: list[Read]) -> Read:
-        items, errors = [], []
-        for part in parts:
-            items += part.items
-            errors += part.errors
-        return cls(items, errors, torch.cat([part.pixels for part in parts]))
+    def join(cls, parts: list[Batch]) -> Batch:
+        items = [pair for part in parts for pair in part.items]
+        return cls(items, torch.cat([part.pixels for part in parts]))
 
-    def split(self, count: int) -> tuple[Read, Read]:
+    def split(self, count: int) -> tuple[Batch, Batch]:
         """The first `count` items, and the others."""
-        good = sum(error is None for error in self.errors[:count])
+        good = sum(error is None for _, error in self.items[:count])
         return (
-            Read(self.items[:count], self.errors[:count], self.pixels[:good]),
-            Read(self.items[count:], self.errors[count:], self.pixels[good:]),
+            Batch(self.items[:count], self.pixels[:good]),
+            Batch(self.items[count:], self.pixels[good:]),
         )
 
-    def pin_memory(self) -> Read:  # the DataLoader calls it
-        return Read(self.items, self.errors, self.pixels.pin_memory())
+    def pin_memory(self) -> Batch:  # the DataLoader calls it
+        return Batch(self.items, self.pixels.pin_memory())
 
 
 @dataclass(frozen=True)
 class Reader(Dataset):
-    """Opens pictures and resizes them as the model takes them."""
+    """Opens images and resizes them to the model's input size."""
 
     processor: QVisionProcessor
     preset: str
     device: torch.device  # where the pixels go
 
-    def __getitem__(self, item) -> tuple:
+    def __getitem__(self, item: Item) -> tuple[Item, ImageError | np.ndarray]:
         try:
             picture = item.picture() if callable(item.picture) else item.picture
             image = open_image(picture, item.source)
@@ -64,50 +69,45 @@ class Reader(Dataset):
             return item, error
         return item, self.processor.resize(image, self.preset)
 
-    def collate(self, pairs: list[tuple]) -> Read:
-        items, found = [item for item, _ in pairs], [value for _, value in pairs]
-        side = self.processor.image_size
-        pixels = [value for value in found if not isinstance(value, ImageError)]
+    def collate(self, pairs: Iterable[tuple[Item, ImageError | np.ndarray]]) -> Batch:
+        pairs, side = list(pairs), self.processor.image_size
+        items = [(item, value if isinstance(value, ImageError) else None) for item, value in pairs]
+        pixels = [value for _, value in pairs if not isinstance(value, ImageError)]
         stacked = np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
-        errors = [value if isinstance(value, ImageError) else None for value in found]
-        return Read(items, errors, torch.from_numpy(stacked))
+        return Batch(items, torch.from_numpy(stacked))
 
 
-def read_with_threads(items: Iterable, reader: Reader, batch_size: int) -> Iterator[Read]:
-    """Batches of pictures; while one is used, the next is read."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        reading = (pool.map(reader.__getitem__, batch) for batch in _batches(items, batch_size))
-        ahead = next(reading, None)
-        while ahead:
-            now, ahead = ahead, next(reading, None)
-            yield reader.collate(list(now))
-
-
-def read_with_processes(
-    items: Iterable, reader: Reader, batch_size: int, workers: int
-) -> Iterator[Read]:
-    """Batches of pictures, pinned for their way to a GPU, which `workers` processes read ahead."""
-    chunks = iter(
-        DataLoader(
-            reader,
-            batch_sampler=_batches(items, min(CHUNK, batch_size)),
-            num_workers=workers,
-            collate_fn=reader.collate,
-            pin_memory=torch.cuda.is_available(),
-        )
+def read_batches(
+    items: Iterable[Item], reader: Reader, batch_size: int, workers: int = 0
+) -> Iterator[Batch]:
+    """Batches of images, of which the next are read by `workers` processes, or threads (0)."""
+    if not workers:
+        with ThreadPoolExecutor(THREADS) as pool:
+            reading = (pool.map(reader.__getitem__, batch) for batch in _chunks(items, batch_size))
+            ahead = next(reading, None)
+            while ahead:
+                now, ahead = ahead, next(reading, None)
+                yield reader.collate(now)
+        return
+    chunks = DataLoader(
+        reader,
+        batch_sampler=_chunks(items, min(CHUNK, batch_size)),
+        num_workers=workers,
+        collate_fn=reader.collate,
+        pin_memory=torch.cuda.is_available(),
     )
-    waiting: list[Read] = []
+    waiting: list[Batch] = []
     for chunk in chunks:
         chunk.pixels = chunk.pixels.to(reader.device, non_blocking=True)
         waiting.append(chunk)
         if sum(len(part.items) for part in waiting) >= batch_size:
-            now, rest = Read.join(waiting).split(batch_size)
+            now, rest = Batch.join(waiting).split(batch_size)
             waiting = [rest] if rest.items else []
             yield now
     if waiting:
-        yield Read.join(waiting)
+        yield Batch.join(waiting)
 
 
-def _batches(items: Iterable, size: int) -> Iterator[list]:
+def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     items = iter(items)
     return iter(lambda: list(islice(items, size)), [])

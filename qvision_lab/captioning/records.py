@@ -1,56 +1,67 @@
-"""A file of caption records, one a line and a picture, that outlives interruptions."""
+"""Caption records: captions of an image, and the JSON Lines file of them that a job resumes."""
 
 from __future__ import annotations
 
 import glob
 import json
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
-
-class SeenNames:
-    """Names met so far, on disk where they are many."""
-
-    def __init__(self):
-        self.names = sqlite3.connect("")  # a file of its own, gone when it is closed
-        self.names.execute("CREATE TABLE names (name BLOB PRIMARY KEY) WITHOUT ROWID")
-
-    def add(self, name: str) -> bool:
-        """Whether the name is new."""
-        row = (name.encode("utf-8", "surrogatepass"),)  # a file may be called anything
-        return self.names.execute("INSERT OR IGNORE INTO names VALUES (?)", row).rowcount == 1
-
-    def close(self) -> None:
-        self.names.close()
+from qvision_lab.captioning.images import ImageError
 
 
-def gather_records(output: Path, settings: dict, *, failures: bool) -> None:
-    """Bring the records of all processes into one file, one a picture; torn lines go.
+@dataclass(frozen=True)
+class Caption:
+    """A generated caption, with its tokens and their log-probabilities (nats)."""
 
-    Args:
-        output: the file; parts of it that processes wrote lie beside it, and are taken in.
-        settings: what the records must have been made with.
-        failures: whether pictures that could not be read stay, or go to be tried again.
-    """
+    text: str
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]  # as generated: without <START>, with <END> where reached
+    logprobs: tuple[float, ...]  # of each token, before penalties and temperature; at most 0
+    score: float  # their mean
+    source: str  # path or URL, else "picture 3" by its place in the call
+    settings: dict  # of generation and preprocessing, those that differ from the defaults
+    seed: int | None  # None where nothing was sampled
+
+
+def make_record(captions: list[Caption] | ImageError) -> dict:
+    """The fields of a record that are an image's own."""
+    if isinstance(captions, ImageError):
+        return {"error": str(captions)}
+    texts = [caption.text for caption in captions]
+    scores = [round(caption.score, 4) for caption in captions]  # later digits depend on the batch
+    several = {"captions": texts, "scores": scores} if len(captions) > 1 else {}
+    return {"caption": texts[0], "score": scores[0], **several}
+
+
+def digest(name: str) -> bytes:
+    """16 bytes that identify a name, so that a set of millions fits in memory."""
+    return blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def gather_records(output: Path, settings: dict, *, keep_failures: bool) -> None:
+    """Merge `output` and the parts of all processes, one record an image, by an atomic rename."""
     parts = sorted(output.parent.glob(f"{glob.escape(output.name)}.part[0-9]*"))
-    whole = output.with_name(output.name + ".partial")
-    with closing(SeenNames()) as seen, open(whole, "w", encoding="utf-8") as file:
+    merged, known = output.with_name(output.name + ".partial"), set()
+    with open(merged, "w", encoding="utf-8") as file:
         for part in (output, *parts):
             for record, line in read_records(part, settings):
-                if (failures or "caption" in record) and seen.add(record["source"]):
+                name = digest(record["source"])
+                if (keep_failures or "caption" in record) and name not in known:
+                    known.add(name)
                     file.write(line)
-    whole.replace(output)
+    merged.replace(output)
     for part in parts:
         part.unlink()
 
 
 def read_records(path: Path, settings: dict) -> Iterator[tuple[dict, str]]:
-    """Records of an output file with their lines; one torn by an interruption is passed over.
+    """Records of a file with their lines; a line truncated by an interruption ends them.
 
     Raises:
-        ValueError: for a line that is no record, or was made with other settings.
+        ValueError: for a line that is not a record, or was made with other settings.
     """
     if not path.exists():
         return
@@ -65,14 +76,11 @@ def read_records(path: Path, settings: dict) -> Iterator[tuple[dict, str]]:
                 raise ValueError(
                     f"line {number} of {path} is no caption record; choose another output."
                 ) from error
-            changed = [
-                f"{name} was {earlier.get(name)!r}, now {settings.get(name)!r}"
-                for name in sorted(settings.keys() | earlier.keys())
-                if settings.get(name) != earlier.get(name)
-            ]
-            if changed:
+            names = sorted(settings.keys() | earlier.keys())
+            values = [(name, earlier.get(name), settings.get(name)) for name in names]
+            if changed := [f"{n} was {old!r}, now {new!r}" for n, old, new in values if old != new]:
                 raise ValueError(
                     f"{path} was made with other settings ({'; '.join(changed)}): choose another "
-                    "output, or delete this one to caption everything anew."
+                    "output, or delete this one to caption everything again."
                 )
             yield record, line

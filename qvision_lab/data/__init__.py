@@ -1,4 +1,4 @@
-"""Pictures with captions. Nothing here knows of a model."""
+"""Images with reference captions, from files or plugins; independent of any model."""
 
 import lazy_loader
 

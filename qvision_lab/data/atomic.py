@@ -1,4 +1,4 @@
-"""Files that are never there by halves."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, text: str) -> Path:
-    """Write a file under another name first; its lines end as they do in the text."""
+    """Write a temporary file next to `path`, then rename it; line ends are kept as in the text."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8", newline="")
     return partial.replace(path)

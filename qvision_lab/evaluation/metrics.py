@@ -1,7 +1,7 @@
-"""Every metric as counts of each image and a formula of their sum.
+"""Metrics as counts per image and a formula of summed counts.
 
-That one shape gives everything: the score of a corpus is the formula of the summed counts, that of
-an image the formula of its own, and a bootstrap or a paired test sums other choices of the rows.
+The score of a corpus is the formula of all counts summed, that of an image the formula of its
+counts; a bootstrap or a paired test sums other choices of the images.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -18,51 +19,62 @@ from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from qvision_lab import scenes
 from qvision_lab.data.coco import ImageId
 from qvision_lab.evaluation.chair import Vocabulary, chair
 from qvision_lab.evaluation.java import UnavailableError, spice, tokenize
-from qvision_lab.scenes.checker import RATES
+
+
+class Judge(Protocol):
+    """Scores captions against the truth of drawn images by its own rates; see `CaptionDataset`."""
+
+    name: str  # of the metric
+    rates: Sequence[str]
+    truths: Mapping[ImageId, object]
+    vocabulary: Vocabulary  # of the categories
+
+    def count(self, image_id: ImageId, caption: str) -> Sequence[tuple[int, int]]:
+        """Hits and total of each rate."""
+
+    def boxes(self, image_id: ImageId) -> Sequence[tuple[str, Sequence[float]]]:
+        """Category and box (x, y, width, height in pixels) of each object."""
 
 
 @dataclass
 class Evidence:
-    """All that a metric may look at, image by image in one order."""
+    """Input of the metrics, by image in one order."""
 
     captions: Mapping[ImageId, str]
     references: Mapping[ImageId, Sequence[str]]
     objects: Mapping[ImageId, AbstractSet[str]] | None = None
     vocabulary: Vocabulary | None = None
-    layouts: Mapping[ImageId, scenes.Layout] | None = None
-    meteor: Future | None = None  # the counts that it is at work on
+    judge: Judge | None = None
+    meteor: Future | None = None  # its counts
 
     @cached_property
     def words(self) -> tuple[list[str], list[list[str]]]:
         """Captions and references, tokenised in one run and in COCO's order."""
-        several = self.references.values()
-        texts = [text for of_image in several for text in of_image]
+        texts = [text for several in self.references.values() for text in several]
         words = iter(tokenize(texts + list(self.captions.values())))
-        references = [[next(words) for _ in of_image] for of_image in several]
+        references = [[next(words) for _ in several] for several in self.references.values()]
         return list(words), references
 
 
 @dataclass(frozen=True)
 class Metric:
-    """The scores that a metric gives, and how: from evidence to counts, from counts to scores.
+    """`count` returns a row per image with the columns `counts`; `formula` the `scores` of a sum.
 
-    `count` returns one row an image, with the columns `counts`. `formula` takes counts [..., K] and
-    returns scores [..., S], nan where there is nothing to score.
+    A score is nan where there is nothing to count.
     """
 
     scores: tuple[str, ...]
     counts: tuple[str, ...]
     count: Callable[[Evidence], Float[np.ndarray, "images K"]]
     formula: Callable[[Float[np.ndarray, "... K"]], Float[np.ndarray, "... S"]]
-    needs: str = "words"  # the part of the evidence that cannot be left out
+    tokenized: bool = True  # whether it counts `Evidence.words`
 
 
 def bleu_formula(counts: Float[np.ndarray, "... 10"]) -> Float[np.ndarray, "... 4"]:
-    """BLEU-1 to 4 (Papineni et al. 2002), with the small numbers that COCO's code adds."""
+    """BLEU-1 to 4 (Papineni et al. 2002), with the small constants of COCO's code."""
     small, tiny = 1e-9, 1e-15
     length, closest, guessed, correct = np.split(counts, [1, 2, 6], -1)
     precision = np.cumprod((correct + tiny) / (guessed + small), -1) ** (1 / np.arange(1, 5))
@@ -75,15 +87,15 @@ def bleu_counts(evidence: Evidence) -> Float[np.ndarray, "images 10"]:
     for caption, references in zip(*evidence.words, strict=True):
         scorer += (caption, references)
     rows = []
-    for told in scorer.ctest:
-        length = told["testlen"]
-        closest = min((abs(other - length), other) for other in told["reflen"])[1]
-        rows.append([length, closest, *told["guess"], *told["correct"]])
+    for image in scorer.ctest:
+        length = image["testlen"]
+        closest = min((abs(other - length), other) for other in image["reflen"])[1]
+        rows.append([length, closest, *image["guess"], *image["correct"]])
     return np.array(rows, float)
 
 
 def meteor_formula(counts: Float[np.ndarray, "... 23"]) -> Float[np.ndarray, "... 1"]:
-    """METEOR 1.5's score of its English task, as in the jar's `MeteorScorer.computeMetrics`."""
+    """METEOR 1.5 for English, as in the jar's `MeteorScorer.computeMetrics`."""
     alpha, beta, gamma, delta = 0.85, 0.2, 0.6, 0.75
     modules = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
     kinds = np.array([delta, 1 - delta])  # content words, function words
@@ -101,7 +113,7 @@ def meteor_formula(counts: Float[np.ndarray, "... 23"]) -> Float[np.ndarray, "..
 
 
 def meteor_counts(evidence: Evidence) -> Float[np.ndarray, "images 23"]:
-    """The jar's counts; a perfect caption, being one chunk, has none, as where the jar sums up."""
+    """The jar's counts; a perfect caption, one chunk, counts as none, as in the jar's own sums."""
     counts = evidence.meteor.result()
     matched = counts[:, 4:20].reshape(-1, 8, 2).sum(1)
     counts[(matched == counts[:, :2]).all(1) & (counts[:, 20] == 1), 20] = 0
@@ -109,7 +121,7 @@ def meteor_counts(evidence: Evidence) -> Float[np.ndarray, "images 23"]:
 
 
 def ratio_formula(counts: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "... S"]:
-    """Shares and means: counts are S pairs of a sum and what it is divided by."""
+    """Shares and means: counts are S pairs of a sum and its denominator."""
     hits, totals = counts[..., ::2], counts[..., 1::2]
     return np.divide(hits, totals, out=np.full(hits.shape, np.nan), where=totals > 0)
 
@@ -117,21 +129,21 @@ def ratio_formula(counts: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "... 
 def rouge_counts(evidence: Evidence) -> Float[np.ndarray, "images 2"]:
     """ROUGE-L (Lin 2004)."""
     pairs = zip(*evidence.words, strict=True)
-    return _of_a_mean([Rouge().calc_score([caption], references) for caption, references in pairs])
+    return _as_mean([Rouge().calc_score([caption], references) for caption, references in pairs])
 
 
 def cider_counts(evidence: Evidence) -> Float[np.ndarray, "images 2"]:
     """CIDEr-D (Vedantam et al. 2015, arXiv:1411.5726)."""
     captions, references = evidence.words
     if len(captions) < 2:
-        raise UnavailableError("not available: of a single image, no word is rarer than another")
-    told = {i: [caption] for i, caption in enumerate(captions)}
-    return _of_a_mean(Cider().compute_score(dict(enumerate(references)), told)[1])
+        raise UnavailableError("not available: word frequencies need more than a single image")
+    candidates = {i: [caption] for i, caption in enumerate(captions)}
+    return _as_mean(Cider().compute_score(dict(enumerate(references)), candidates)[1])
 
 
 def spice_counts(evidence: Evidence) -> Float[np.ndarray, "images 2"]:
     """SPICE (Anderson et al. 2016, arXiv:1607.08822)."""
-    return _of_a_mean(spice(*evidence.words))
+    return _as_mean(spice(*evidence.words))
 
 
 def chair_counts(evidence: Evidence) -> Float[np.ndarray, "images 6"]:
@@ -141,14 +153,17 @@ def chair_counts(evidence: Evidence) -> Float[np.ndarray, "images 6"]:
     return table[pairs].to_numpy(float)
 
 
-def scenes_counts(evidence: Evidence) -> Float[np.ndarray, "images K"]:
-    """The rates of `scenes.score`, whose `RATES` says what each is a share of."""
-    judged = [scenes.check(said, evidence.layouts[i]) for i, said in evidence.captions.items()]
-    rates = [scenes.score([check]).values() for check in judged]
-    return np.array([[n for rate in row for n in (rate.hits, rate.total)] for row in rates], float)
+def judge_counts(evidence: Evidence) -> Float[np.ndarray, "images K"]:
+    rows = [np.ravel(evidence.judge.count(i, text)) for i, text in evidence.captions.items()]
+    return np.array(rows, float)
 
 
-def _of_a_mean(values: Sequence[float]) -> Float[np.ndarray, "images 2"]:
+def judge_metric(rates: Sequence[str]) -> Metric:
+    """The metric of a judge with these rates."""
+    return Metric(tuple(rates), _parts(*rates), judge_counts, ratio_formula, tokenized=False)
+
+
+def _as_mean(values: Sequence[float]) -> Float[np.ndarray, "images 2"]:
     return np.stack([np.asarray(values, float), np.ones(len(values))], 1)
 
 
@@ -157,11 +172,8 @@ def _parts(*scores: str) -> tuple[str, ...]:
 
 
 BLEU = tuple(f"BLEU-{n}" for n in range(1, 5))
-BLEU_COUNTS = (
-    "length",
-    "closest reference length",
-    *(f"{n}-grams {what}" for what in ("guessed", "correct") for n in range(1, 5)),
-)
+BLEU_COUNTS = ("length", "closest reference length")
+BLEU_COUNTS += tuple(f"{n}-grams {kind}" for kind in ("guessed", "correct") for n in range(1, 5))
 METEOR_COUNTS = tuple(f"METEOR {i}" for i in range(23))
 CHAIR = ("CHAIR-i", "CHAIR-s", "CHAIR recall")
 
@@ -171,6 +183,5 @@ METRICS: dict[str, Metric] = {
     "rouge": Metric(("ROUGE-L",), _parts("ROUGE-L"), rouge_counts, ratio_formula),
     "cider": Metric(("CIDEr",), _parts("CIDEr"), cider_counts, ratio_formula),
     "spice": Metric(("SPICE",), _parts("SPICE"), spice_counts, ratio_formula),
-    "chair": Metric(CHAIR, _parts(*CHAIR), chair_counts, ratio_formula, needs="objects"),
-    "scenes": Metric(tuple(RATES), _parts(*RATES), scenes_counts, ratio_formula, needs="layouts"),
+    "chair": Metric(CHAIR, _parts(*CHAIR), chair_counts, ratio_formula, tokenized=False),
 }

@@ -1,4 +1,4 @@
-"""Scores with their intervals: of one system, and of two that captioned the same images."""
+"""Scores with confidence intervals, of one system and of the difference between two."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -22,45 +21,46 @@ from qvision_lab.data.coco import ImageId, some
 from qvision_lab.evaluation.bootstrap import bootstrap_interval, paired_difference
 from qvision_lab.evaluation.chair import Vocabulary
 from qvision_lab.evaluation.java import UnavailableError, meteor
-from qvision_lab.evaluation.metrics import METRICS, Evidence, ratio_formula
-
-if TYPE_CHECKING:
-    from qvision_lab.scenes import Layout
+from qvision_lab.evaluation.metrics import (
+    METRICS,
+    Evidence,
+    Judge,
+    Metric,
+    judge_metric,
+    ratio_formula,
+)
 
 COCO_METRICS = ("bleu", "meteor", "rouge", "cider")
-SETTINGS = ("metrics", "notes", "confidence", "resamples", "seed")  # what is saved as it is
+SETTINGS = ("notes", "confidence", "resamples", "seed")  # fields saved unchanged
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluationReport:
-    """What captions are worth; printed as a table, in a notebook too."""
+    """Scores of captions; printed as a table, also in a notebook."""
 
     captions: Mapping[ImageId, str]
-    counts: pd.DataFrame  # one row an image, in order of `captions`
-    metrics: Sequence[str]  # those keys of `METRICS` whose counts there are
-    notes: Mapping[str, str]  # what has to be known of a score, or why there is none
-    confidence: float  # of the intervals, from so many resamples of the images
-    resamples: int
+    counts: pd.DataFrame  # a row per image, in order of `captions`
+    metrics: Mapping[str, Metric]  # those in `counts`
+    notes: Mapping[str, str]  # caveats of a score, or why it is missing
+    confidence: float  # of the intervals
+    resamples: int  # of the images
     seed: int
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One row a score: `score`, the `low` and `high` end of its interval, and what it is `of`.
+        """One row a score: `score`, `low` and `high` of its interval, and `of`, its denominator.
 
-        `of` is the number of cases behind it: images, or for a share its denominator. A share of
-        exactly 0 or 1 has no spread to resample: of n cases, one in n / 3 may still be otherwise.
-
-        What is held fixed: the references of each image, and for CIDEr the document frequencies,
-        which come from all images (those of a resample would make another, wider metric).
+        That is the number of images, or of cases for a share. A share of exactly 0 or 1 has no
+        spread to resample: of n cases, one in n / 3 may still differ. Fixed for all resamples: the
+        references of an image, and CIDEr's document frequencies, which come from all images.
         """
-        rows = {}
-        for metric in self.metrics:
-            counts, formula = self.counts_of(metric), METRICS[metric].formula
-            how = self.resamples, self.confidence, self.seed
-            low, high = bootstrap_interval(counts, formula, *how)
+        rows, settings = {}, (self.resamples, self.confidence, self.seed)
+        for metric in self.metrics.values():
+            counts, formula = self.counts_of(metric), metric.formula
+            low, high = bootstrap_interval(counts, formula, *settings)
             total = counts.sum(0)
             of = total[1::2] if formula is ratio_formula else [len(counts)] * len(low)
-            columns = zip(METRICS[metric].scores, formula(total), low, high, of, strict=True)
+            columns = zip(metric.scores, formula(total), low, high, of, strict=True)
             rows |= {name: values for name, *values in columns}
         table = pd.DataFrame.from_dict(rows, "index", columns=["score", "low", "high", "of"])
         return table.astype({"of": int})
@@ -72,15 +72,15 @@ class EvaluationReport:
 
     @cached_property
     def per_image(self) -> pd.DataFrame:
-        """One row an image: its caption and its own scores; nan where it has none."""
+        """One row an image: its caption and its scores, or nan."""
         columns = {"caption": pd.Series(self.captions)}
-        for metric in self.metrics:
-            scores = METRICS[metric].formula(self.counts_of(metric))
-            columns |= dict(zip(METRICS[metric].scores, scores.T, strict=True))
+        for metric in self.metrics.values():
+            scores = metric.formula(self.counts_of(metric))
+            columns |= dict(zip(metric.scores, scores.T, strict=True))
         return pd.DataFrame(columns, index=self.counts.index)
 
-    def counts_of(self, metric: str) -> Float[np.ndarray, "images K"]:
-        return self.counts[list(METRICS[metric].counts)].to_numpy(float)
+    def counts_of(self, metric: Metric) -> Float[np.ndarray, "images K"]:
+        return self.counts[list(metric.counts)].to_numpy(float)
 
     def __str__(self) -> str:
         lines = [f"{len(self.counts):,} images; times 100, {self.confidence:.0%} intervals"]
@@ -101,22 +101,26 @@ class EvaluationReport:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         scores = json.loads(self.table.to_json(orient="index", double_precision=15))
-        told = {"images": len(self.counts), "scores": scores}
-        told |= {name: getattr(self, name) for name in SETTINGS}
+        content = {"images": len(self.counts), "scores": scores, "metrics": list(self.metrics)}
+        content |= {name: getattr(self, name) for name in SETTINGS}
         images = self.per_image.join(self.counts)
         write_atomic(folder / "images.csv", images.to_csv(index_label="image_id"))
-        write_atomic(folder / "scores.json", json.dumps(told, indent=1))
+        write_atomic(folder / "scores.json", json.dumps(content, indent=1))
         return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> EvaluationReport:
-        """Read what `save` wrote; scores and intervals are computed from the counts anew."""
-        told = json.loads((Path(folder) / "scores.json").read_text(encoding="utf-8"))
-        path = Path(folder) / "images.csv"
-        images = pd.read_csv(path, index_col="image_id", keep_default_na=False)
-        names = [name for metric in told["metrics"] for name in METRICS[metric].counts]
-        settings = {name: told[name] for name in SETTINGS}
-        return cls(images["caption"].to_dict(), images[names].astype(float), **settings)
+        """Read the files of `save`; scores and intervals are recomputed from the counts."""
+        content = json.loads((Path(folder) / "scores.json").read_text(encoding="utf-8"))
+        images = pd.read_csv(
+            Path(folder) / "images.csv", index_col="image_id", keep_default_na=False
+        )
+        known = {name: METRICS[name] for name in content["metrics"] if name in METRICS}
+        others = [s for s in content["scores"] if all(s not in m.scores for m in known.values())]
+        metrics = {name: known.get(name) or judge_metric(others) for name in content["metrics"]}
+        counts = images[[name for metric in metrics.values() for name in metric.counts]]
+        settings = {name: content[name] for name in SETTINGS}
+        return cls(images["caption"].to_dict(), counts.astype(float), metrics, **settings)
 
 
 def evaluate(
@@ -127,68 +131,75 @@ def evaluate(
     *,
     objects: Mapping[ImageId, AbstractSet[str]] | None = None,
     vocabulary: Vocabulary | None = None,
-    layouts: Mapping[ImageId, Layout] | None = None,
+    judge: Judge | None = None,
     resamples: int = 1000,
     seed: int = 0,
 ) -> EvaluationReport:
-    """Score captions as the field does, and against what is known to be in the pictures.
+    """Score captions against references, objects and the truth of drawn images.
 
     "bleu", "meteor", "rouge", "cider" and "spice" equal `COCOEvalCap`'s (Chen et al. 2015,
-    arXiv:1504.00325); SPICE's jars are used where they are, and never fetched. "chair" counts
-    objects that are not there; "scenes" judges every claim about a drawn scene.
+    arXiv:1504.00325); SPICE needs its jars, which are not downloaded. "chair" counts hallucinated
+    objects; the metric of a judge ("scenes") every claim about a drawn image.
 
     Args:
         predictions: one caption an image.
         references: of the same images, at least one each.
-        metrics: keys of `METRICS`.
+        metrics: keys of `METRICS`, or the judge's name.
         confidence: of the intervals, from a bootstrap over images.
-        objects: for "chair": the categories in each image.
-        vocabulary: the words that name them; by default COCO's.
-        layouts: for "scenes": the truth of each.
+        objects: the categories in each image, for "chair".
+        vocabulary: of these categories; by default COCO's.
 
     Raises:
-        ValueError: for images that are not the same on both sides, an image without references, a
-            metric that does not exist or lacks its truth.
-        RuntimeError: if there is no Java, or one of its programs fails.
+        ValueError: images that differ between the arguments, an image without references, an
+            unknown metric or one without its truth.
+        RuntimeError: there is no Java, or one of its programs fails.
     """
-    truths = {"objects": objects, "layouts": layouts}
-    _refuse_unknown(metrics, truths)
-    for name, of_images in ({"references": references} | truths).items():
-        if of_images is not None:
-            _refuse_mismatch(predictions, of_images, name)
-    ids, metrics = list(predictions), tuple(dict.fromkeys(metrics))
-    if without := [i for i in ids if not references[i] or isinstance(references[i], str)]:
-        raise ValueError(f"{some('image', without)} without a list of references.")
-    several = {i: references[i] for i in ids}
-    evidence = Evidence(dict(predictions), several, objects, vocabulary, layouts)
+    known = METRICS | ({judge.name: judge_metric(judge.rates)} if judge else {})
+    for name in metrics:
+        if name not in known:
+            near = get_close_matches(str(name), known, 1) or [", ".join(known)]
+            raise ValueError(f"no metric {name!r}; did you mean {near[0]}? A judge= adds its own.")
+    if "chair" in metrics and objects is None:
+        raise ValueError("the metric 'chair' needs objects=, those in each image.")
+    _refuse_mismatch(predictions, references, "references")
+    if objects is not None:
+        _refuse_mismatch(predictions, objects, "objects")
+    if judge and (unknown := some("image", [i for i in predictions if i not in judge.truths])):
+        raise ValueError(f"{unknown} that the judge does not know.")
+    captions, metrics = dict(predictions), {name: known[name] for name in metrics}
+    references = {i: references[i] for i in captions}
+    bare = [i for i, texts in references.items() if not texts or isinstance(texts, str)]
+    if without := some("image", bare):
+        raise ValueError(f"{without} without a list of references.")
+    evidence = Evidence(captions, references, objects, vocabulary, judge)
     counts, notes = {}, {}
     progress = tqdm(total=len(metrics), desc="tokenizing", unit="metric")
     with ExitStack() as stack, progress:
-        if any(METRICS[metric].needs == "words" for metric in metrics):
-            pairs = zip(ids, evidence.words[0], strict=True)
-            if silent := [i for i, words in pairs if not words]:
-                notes["no words"] = f"{some('caption', silent)}: they overlap with nothing"
+        if any(metric.tokenized for metric in metrics.values()):
+            pairs = zip(captions, evidence.words[0], strict=True)
+            if empty := some("caption", [i for i, words in pairs if not words]):
+                notes["no words"] = f"{empty}: no overlap with any reference"
         if "meteor" in metrics:
             evidence.meteor = stack.enter_context(meteor(*evidence.words))
-        for metric in sorted(metrics, key="meteor".__eq__):  # it works beside the others
-            progress.set_description(metric)
+        for name in sorted(metrics, key="meteor".__eq__):  # last, since it runs in parallel
+            progress.set_description(name)
             try:
-                counts[metric] = METRICS[metric].count(evidence)
+                counts[name] = metrics[name].count(evidence)
             except UnavailableError as reason:
-                notes[" ".join(METRICS[metric].scores)] = str(reason)
+                notes[" ".join(metrics[name].scores)] = str(reason)
             progress.update()
-    kept = tuple(metric for metric in metrics if metric in counts)
-    index = pd.Index(ids, name="image_id")
-    tables = [pd.DataFrame(counts[metric], index, METRICS[metric].counts) for metric in kept]
+    kept = {name: metric for name, metric in metrics.items() if name in counts}
+    index = pd.Index(list(captions), name="image_id")
+    tables = [pd.DataFrame(counts[name], index, metric.counts) for name, metric in kept.items()]
     table = pd.concat([pd.DataFrame(index=index), *tables], axis=1)
-    return EvaluationReport(dict(predictions), table, kept, notes, confidence, resamples, seed)
+    return EvaluationReport(captions, table, kept, notes, confidence, resamples, seed)
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What one report has over another on the same images; printed as a table."""
+    """Differences between two reports on the same images; printed as a table."""
 
-    table: pd.DataFrame  # one row a score: difference, low, high, p
+    table: pd.DataFrame  # a row per score: difference, low, high, p
     images: int
     confidence: float
 
@@ -206,36 +217,24 @@ class Comparison:
 
 
 def compare(report: EvaluationReport, baseline: EvaluationReport) -> Comparison:
-    """What `report` has over `baseline`, image by image: differences, intervals, p-values.
-
-    `paired_difference` says how. Only metrics that both reports have are compared.
+    """Differences `report` - `baseline` of their common metrics, by `paired_difference`.
 
     Raises:
-        ValueError: if the reports are not of the same images, or share no metric.
+        ValueError: the reports are not of the same images, or share no metric.
     """
     _refuse_mismatch(report.captions, baseline.captions, "the baseline")
-    shared = [metric for metric in report.metrics if metric in baseline.metrics]
+    shared = [metric for name, metric in report.metrics.items() if name in baseline.metrics]
     if not shared:
-        raise ValueError(f"no metric in common: {report.metrics} and {baseline.metrics}.")
+        raise ValueError(f"no metric in common: {[*report.metrics]} and {[*baseline.metrics]}.")
     other = replace(baseline, counts=baseline.counts.loc[report.counts.index])
-    how, rows = (report.resamples, report.confidence, report.seed), {}
+    settings, rows = (report.resamples, report.confidence, report.seed), {}
     for metric in shared:
         both = report.counts_of(metric), other.counts_of(metric)
-        difference, (low, high), p_value = paired_difference(*both, METRICS[metric].formula, *how)
-        columns = zip(METRICS[metric].scores, difference, low, high, p_value, strict=True)
+        difference, (low, high), p_value = paired_difference(*both, metric.formula, *settings)
+        columns = zip(metric.scores, difference, low, high, p_value, strict=True)
         rows |= {name: values for name, *values in columns}
     table = pd.DataFrame.from_dict(rows, "index", columns=["difference", "low", "high", "p"])
     return Comparison(table, len(report.counts), report.confidence)
-
-
-def _refuse_unknown(metrics: Sequence[str], truths: Mapping[str, object]) -> None:
-    for metric in metrics:
-        if metric not in METRICS:
-            near = get_close_matches(str(metric), METRICS, 1) or [", ".join(METRICS)]
-            raise ValueError(f"no metric {metric!r}; did you mean {near[0]}?")
-        needs = METRICS[metric].needs
-        if needs in truths and truths[needs] is None:
-            raise ValueError(f"the metric {metric!r} needs {needs}=, the truth of each image.")
 
 
 def _refuse_mismatch(
@@ -243,11 +242,9 @@ def _refuse_mismatch(
 ) -> None:
     if not predictions:
         raise ValueError("there is no caption to score.")
-    if wrong := [i for i, text in predictions.items() if not isinstance(text, str)]:
-        raise ValueError(f"{some('prediction', wrong)} that are no text; give caption.text.")
-    unknown = [i for i in predictions if i not in others]
-    missing = [i for i in others if i not in predictions]
-    if unknown or missing:
-        parts = [(unknown, f"with a caption but not in {name}"), (missing, "without a caption")]
-        said = " and ".join(f"{some('image', ids)} {what}" for ids, what in parts if ids)
-        raise ValueError(f"{said}; both sides must have the same images.")
+    if wrong := some("prediction", [i for i, t in predictions.items() if not isinstance(t, str)]):
+        raise ValueError(f"{wrong} that are no text; give caption.text.")
+    if unknown := some("image", [i for i in predictions if i not in others]):
+        raise ValueError(f"{unknown} with a caption but not in {name}; give the same images.")
+    if missing := some("image", [i for i in others if i not in predictions]):
+        raise ValueError(f"{missing} of {name} without a caption; give the same images.")

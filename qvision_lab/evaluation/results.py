@@ -1,4 +1,4 @@
-"""Captions of a data set from and to files, and the scores that its truth allows."""
+"""Captions of a data set from and to files, and all its scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, ImageId, some
-from qvision_lab.evaluation.chair import coco_vocabulary, scenes_vocabulary
+from qvision_lab.evaluation.chair import coco_vocabulary
 from qvision_lab.evaluation.report import COCO_METRICS, EvaluationReport, evaluate
 
 
@@ -17,18 +17,17 @@ def read_results(path: str | Path) -> dict[ImageId, str]:
     """Captions by image id, from COCO's results format: `[{"image_id": 1, "caption": "..."}]`.
 
     Raises:
-        ValueError: if the file is cut off or of another kind, or an image comes twice.
+        ValueError: the file is damaged or of another format, or an image is repeated.
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
         pairs = [(row["image_id"], row["caption"]) for row in rows]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f'{path} is no results file, a whole JSON list of {{"image_id": ..., "caption": ...}}: '
-            f"{error}"
+            f'{path} is no results file ([{{"image_id": ..., "caption": ...}}, ...]): {error}'
         ) from error
-    if twice := [image_id for image_id, n in Counter(i for i, _ in pairs).items() if n > 1]:
-        raise ValueError(f"{path} has two captions for {some('image', twice)}; keep one of each.")
+    if repeated := some("image", [i for i, n in Counter(i for i, _ in pairs).items() if n > 1]):
+        raise ValueError(f"{path} has several captions for {repeated}; keep one of each.")
     return dict(pairs)
 
 
@@ -39,10 +38,10 @@ def write_results(captions: Mapping[ImageId, str], path: str | Path) -> Path:
 
 
 def read_captions(path: str | Path, dataset: CaptionDataset) -> dict[ImageId, str]:
-    """Captions by image id, from what `Captioner.caption_dataset` wrote.
+    """Captions by image id, from the output of `Captioner.caption_dataset`.
 
     Raises:
-        ValueError: if pictures could not be captioned; those that could stay in the file.
+        ValueError: some images could not be captioned; the others stay in the file.
     """
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     records = {record["source"]: record for record in map(json.loads, filter(None, lines))}
@@ -50,8 +49,8 @@ def read_captions(path: str | Path, dataset: CaptionDataset) -> dict[ImageId, st
     if failed := [i for i, caption in captions.items() if caption is None]:
         why = records.get(str(failed[0]), {}).get("error", "not tried")
         raise ValueError(
-            f"{some('image', failed)} not captioned ({why}); mend them and run this again, which "
-            "goes on where it stopped, or evaluate the others as a subset."
+            f"{some('image', failed)} not captioned ({why}); repair them and run this again, which "
+            "resumes, or evaluate the others as a subset."
         )
     return captions
 
@@ -60,29 +59,25 @@ def evaluate_dataset(
     captions: Mapping[ImageId, str],
     dataset: CaptionDataset,
     metrics: Sequence[str] | None = None,
-    **how,
+    **settings,
 ) -> EvaluationReport:
-    """Score captions of a data set by COCO's metrics and by all that it knows of its images.
+    """Score captions of a data set with its references, objects and judge.
 
     Args:
-        metrics: by default COCO's four and SPICE, "chair" where all objects are known, and "scenes"
-            where the images are scenes.
-        how: `confidence`, `resamples` and `seed` of `evaluate`.
-
-    Raises:
-        ValueError: as `evaluate`.
+        metrics: by default COCO's four and SPICE, "chair" where all objects are known, and that of
+            the data set's judge ("scenes").
+        settings: `confidence`, `resamples` and `seed` of `evaluate`.
     """
-    layouts = {image.image_id: image.scene for image in dataset}
-    drawn = all(layouts.values())
+    judge = dataset.judge
     known = all(image.objects is not None for image in dataset)
     if metrics is None:
-        metrics = (*COCO_METRICS, "spice", *["chair"] * known, *["scenes"] * drawn)
+        metrics = (*COCO_METRICS, "spice", *["chair"] * known, *([judge.name] if judge else []))
     return evaluate(
         captions,
         dataset.references,
         metrics,
         objects=dataset.objects if known else None,
-        vocabulary=scenes_vocabulary() if drawn else coco_vocabulary(),
-        layouts=layouts if drawn else None,
-        **how,
+        vocabulary=judge.vocabulary if judge else coco_vocabulary(),
+        judge=judge,
+        **settings,
     )

@@ -1,4 +1,4 @@
-"""Looking inside: recorded passes, maps of words and queries, interventions, and their truth."""
+"""Recorded forward passes, maps of words and queries, interventions, and tests of the maps."""
 
 import lazy_loader
 

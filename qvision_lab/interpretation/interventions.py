@@ -1,12 +1,12 @@
-"""What breaks without it: parts of a model muted, or replaced by what another image gave.
+"""Interventions: parts of a model muted, or replaced by the activations of another image.
 
 An `Intervention` says where, and in which rows of a batch, an activation is replaced. Forward hooks
-do it, in a `with` block and in the one batch of `effects` alike:
+do it, in a `with` block and in the single batch of `effects` alike:
 
     with mute(captioner.model, queries=[3], heads=[(0, 5)]):
         captioner.caption("beach.jpg")
 
-Blocks nest. Behind one the model is what it was before, also where an exception left it.
+Blocks nest. After one the model is what it was before, also where an exception left it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from torch.utils.hooks import RemovableHandle
 
 from qvision_lab.captioning import Captioner
 from qvision_lab.captioning.images import Picture, open_image
-from qvision_lab.interpretation.maps import require_parts, to_model, word_logprobs
-from qvision_lab.interpretation.trace import Word, trace
+from qvision_lab.interpretation.trace import Trace, Word
 from qvision_lab.model.attention import MultiHeadAttention
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.qformer import QFormerBlock
+from qvision_lab.model.variants import require_parts
 
-# A site hands an activation of a module to `change`, and the model goes on with what comes back.
-Change = Callable[..., Tensor]
-Site = Callable[[nn.Module, Change], RemovableHandle]
+Change = Callable[..., Tensor]  # of an activation; the model continues with the result
+Site = Callable[[nn.Module, Change], RemovableHandle]  # where in a module that is
 
 
 def _input(module: nn.Module, change: Change) -> RemovableHandle:
@@ -43,13 +42,13 @@ def _output(module: nn.Module, change: Change) -> RemovableHandle:
     return module.register_forward_hook(lambda _, args, out: (change(out[0]), *out[1:]))
 
 
-def _residuals(block: nn.Module, change: Change) -> RemovableHandle:
-    """What leaves a block, to be replaced by what came in."""
+def _skipped(block: nn.Module, change: Change) -> RemovableHandle:
+    """The output of a block, to be replaced by its input."""
     return block.register_forward_hook(lambda _, args, out: (change(out[0], args[0]), *out[1:]))
 
 
 def _heads(attention: MultiHeadAttention, change: Change) -> RemovableHandle:
-    """What each head read [B,T,H,D/H], before the output projection mixes it."""
+    """The output of each head [B,T,H,D/H], before the output projection."""
 
     def hook(_, args):
         return change(args[0].unflatten(-1, (attention.num_heads, -1))).flatten(-2)
@@ -57,8 +56,8 @@ def _heads(attention: MultiHeadAttention, change: Change) -> RemovableHandle:
     return attention.out_proj.register_forward_pre_hook(hook)
 
 
-def _readable(attention: MultiHeadAttention, change: Change) -> RemovableHandle:
-    """The mask of what can be read [B,1,1,S]."""
+def _mask(attention: MultiHeadAttention, change: Change) -> RemovableHandle:
+    """The attention mask [B,1,1,S]."""
 
     def hook(_, args, kwargs):
         rows, positions, _ = args[1].shape
@@ -130,65 +129,65 @@ def mute(
     blocks: Iterable[int] = (),
     bridge: bool = False,
 ) -> Intervention:
-    """Silence parts of a model.
+    """Ablate parts of a model.
 
-    A muted query is masked out of every attention, as if it had never been learned: neither the
-    bridge nor another query reads it, and those that are left share the attention (attention
-    knockout, Geva et al. 2023, arXiv:2304.14767). Were its token set to zero instead, its key would
-    go on drawing attention, and another share of it than before. Where visual tokens are handed to
-    the model the Q-Former does not run, so that only the bridge is masked.
+    A muted query is masked out of every attention, as if it did not exist: neither the bridge nor
+    another query reads it, and the others share the attention (attention knockout, Geva et al.
+    2023, arXiv:2304.14767). Were its token set to zero instead, its key would still draw attention.
+    Where visual tokens are passed to the model the Q-Former does not run, so only the bridge is
+    masked.
 
     Args:
         queries: from 0 to Q - 1; the global token is not counted.
-        heads: (block, head) of the Q-Former's cross-attention; what it reads is set to zero.
+        heads: (block, head) of the Q-Former's cross-attention; its output is set to zero.
         self_heads: likewise, of its self-attention.
         bridge_heads: likewise, of the bridge.
-        blocks: of the Q-Former; the queries leave such a block as they came.
-        bridge: its attention adds nothing, and the text is alone.
+        blocks: of the Q-Former; the queries leave such a block unchanged.
+        bridge: its attention adds nothing, so the text alone is left.
 
     Raises:
         ValueError: if one does not exist, or the model has no Q-Former or no bridge; in the forward
             pass, if no visual token is left.
     """
-    require_parts(model, "Q-Former", "bridge")
+    require_parts(model.config, "Q-Former", "bridge")
     tokens, num_heads = model.config.visual_token_labels, model.config.num_attention_heads
     reader = model.decoder.bridge.attention
     readers = [*(block.self_attention for block in model.qformer.blocks), reader]
     labels: list[str] = []
     edits: list[Edit] = []
 
-    def silence(label: str, site: Site, where: Tensor, *modules: nn.Module) -> None:
+    def add(label: str, site: Site, where: Tensor, *modules: nn.Module) -> None:
         labels.append(label)
         edits.extend(Edit(module, site, where, torch.zeros_like(where)) for module in modules)
 
     def block(index: int) -> QFormerBlock:
-        return model.qformer.blocks[_existing("block", index, len(model.qformer.blocks))]
+        _mark([index], len(model.qformer.blocks), "block")
+        return model.qformer.blocks[index]
 
     def head(index: int) -> Bool[Tensor, "1 1 H 1"]:
-        return _mark([_existing("head", index, num_heads)], num_heads)[None]
+        return _mark([index], num_heads, "head")[None]
 
     for token in [*["global token"] * global_token, *(f"query {q}" for q in queries)]:
         if token not in tokens:
             raise ValueError(f"{token} does not exist; choose from {tokens[0]} to {tokens[-1]}.")
-        silence(token, _readable, _mark([tokens.index(token)], len(tokens)).mT[None], *readers)
+        add(token, _mask, _mark([tokens.index(token)], len(tokens)).mT[None], *readers)
     for b, h in heads:
-        silence(f"block {b}, head {h}", _heads, head(h), block(b).cross_attention)
+        add(f"block {b}, head {h}", _heads, head(h), block(b).cross_attention)
     for b, h in self_heads:
-        silence(f"block {b}, self head {h}", _heads, head(h), block(b).self_attention)
+        add(f"block {b}, self head {h}", _heads, head(h), block(b).self_attention)
     for h in bridge_heads:
-        silence(f"bridge, head {h}", _heads, head(h), reader)
+        add(f"bridge, head {h}", _heads, head(h), reader)
     for b in blocks:
-        silence(f"block {b}", _residuals, _mark([0], 1), block(b))
+        add(f"block {b}", _skipped, _mark([0], 1), block(b))
     if bridge:
-        silence("bridge", _output, _mark([0], 1), reader)
+        add("bridge", _output, _mark([0], 1), reader)
     return Intervention(model, " + ".join(labels) or "nothing", tuple(edits))
 
 
 def blank_image(model: QVisionForConditionalGeneration) -> Intervention:
     """Set all image tokens to zero, as the original code does with `use_image=False`.
 
-    The Q-Former still runs, and makes visual tokens of its biases. Visual tokens that are handed to
-    the model stay as they are.
+    The Q-Former still runs, on its biases. Visual tokens passed to the model are not changed.
     """
     blank = Edit(model.qformer, _input, _mark([0], 1), torch.zeros(1, 1, 1))
     return Intervention(model, "blank image", (blank,))
@@ -198,34 +197,33 @@ def blank_image(model: QVisionForConditionalGeneration) -> Intervention:
 def patch(
     captioner: Captioner, image: Picture, stage: str, positions: Iterable[int] | None = None
 ) -> Intervention:
-    """Put in, at one stage, what another image gives there (activation patching).
+    """Activation patching: replace one stage by its activations for another image.
+
+    After Meng et al. 2022 (arXiv:2202.05262) and Zhang and Nanda 2024 (arXiv:2309.16042).
 
     Args:
-        image: the other image.
-        stage: "image_tokens", with all of which the model looks at the other image (CLIP's output
-            is a projection away, and needs no stage of its own); "block 0" and on, what leaves a
-            block of the Q-Former; or "visual_tokens", all that the bridge knows of an image.
-        positions: these alone, be they patches or visual tokens, of which 0 is the global one.
+        stage: "image_tokens"; "block 0" and so on, the output of a block of the Q-Former; or
+            "visual_tokens", all that the bridge reads.
+        positions: these patches or visual tokens alone; visual token 0 is the global one.
 
     Raises:
-        ImageError, TypeError: if `image` is no picture, or several.
         ValueError: if the stage or a position does not exist, or the model has no Q-Former.
     """
     model = captioner.model.eval()
-    require_parts(model, "Q-Former")
-    blocks = [(block, _output) for block in model.qformer.blocks]
-    stages = {"image_tokens": (model.qformer, _input), "visual_tokens": blocks[-1]}
-    stages |= {f"block {i}": place for i, place in enumerate(blocks)}
+    require_parts(model.config, "Q-Former")
+    blocks = {f"block {i}": (block, _output) for i, block in enumerate(model.qformer.blocks)}
+    stages = {"image_tokens": (model.qformer, _input), **blocks}
+    stages["visual_tokens"] = stages[f"block {len(blocks) - 1}"]
     if stage not in stages:
         raise ValueError(f"no stage {stage!r}; choose one of {', '.join(stages)}.")
     module, site = stages[stage]
-    seen: list[Tensor] = []
-    with site(module, lambda x: seen.append(x) or x):
+    found: list[Tensor] = []
+    with site(module, lambda x: found.append(x) or x):
         model.encode(captioner.processor(images=open_image(image))["pixel_values"].to(model.device))
-    count = seen[0].shape[1]
+    count = found[0].shape[1]
     chosen = range(count) if positions is None else positions
-    where = _mark([_existing(f"position of {stage}", i, count) for i in chosen], count)
-    return Intervention(model, f"{stage} patched", (Edit(module, site, where, seen[0].cpu()),))
+    where = _mark(chosen, count, f"position of {stage}")
+    return Intervention(model, f"{stage} patched", (Edit(module, site, where, found[0].cpu()),))
 
 
 def stack(interventions: Sequence[Intervention]) -> Intervention:
@@ -253,14 +251,13 @@ def stack(interventions: Sequence[Intervention]) -> Intervention:
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """What an intervention does to each word of a caption; log-probabilities are in nats.
+    """Log-probabilities (nats) of the W words of a caption, before and after an intervention.
 
-    A word's is the sum over its tokens, given the picture and the words before it.
+    A word's is the sum over its tokens, given the image and the words before it.
     """
 
     label: str
     words: tuple[Word, ...]
-    tokens: tuple[str, ...]
     before: Float[np.ndarray, " W"]
     after: Float[np.ndarray, " W"]
 
@@ -270,21 +267,14 @@ class Effect:
         return self.after - self.before
 
 
-def effect(
-    captioner: Captioner, image: Picture, caption: str | None, intervention: Intervention
-) -> Effect:
-    """`effects` of a single intervention."""
-    return effects(captioner, image, caption, [intervention])[0]
-
-
-def sweep(captioner: Captioner, image: Picture, caption: str | None, over: str) -> list[Effect]:
+def sweep(trace: Trace, over: str) -> list[Effect]:
     """`effects` of muting every part of a kind, each by itself.
 
     Args:
         over: "queries" (all visual tokens, in their order), "heads" or "self_heads" (each L * H,
             block by block), "bridge_heads" (H) or "blocks" (L); see `mute`.
     """
-    model = captioner.model
+    model = trace.model
     heads, blocks = range(model.config.num_attention_heads), range(len(model.qformer.blocks))
     parts = {
         "queries": range(model.config.num_query_tokens),
@@ -295,48 +285,39 @@ def sweep(captioner: Captioner, image: Picture, caption: str | None, over: str) 
     }
     if over not in parts:
         raise ValueError(f"no sweep over {over!r}; choose one of {', '.join(parts)}.")
-    has_global = model.config.global_token != "none"
-    first = [mute(model, global_token=True)] if over == "queries" and has_global else []
-    mutes = [mute(model, **{over: [part]}) for part in parts[over]]
-    return effects(captioner, image, caption, [*first, *mutes])
+    has_global = over == "queries" and model.config.global_token != "none"
+    mutes = [mute(model, global_token=True)] if has_global else []
+    return effects(trace, [*mutes, *(mute(model, **{over: [part]}) for part in parts[over])])
 
 
 @torch.no_grad()
-def effects(
-    captioner: Captioner, image: Picture, caption: str | None, interventions: Sequence[Intervention]
-) -> list[Effect]:
-    """Give each intervention a row of one batch, and compare it with a row that has none.
+def effects(trace: Trace, interventions: Sequence[Intervention]) -> list[Effect]:
+    """Effects on each word of a caption: a batch with a row for each intervention, and one without.
 
-    CLIP and GPT-Neo, which no intervention touches, run once for all rows. Inside the `with` block
-    of another intervention, that one holds in every row.
-
-    Args:
-        caption: None for the one that greedy search finds.
+    Image tokens and GPT-Neo's output, which no intervention changes, are those of the trace. Inside
+    the `with` block of another intervention, that one holds in every row.
 
     Raises:
-        ImageError, TypeError: if `image` is no picture, or several.
-        ValueError: if the caption has no word, or the interventions do not `stack`.
+        ValueError: if the caption has no word, the interventions do not `stack`, or the trace was
+            loaded without its captioner.
     """
-    traced = trace(captioner, image, caption)
-    if not traced.words:
-        raise ValueError(f"there is no word in the caption {traced.caption!r}; write one.")
-    model, rows = captioner.model, 1 + len(interventions)
-    image_tokens = to_model(traced, traced.image_tokens)  # [P,D]
-    with stack([mute(model), *interventions]):
-        logprobs = word_logprobs(traced, traced.words, image_tokens.expand(rows, -1, -1))
-    before, *after = logprobs.cpu().numpy()  # [1+V,W]
+    if not trace.words:
+        raise ValueError(f"there is no word in the caption {trace.caption!r}; write one.")
+    image_tokens = trace.to_tensor(trace.image_tokens)  # [P,D]
+    with stack([mute(trace.model), *interventions]):
+        rows = image_tokens.expand(1 + len(interventions), -1, -1)  # [1+V,P,D]
+        before, *after = trace.word_logprobs(trace.words, rows).cpu().numpy()  # [1+V,W]
     return [
-        Effect(intervention.label, traced.words, traced.tokens, before, row)
+        Effect(intervention.label, trace.words, before, row)
         for intervention, row in zip(interventions, after, strict=True)
     ]
 
 
-def _existing(kind: str, index: int, count: int) -> int:
-    if not 0 <= index < count:
-        raise ValueError(f"{kind} {index} does not exist; choose from 0 to {count - 1}.")
-    return index
-
-
-def _mark(indices: Iterable[int], count: int) -> Bool[Tensor, "1 N 1"]:
-    """True at the indices."""
-    return torch.isin(torch.arange(count), torch.tensor([*indices]))[None, :, None]
+def _mark(indices: Iterable[int], count: int, kind: str = "part") -> Bool[Tensor, "1 N 1"]:
+    """True at the indices; ValueError for one that does not exist."""
+    where = torch.zeros(1, count, 1, dtype=torch.bool)
+    for index in indices:
+        if not 0 <= index < count:
+            raise ValueError(f"{kind} {index} does not exist; choose from 0 to {count - 1}.")
+        where[:, index] = True
+    return where

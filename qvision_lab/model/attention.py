@@ -1,4 +1,4 @@
-"""Attention that can show its map: the one kind in the Q-Former and the bridge."""
+"""Attention that can return its map, and the feed-forward layers of Q-Former and bridge."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,9 +9,8 @@ from torch.nn import functional as F
 class MultiHeadAttention(nn.Module):
     """Scaled dot-product attention over H heads (Vaswani et al. 2017, arXiv:1706.03762).
 
-    Its parameters are those of `torch.nn.MultiheadAttention`, which the published weights were made
-    with. Without maps it runs PyTorch's fused kernel; with maps it computes them openly: a fused
-    kernel has none to give.
+    Its parameters are named as in `torch.nn.MultiheadAttention`, which the original code uses.
+    PyTorch's fused kernel returns no map, so with maps the steps are computed one by one.
     """
 
     def __init__(self, width: int, num_heads: int, dropout: float):
@@ -30,9 +29,10 @@ class MultiHeadAttention(nn.Module):
         output_attentions: bool = False,
         mask: Bool[Tensor, "B #H #T S"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B H T S"] | None]:
-        """Return what each query position read, and on request the map that says from where.
+        """Return the attended values, and on request the attention map; rows of it sum to 1.
 
-        Where the mask is False nothing is read, and the other positions share the attention.
+        Args:
+            mask: False where a query position must not attend.
         """
         projections = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
         query, key, value = (
@@ -48,20 +48,20 @@ class MultiHeadAttention(nn.Module):
             if mask is not None:
                 scores = scores.masked_fill(~mask, -torch.inf)
             attention = scores.softmax(-1)
-            read = F.dropout(attention, dropout) @ value  # [B,H,T,D/H]
+            attended = F.dropout(attention, dropout) @ value  # [B,H,T,D/H]
         else:
-            read = F.scaled_dot_product_attention(query, key, value, mask, dropout)
-        read = self.out_proj(read.transpose(1, 2).flatten(2))  # [B,T,D]
-        return read, attention if output_attentions else None
+            attended = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        attended = self.out_proj(attended.transpose(1, 2).flatten(2))  # [B,T,D]
+        return attended, attention if output_attentions else None
 
 
 def _fused_gradient_is_slow(query: Tensor) -> bool:
-    """A CPU's fused kernel takes 3 to 10 times as long for it in bfloat16 as the open way."""
+    """On a CPU the fused backward pass takes 3 to 10 times as long in bfloat16."""
     return query.requires_grad and query.is_cpu and query.dtype == torch.bfloat16
 
 
 class FeedForward(nn.Sequential):
-    """Two linear layers, four times the width between them, with the exact GELU."""
+    """Two linear layers with the exact GELU; the hidden width is 4D."""
 
     def __init__(self, width: int, dropout: float):
         super().__init__(

@@ -1,4 +1,4 @@
-"""The whole walk: the one place that joins the stages, scores captions and generates them."""
+"""The whole model: joins the stages, scores captions and generates them."""
 
 from dataclasses import dataclass
 
@@ -21,12 +21,13 @@ from transformers.modeling_outputs import ModelOutput
 from qvision_lab.model.attention import MultiHeadAttention
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.decoder import Bridge, Decoder
-from qvision_lab.model.qformer import QFormer, QFormerOutput, WithoutQFormer
+from qvision_lab.model.qformer import QFormer, QFormerOutput
+from qvision_lab.model.variants import build_variant
 from qvision_lab.model.vision import VisionEncoder
 
-IGNORED_LABEL = -100  # the label that transformers' collators put where no loss is wanted
+IGNORED_LABEL = -100  # of transformers' collators: a position without a loss
 
-# All spelled out: `generate` fills what is left open from the model's own settings.
+# Complete, because `generate` takes what is missing from the model's own settings.
 PLAIN = {
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -37,7 +38,7 @@ PLAIN = {
 }
 _GREEDY = {**PLAIN, "do_sample": False, "max_new_tokens": 30}
 _SAMPLING = {**_GREEDY, "do_sample": True, "top_k": 40, "top_p": 0.9, "min_length": 5}
-GENERATION_PRESETS: dict[str, dict] = {
+GENERATION_PRESETS: dict[str, dict] = {  # the first two: the original code's and its card's
     "published": {**_SAMPLING, "temperature": 0.6, "repetition_penalty": 1.8},
     "model_card": {**_SAMPLING, "temperature": 0.7, "repetition_penalty": 1.5},
     "greedy": _GREEDY,
@@ -46,10 +47,7 @@ GENERATION_PRESETS: dict[str, dict] = {
 
 
 def generation_preset(name: str, config: QVisionConfig) -> GenerationConfig:
-    """Settings of one of `GENERATION_PRESETS`, with the special tokens of a model.
-
-    `published` are the defaults of the original code, `model_card` those of its card's example.
-    """
+    """One of `GENERATION_PRESETS`, with the special tokens of a model."""
     if name not in GENERATION_PRESETS:
         raise ValueError(f"no preset {name!r}; choose one of {', '.join(GENERATION_PRESETS)}.")
     return GenerationConfig(
@@ -62,12 +60,12 @@ def generation_preset(name: str, config: QVisionConfig) -> GenerationConfig:
 
 @dataclass
 class QVisionOutput(ModelOutput):
-    """What one forward pass gives; the maps only with `output_attentions=True`.
+    """Output of one forward pass; the maps only with `output_attentions=True`.
 
     Shapes: B images, R rows of text (a multiple of B), T tokens, N = 1 + Q visual tokens.
     """
 
-    loss: Float[Tensor, ""] | dict | None = None  # given a dict, a ModelOutput takes all from it
+    loss: Float[Tensor, ""] | dict | None = None  # ModelOutput can be built from a dict
     logits: Float[Tensor, "R T V"] | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Float[Tensor, "R _ D"], ...] | None = None
@@ -82,14 +80,14 @@ class QVisionOutput(ModelOutput):
 class QVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Frozen CLIP -> Q-Former -> GPT-Neo with a bridge: an image captioner.
 
-    Every method takes one of four inputs, each a later point of the same walk, so that nothing
-    already known is computed again: `pixel_values` [B,3,H,W], `vision_states` [B,P,C] (CLIP's
-    output), `image_tokens` [B,P,D] or `visual_tokens` [B,1+Q,D].
+    `encode`, `forward` and `generate` take one of four inputs: `pixel_values` [B,3,H,W] or the
+    output of a later stage, `vision_states` [B,P,C] (CLIP's output, as cached), `image_tokens`
+    [B,P,D] or `visual_tokens` [B,1+Q,D], so that no stage runs twice.
     """
 
     config: QVisionConfig
     config_class = QVisionConfig
-    main_input_name = "input_ids"  # what `generate` extends; images are its constant context
+    main_input_name = "input_ids"  # what `generate` extends; the image stays the same
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["CLIPEncoderLayer", "QFormerBlock", "GPTNeoBlock"]
@@ -98,13 +96,13 @@ class QVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: QVisionConfig):
         super().__init__(config)
-        # GPT-Neo knows no fused attention; the composite's choice is passed on where it is known.
-        config.text_config._attn_implementation = "eager"
+        config.text_config._attn_implementation = "eager"  # GPT-Neo has no fused attention
         tower = CLIPVisionModel._from_config(config.vision_config)
         self.vision = VisionEncoder(tower, config.hidden_size)
-        has_qformer = config.bridge_reads == "visual_tokens"
-        self.qformer = QFormer(config) if has_qformer else WithoutQFormer(config)
-        self.decoder = Decoder(GPTNeoModel._from_config(config.text_config), config)
+        self.qformer, self.decoder = build_variant(config) or (
+            QFormer(config),
+            Decoder(GPTNeoModel._from_config(config.text_config), Bridge(config), config),
+        )
         self.generation_config = generation_preset("published", config)
         self.post_init()
 
@@ -137,10 +135,10 @@ class QVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         visual_tokens: Float[Tensor, "B N D"] | None = None,
         output_attentions: bool = False,
     ) -> tuple[Float[Tensor, "B P D"] | None, QFormerOutput]:
-        """Walk from whichever input is given to the visual tokens.
+        """Encode images: from the input that is given to the visual tokens.
 
         Returns:
-            The image tokens (None where visual tokens came in) and the Q-Former's output.
+            The image tokens (None where visual tokens were given) and the Q-Former's output.
 
         Raises:
             ValueError: unless exactly one input is given.
@@ -155,7 +153,7 @@ class QVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if visual_tokens is not None:
             return None, QFormerOutput(visual_tokens)
         if pixel_values is not None:
-            vision_states = self.vision.see(pixel_values)  # [B,P,C]
+            vision_states = self.vision.encode(pixel_values)  # [B,P,C]
         if vision_states is not None:
             image_tokens = self.vision.project(vision_states)  # [B,P,D]
         return image_tokens, self.qformer(image_tokens, output_attentions)
@@ -178,15 +176,15 @@ class QVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **kwargs,
     ) -> QVisionOutput:
-        """Score every next word of captions under their images.
+        """Score every next word of captions, given their images.
 
         Args:
             input_ids: R = k * B rows, the k captions of an image next to each other; each image is
-                looked at once.
-            labels: targets, not yet shifted; pads and `IGNORED_LABEL` count for nothing. In
-                training mode only the others are scored, and no logits come back.
-            num_items_in_batch: divisor of the summed loss when the batch is one part of a larger
-                one (the Trainer passes it, so that accumulation changes nothing).
+                encoded once. By default the start token alone.
+            labels: targets, not yet shifted; pads and `IGNORED_LABEL` are no targets. In training
+                mode only the targets are scored, and no logits are returned.
+            num_items_in_batch: divisor of the summed loss where the batch is one part of a larger
+                one (the Trainer passes it, so that accumulation gives the same gradient).
             logits_to_keep: 0 for all positions, 1 for the last alone.
 
         Raises:
@@ -228,7 +226,7 @@ class QVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits=None if only_loss else text.logits,
             past_key_values=text.past_key_values,
             hidden_states=text.hidden_states,
-            attentions=text.self_attentions,
+            attentions=text.attentions,
             image_tokens=image_tokens,
             visual_tokens=visual.visual_tokens,
             qformer_self_attentions=visual.self_attentions,
@@ -248,9 +246,9 @@ class QVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Int[Tensor, "R T"] | None = None,
         **settings,
     ):
-        """Caption images with transformers' own `generate`; `settings` are all of its settings.
+        """Caption images with transformers' `generate`; `settings` are any of its settings.
 
-        The image is looked at once, whatever the number of steps, beams or returned sequences.
+        Each image is encoded once, for any number of steps, beams or returned sequences.
 
         Args:
             input_ids: a prompt, which begins with the start token; by default that token alone.

@@ -1,4 +1,4 @@
-"""QVisionConfig: one object that fixes every size of the model."""
+"""QVisionConfig: the sizes of every part of the model."""
 
 from math import prod
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPVisionConfig, GPTNeoConfig, PreTrainedConfig
 
-# GPT-Neo 350M, its vocabulary being GPT-2's 50,257 entries with <START> and <END> added.
+# GPT-Neo 350M; its vocabulary is GPT-2's 50,257 entries with <START> and <END> added.
 PUBLISHED_TEXT_CONFIG = {"vocab_size": 50259, "hidden_size": 1024, "num_layers": 24}
 
 
@@ -17,13 +17,13 @@ class QVisionConfig(PreTrainedConfig):
     Args:
         vision_config: CLIP's vision tower; its patch grid gives P image tokens.
         text_config: GPT-Neo; its hidden size D is also the width of the Q-Former.
-        num_query_tokens: Q, the learned queries beside the global token.
+        num_query_tokens: Q, the learned queries, not counting the global token.
         num_qformer_blocks: Q-Former blocks, each of self-attention, FFN, cross-attention, FFN.
         num_attention_heads: heads of every attention in the Q-Former and of the bridge; divides D.
         dropout: rate in the Q-Former, the bridge and on the text embeddings.
         global_token: of the Q-Former: "token", "none", or "added" to the text embeddings as well.
-        bridge: "cross_attention" behind GPT-Neo, or "prefix": what it reads stands before the text.
-        bridge_reads: "visual_tokens"; "image_tokens" or their "mean_image_token": no Q-Former.
+        bridge: "cross_attention" after GPT-Neo, or "prefix": visual tokens in front of the text.
+        bridge_reads: "visual_tokens", or without a Q-Former "image_tokens" or "mean_image_token".
         start_token_id: first token of every caption.
         end_token_id: last token of every caption.
         pad_token_id: never a target of the loss.
@@ -52,7 +52,7 @@ class QVisionConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict):
             ends = {"bos_token_id": self.start_token_id, "eos_token_id": self.end_token_id}
             self.text_config = {**self.text_config, **ends}
-        super().__post_init__(**kwargs)  # makes the sub-configurations; CLIP's is ViT-B/32
+        super().__post_init__(**kwargs)  # builds the sub-configurations; CLIP's is ViT-B/32
 
     def validate_architecture(self):
         """Reject sizes that do not fit together (called by transformers' `@strict`)."""
@@ -91,7 +91,7 @@ class QVisionConfig(PreTrainedConfig):
 
     @property
     def visual_token_labels(self) -> tuple[str, ...]:
-        """What the visual tokens are called, in their order."""
+        """Names of the visual tokens, in their order."""
         if self.bridge_reads == "mean_image_token":
             return ("mean image token",)
         if self.bridge_reads == "image_tokens":

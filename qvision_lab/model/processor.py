@@ -1,4 +1,4 @@
-"""Both ends of the walk: pictures -> pixels, words <-> ids, and where each patch lies."""
+"""Preprocessing: images -> pixel values, text <-> ids, and the place of each patch in the image."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ from transformers import (
 from qvision_lab.model.config import QVisionConfig
 
 IMAGE_PRESETS = ("training", "model_card", "clip")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # either one makes a tokenizer
 
 
 def image_preset(name: str, side: int) -> dict:
-    """Arguments of CLIP's image processor that make pictures of `side` x `side` pixels.
+    """Arguments of CLIP's image processor for images of `side` x `side` pixels.
 
-    `training` stretches (bilinear, antialiased) and normalises with CLIP's mean and deviation: what
-    the published model was trained with. `model_card` does the same without normalising, as its
+    `training` stretches (bilinear, antialiased) and normalises with CLIP's mean and deviation, as
+    in the training of the published model. `model_card` does the same without normalising, as its
     card's example does by mistake. `clip` resizes the short side (bicubic) and crops the centre.
     """
     square = {"height": side, "width": side}
@@ -50,10 +49,10 @@ def image_preset(name: str, side: int) -> dict:
 
 
 class QVisionProcessor(ProcessorMixin):
-    """Preprocessing that matches one model, as `from_config(model.config, tokenizer)` makes it.
+    """Preprocessing that matches one model; `from_config(model.config, tokenizer)` builds it.
 
     The tokenizer's bos, eos and pad tokens are the model's start, end and pad tokens. It may be
-    None, as for models that were published without one: pictures still work, words raise.
+    None, as for models that were published without one: then text raises a ValueError.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class QVisionProcessor(ProcessorMixin):
     def from_config(
         cls, config: QVisionConfig, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> QVisionProcessor:
-        """Preprocess as a model of this configuration was trained; a tokenizer must fit it."""
+        """The preprocessing that a model of this configuration was trained with."""
         vision = config.vision_config
         settings = image_preset("training", vision.image_size)
         processor = cls(CLIPImageProcessorPil(**settings, patch_size=vision.patch_size), tokenizer)
@@ -85,13 +84,13 @@ class QVisionProcessor(ProcessorMixin):
         return cls(image_processor, tokenizer)
 
     def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs):
-        """Write `preprocessor_config.json` and the tokenizer's files; transformers reads both."""
-        self.image_processor.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        """Write `preprocessor_config.json` and the tokenizer's files, as transformers does."""
+        for part in (self.image_processor, self.tokenizer):
+            if part is not None:
+                part.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def check_fits(self, config: QVisionConfig) -> None:
-        """Raise ValueError unless picture size, vocabulary and special tokens are the model's."""
+        """Raise ValueError unless image size, vocabulary and special tokens are the model's."""
         pairs = {
             "image_size": (self.image_size, config.vision_config.image_size),
             "patch_size": (self.image_processor.patch_size, config.vision_config.patch_size),
@@ -119,13 +118,13 @@ class QVisionProcessor(ProcessorMixin):
         max_length: int | None = None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
-        """Turn pictures and captions into what the model takes.
+        """Convert images and captions to the inputs of the model.
 
         Args:
-            images: any size and mode.
-            text: captions as people write them; start and end tokens are added.
+            images: PIL images of any size and mode.
+            text: captions; start and end tokens are added.
             preset: one of `IMAGE_PRESETS`.
-            max_length: cut captions to this many tokens; the end token stays.
+            max_length: tokens that captions are cut to; the end token stays.
 
         Returns:
             `pixel_values` [B,3,H,W]; `input_ids` and `attention_mask` [R,T], padded on the right.
@@ -148,61 +147,43 @@ class QVisionProcessor(ProcessorMixin):
             features["attention_mask"] = pad_sequence(ones, batch_first=True)
         return features.convert_to_tensors(return_tensors)
 
-    def encode(self, caption: str, max_length: int | None = None) -> Tensor:
-        """Ids [T] of `"<START> " + caption + " <END>"`, the text that the model was trained on.
+    def encode(self, caption: str, max_length: int | None = None) -> Int[Tensor, " T"]:
+        """Ids of `"<START> " + caption + " <END>"`, the text that the model was trained on.
 
         Special tokens that are spelled out inside a caption are read as plain characters.
         """
-        tokenizer = self._speaking_tokenizer()
+        tokenizer = self._require_tokenizer()
         words = tokenizer(f" {caption} ", add_special_tokens=False, split_special_tokens=True)
         kept = words["input_ids"][: None if max_length is None else max(max_length - 2, 0)]
         return torch.tensor([tokenizer.bos_token_id, *kept, tokenizer.eos_token_id])
 
     def decode(self, token_ids: Tensor | Sequence[int]) -> str:
         """Text of one caption [T], without special tokens and surrounding space."""
-        return self._speaking_tokenizer().decode(token_ids, skip_special_tokens=True).strip()
+        return self._require_tokenizer().decode(token_ids, skip_special_tokens=True).strip()
 
     @property
     def image_size(self) -> int:
-        """Side of the square picture that the model sees, in pixels."""
+        """Side of the model's square input, in pixels."""
         return self.image_processor.size["height"]
 
-    def patch_boxes(
-        self, original_size: tuple[int, int] | None = None, preset: str = "training"
-    ) -> Float[np.ndarray, "P 4"]:
-        """Where each patch lies: x, y, width, height in pixels, in the order of the image tokens.
-
-        Without `original_size` (width, height) in the picture that the model sees; with it, in the
-        original, from which the preset made that picture by stretching or by resizing and cropping.
-        """
-        side, step = self.image_size, self.image_processor.patch_size
-        corners = np.arange(0, side - step + 1, step)
-        y, x = np.meshgrid(corners, corners, indexing="ij")
-        size = np.full(x.size, step)
-        boxes = np.stack([x.ravel(), y.ravel(), size, size], axis=1).astype(float)  # [P,4]
-        if original_size is None:
-            return boxes
-        resized = self._resized(original_size, preset)
-        boxes[:, :2] += (resized - side) // 2
-        return boxes * np.tile(original_size / resized, 2)
-
     def resize(self, image: Image.Image, preset: str) -> UInt8[np.ndarray, "H W 3"]:
-        """The square that the model sees, as bytes."""
+        """The model's square input, before normalisation."""
         side, settings = self.image_size, image_preset(preset, self.image_size)
-        if settings["do_center_crop"]:
-            image = _without_far_ends(image)
+        if settings["do_center_crop"]:  # of a long strip only the middle: resized whole, it is huge
+            margin = (np.array(image.size) - 4 * min(image.size)).clip(0) // 2
+            image = image.crop((*margin, *(image.size - margin)))
         size = self._resized(image.size, preset)
         image = image.convert("RGB").resize(tuple(size.tolist()), settings["resample"])
         left, top = (size - side) // 2
         return np.asarray(image.crop((left, top, left + side, top + side)))
 
     def normalise(self, pixels: UInt8[Tensor, "B H W 3"], preset: str) -> Float[Tensor, "B 3 H W"]:
-        """Pixel values of what `resize` gives, where it lies: the same bits on every device.
+        """Pixel values of the output of `resize`, on its device: the same bits on every device.
 
-        With `resize`, to the bit what transformers' image processor makes.
+        Together they give the same bits as transformers' image processor.
         """
         mean, deviation = self.image_processor.image_mean, self.image_processor.image_std
-        if pixels.is_cpu:  # numpy: threads of torch would stand in the model's way
+        if pixels.is_cpu:  # by numpy: torch's threads would compete with the model
             values = pixels.numpy().transpose(0, 3, 1, 2).astype(np.float32, order="C")
             as_array = np.float32
         else:
@@ -221,7 +202,7 @@ class QVisionProcessor(ProcessorMixin):
             return side * original // original.min()  # the short side becomes `side`
         return np.array([side, side])
 
-    def _speaking_tokenizer(self) -> PreTrainedTokenizerBase:
+    def _require_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             raise ValueError(
                 "there is no tokenizer, so the model works on token ids only; set "
@@ -230,15 +211,9 @@ class QVisionProcessor(ProcessorMixin):
         return self.tokenizer
 
 
-def _without_far_ends(image: Image.Image) -> Image.Image:
-    """The middle of a strip, of which a square crop shows no more; the whole, resized, is huge."""
-    margin = (np.array(image.size) - 4 * min(image.size)).clip(0) // 2
-    return image.crop((*margin, *(image.size - margin)))
-
-
 def holds_tokenizer(folder: Path) -> bool:
-    """Whether a checkpoint folder brings its own tokenizer."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    """Whether a checkpoint folder has a tokenizer."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
 
 
 AutoProcessor.register(QVisionConfig, QVisionProcessor)

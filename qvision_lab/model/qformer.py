@@ -22,16 +22,17 @@ class QFormerOutput:
 
 
 class QFormerBlock(nn.Module):
-    """The queries talk to each other, then look at the image; an FFN after each."""
+    """Self-attention among the queries, cross-attention to the image; an FFN after each."""
 
-    def __init__(self, width: int, num_heads: int, dropout: float):
+    def __init__(self, config: QVisionConfig):
         super().__init__()
+        width, heads, dropout = config.hidden_size, config.num_attention_heads, config.dropout
         self.self_attention_norm = nn.LayerNorm(width, eps=NORM_EPSILON)
-        self.self_attention = MultiHeadAttention(width, num_heads, dropout)
+        self.self_attention = MultiHeadAttention(width, heads, dropout)
         self.self_ffn_norm = nn.LayerNorm(width, eps=NORM_EPSILON)
         self.self_ffn = FeedForward(width, dropout)
         self.cross_attention_norm = nn.LayerNorm(width, eps=NORM_EPSILON)
-        self.cross_attention = MultiHeadAttention(width, num_heads, dropout)
+        self.cross_attention = MultiHeadAttention(width, heads, dropout)
         self.cross_ffn_norm = nn.LayerNorm(width, eps=NORM_EPSILON)
         self.cross_ffn = FeedForward(width, dropout)
 
@@ -45,34 +46,32 @@ class QFormerBlock(nn.Module):
         Float[Tensor, "B N D"], Float[Tensor, "B H N N"] | None, Float[Tensor, "B H N P"] | None
     ]:
         normed = self.self_attention_norm(queries)
-        talked, self_map = self.self_attention(normed, normed, normed, output_attentions)
-        queries = queries + talked
+        attended, self_map = self.self_attention(normed, normed, normed, output_attentions)
+        queries = queries + attended
         queries = queries + self.self_ffn(self.self_ffn_norm(queries))
-        seen, cross_map = self.cross_attention(
+        attended, cross_map = self.cross_attention(
             self.cross_attention_norm(queries), key, value, output_attentions
         )
-        queries = queries + seen
+        queries = queries + attended
         queries = queries + self.cross_ffn(self.cross_ffn_norm(queries))
         return queries, self_map, cross_map
 
 
 class QFormer(nn.Module):
-    """Learned queries that read an image (after BLIP-2, Li et al. 2023, arXiv:2301.12597).
+    """Learned queries that attend to an image (after BLIP-2, Li et al. 2023, arXiv:2301.12597).
 
-    One learned global token (or none) stands in front of Q learned query tokens. Keys and values
-    are made from the image tokens once and shared by all blocks. The text plays no part.
+    The queries are a learned global token and Q learned query tokens. Keys and values are computed
+    from the image tokens once, and all blocks share them. The text is no input.
     """
 
     def __init__(self, config: QVisionConfig):
         super().__init__()
-        width, heads, dropout = config.hidden_size, config.num_attention_heads, config.dropout
-        self.global_token = nn.Parameter(torch.empty(1, int(config.global_token != "none"), width))
+        width, blocks = config.hidden_size, config.num_qformer_blocks
+        self.global_token = nn.Parameter(torch.empty(1, 1, width))
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, width))
         self.key_proj = nn.Linear(width, width)
         self.value_proj = nn.Linear(width, width)
-        self.blocks = nn.ModuleList(
-            QFormerBlock(width, heads, dropout) for _ in range(config.num_qformer_blocks)
-        )
+        self.blocks = nn.ModuleList(QFormerBlock(config) for _ in range(blocks))
 
     def forward(
         self, image_tokens: Float[Tensor, "B P D"], output_attentions: bool = False
@@ -84,23 +83,5 @@ class QFormer(nn.Module):
         for block in self.blocks:
             queries, *block_maps = block(queries, key, value, output_attentions)
             maps.append(block_maps)
-        maps = zip(*maps, strict=True) if output_attentions else ()  # all self, all cross
+        maps = zip(*maps, strict=True) if output_attentions else ()  # self maps, cross maps
         return QFormerOutput(queries, *maps)
-
-
-class WithoutQFormer(nn.Module):
-    """The image tokens, or their mean, as visual tokens: what is the Q-Former worth?"""
-
-    def __init__(self, config: QVisionConfig):
-        super().__init__()
-        self.blocks, self.num_heads = (), config.num_attention_heads
-        self.mean = config.bridge_reads == "mean_image_token"
-
-    def forward(
-        self, image_tokens: Float[Tensor, "B P D"], output_attentions: bool = False
-    ) -> QFormerOutput:
-        patches = torch.eye(image_tokens.shape[1]).to(image_tokens)  # [P,P]
-        shares = patches.mean(0, keepdim=True) if self.mean else patches  # [N,P]
-        maps = (torch.eye(len(shares)).to(shares), shares) if output_attentions else ()
-        maps = ((x.expand(len(image_tokens), self.num_heads, -1, -1),) for x in maps)  # [B,H,N,·]
-        return QFormerOutput(shares @ image_tokens, *maps)

@@ -12,8 +12,8 @@ from transformers import CLIPVisionModel
 class VisionEncoder(nn.Module):
     """CLIP's vision tower (Radford et al. 2021, arXiv:2103.00020) and a projection to the width D.
 
-    The tower stays frozen in QVision, so its output for an image never changes and can be kept:
-    `see` and `project` are the two halves on either side of such a cache.
+    The tower stays frozen in QVision, so its output for an image never changes and can be cached:
+    `encode` comes before such a cache, `project` after it.
     """
 
     def __init__(self, tower: CLIPVisionModel, width: int):
@@ -21,23 +21,23 @@ class VisionEncoder(nn.Module):
         self.tower = tower
         self.projection = nn.Linear(tower.config.hidden_size, width)
 
-    def see(self, pixel_values: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P C"]:
+    def encode(self, pixel_values: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P C"]:
         """CLIP's last hidden state of each patch: before the final norm, without the CLS token."""
         with exact_convolutions():
             states = self.tower(pixel_values.to(self.tower.dtype)).last_hidden_state  # [B,1+P,C]
         return states[:, 1:]  # [B,P,C]
 
     def project(self, vision_states: Float[Tensor, "B P C"]) -> Float[Tensor, "B P D"]:
-        """Bring CLIP's width C to the width D of everything that follows."""
+        """Map CLIP's width C to the width D of all later stages."""
         return self.projection(vision_states.to(self.projection.weight.dtype))  # [B,P,D]
 
     def forward(self, pixel_values: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
-        return self.project(self.see(pixel_values))
+        return self.project(self.encode(pixel_values))
 
 
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """Patches embedded in float32 on a GPU too, where cuDNN's default is TF32."""
+    """Convolutions in float32 on a GPU too, where cuDNN's default is TF32."""
     before = cudnn.allow_tf32
     cudnn.allow_tf32 = False
     try:

@@ -1,8 +1,8 @@
-"""Scenes, the drawn world: pictures whose whole truth is known, with captions that keep to it.
+"""Scenes, a drawn world: images whose whole truth is known, with true captions.
 
-`layout` says what is in a scene, `drawing` draws it, `captions` writes its captions, and `checker`
-judges what a caption claims. Splits: `train`, `val` and `test` are alike; `compose` has
-pairs of colour and object that the others never show; `crowd` has five to eight objects.
+`layout` samples a scene, `drawing` draws it, `captions` captions it, `checker` judges the claims
+of a caption. Splits: `train`, `val` and `test` are alike; `compose` has pairs of colour and object
+that the others never show; `crowd` has five to eight objects.
 """
 
 import lazy_loader
@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "checker": ["Check", "check", "score"],
-        "export": ["write_coco"],
+        "dataset": ["scenes_vocabulary", "write_coco"],
         "drawing": ["Scene", "generate", "scene"],
         "layout": ["SPLITS", "Layout", "describe", "layout"],
     },

@@ -1,6 +1,6 @@
-"""The seven places and what stands in their skies: one function each, called by its name.
+"""The seven backgrounds and what is in their skies: one function each, named by its name.
 
-A place returns the height from which things stand on the ground, 0 to 1 from the top.
+A background returns the height from which objects stand on the ground, 0 to 1 from the top.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""How a scene is told: true captions in COCO's tone, from one small grammar.
-
-A caption is a frame filled with things and, mostly, a place:
+"""True captions of a scene in COCO's style, from a small grammar:
 
     caption  ->  {things} {place}.  |  There is {things} {place}.  |  ...         FRAMES
     things   ->  {group}, {group} and {group}  |  {group} {relation} {group}      RELATIONS
@@ -8,8 +6,8 @@ A caption is a frame filled with things and, mostly, a place:
     place    ->  on a beach  |  by the sea under the sun  |  nothing              PLACES, SKIES
 
 Every caption names every group with its exact number and its colour, in the layout's reading
-order. That order is fixed because it is what makes a small model able to learn counts and
-relations: told in random order, the same picture asks for "left" and "right" in turn.
+order. With a random order, the same image would ask for "left" and "right" in turn, and a small
+model could not learn relations.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from qvision_lab.scenes.layout import CATEGORIES, Group, Layout
 
 NUMERALS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
-# How often each is used: the first is the commonest, so that there is a most likely caption.
+# Weights; the first is the largest, so that a scene has a most likely caption.
 FRAMES: dict[str, int] = {
     "{things} {place}": 6,
     "there {be} {things} {place}": 4,
@@ -30,9 +28,8 @@ FRAMES: dict[str, int] = {
     "{place} there {be} {things}": 2,
 }
 
-# Wordings, of which the grammar tells the first (of places and skies, the first two), and
-# `checking` understands all. Nothing is told to be right of or below another thing: the left or
-# the upper one comes first in reading order.
+# Wordings: captions use the first (of places and skies, the first two), `checker` knows all.
+# Captions never say "right of" or "below", since the left or upper group comes first.
 PLACES: dict[str, tuple[str, ...]] = {
     place: tuple(wordings.split(" | "))
     for place, wordings in {
@@ -58,21 +55,20 @@ RELATIONS: dict[str, tuple[str, ...]] = {
     "below": ("below", "under", "beneath"),
 }
 
-STATES_PLACE, STATES_SKY, STATES_RELATION = 0.85, 0.33, 0.7  # shares, of captions that could
+STATES_PLACE, STATES_SKY, STATES_RELATION = 0.85, 0.33, 0.7  # probabilities
 MOST = 12  # distinct captions that the grammar has for any scene
 
 
-def tell(layout: Layout, n: int = 5) -> tuple[str, ...]:
-    """The first `n` (1 to 12) of a scene's captions: true, distinct, the same on every machine.
+def caption_scene(layout: Layout, n: int = 5) -> tuple[str, ...]:
+    """The first `n` (1 to 12) captions of a scene: true, distinct, the same on every machine.
 
-    At most 26 words each. The first five are the scene's references; a sixth is how somebody
-    else would have told it, a fair "human" baseline.
+    At most 26 words each. The first five are the references; a sixth is a fair "human" baseline.
 
     Raises:
         ValueError: `n` is not from 1 to 12.
     """
     if not 1 <= n <= MOST:
-        raise ValueError(f"cannot tell a scene in {n} ways: ask for 1 to {MOST} captions")
+        raise ValueError(f"a scene has 1 to {MOST} captions, not {n}")
     rng = random.Random(f"scenes/{layout.split}/{layout.seed}/{layout.index}/captions")
     captions: dict[str, None] = {}  # an ordered set
     while len(captions) < n:
@@ -81,10 +77,10 @@ def tell(layout: Layout, n: int = 5) -> tuple[str, ...]:
 
 
 def relation(layout: Layout) -> str | None:
-    """The relation that a caption may state of the first group to the second, if there is one.
+    """The relation of the first group to the second that a caption may state.
 
-    Only two single things, alone in the picture, clearly more beside than above each other or the
-    other way round: the longer of the two distances is 20 pixels and 1.3 times the other.
+    Only for two single objects: the longer of their horizontal and vertical distances is at least
+    20 pixels and 1.3 times the other.
     """
     if [group.count for group in layout.groups] != [1, 1]:
         return None
@@ -106,24 +102,20 @@ def phrase(group: Group) -> str:
 def _caption(rng: random.Random, layout: Layout) -> str:
     frame = rng.choices(tuple(FRAMES), FRAMES.values())[0]
     place = rng.choice(PLACES[layout.background][:2]) if rng.random() < STATES_PLACE else ""
-    tells_sky = layout.sky and rng.random() < STATES_SKY
-    sky = rng.choice(SKIES[layout.sky][:2]) if tells_sky else ""
+    states_sky = layout.sky and rng.random() < STATES_SKY
+    sky = rng.choice(SKIES[layout.sky][:2]) if states_sky else ""
+    *others, last = map(phrase, layout.groups)
+    things = f"{', '.join(others)} and {last}" if others else last
+    stated = relation(layout)
+    if stated and rng.random() < STATES_RELATION:
+        things = f"{others[0]} {RELATIONS[stated][0]} {last}"
     text = frame.format(
-        things=_things(rng, layout),
-        # Agrees with the thing that follows: "there is a red car and two dogs", as people say it.
+        things=things,
+        # Agrees with the first group, as in "there is a red car and two dogs".
         be="is" if layout.groups[0].count == 1 else "are",
         place=f"{place} {sky}",
         scenery=SCENERY[layout.background],
         sky=sky,
     )
-    text = " ".join(text.split())  # whatever was left empty leaves no gap
+    text = " ".join(text.split())
     return f"{text[0].upper()}{text[1:]}."
-
-
-def _things(rng: random.Random, layout: Layout) -> str:
-    """All groups in reading order, joined by a relation where one may be stated."""
-    *others, last = map(phrase, layout.groups)
-    stated = relation(layout)
-    if stated and rng.random() < STATES_RELATION:
-        return f"{others[0]} {RELATIONS[stated][0]} {last}"
-    return f"{', '.join(others)} and {last}" if others else last

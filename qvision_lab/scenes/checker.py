@@ -1,9 +1,8 @@
-"""What a caption claims about a scene, each claim judged against the truth.
+"""Claims of a caption about a scene, each judged against the truth.
 
-The language understood here is wider than the grammar that tells scenes: groups in any order,
-all four relations, synonyms, things without colour or number. Case, runs of spaces and the final
-stop do not matter. Whatever else a caption says is not in the language, and such a caption is
-never true: what cannot be checked is not given the benefit of the doubt.
+The language is wider than the grammar of `captions`: groups in any order, all four relations,
+synonyms, objects without colour or number. Case, runs of spaces and the final stop do not matter.
+A caption with anything outside the language is never true, since that cannot be checked.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from dataclasses import dataclass
 from itertools import product
 
 from qvision_lab.scenes.captions import NUMERALS, PLACES, RELATIONS, SCENERY, SKIES
-from qvision_lab.scenes.layout import CATEGORIES, COLORS, Group, Layout, Relation
+from qvision_lab.scenes.layout import CATEGORIES, COLORS, Group, Layout
 
-# What each phrase means.
+# Meanings of phrases.
 _PLACE, _SKY, _RELATION = (
     {phrase: name for name, wordings in table.items() for phrase in wordings}
     for table in (PLACES, SKIES, RELATIONS)
@@ -30,7 +29,7 @@ _NUMBER = {"a": 1, "an": 1} | {word: i for i, word in enumerate(NUMERALS, start=
 
 
 def _any(phrases: Iterable[str]) -> str:
-    """A pattern for any of the phrases, the longest first, whatever white space is in them."""
+    """A pattern for any of the phrases, the longest first, with any white space in them."""
     return "|".join(p.replace(" ", r"\s+") for p in sorted(phrases, key=len, reverse=True))
 
 
@@ -61,17 +60,17 @@ _SENTENCE = re.compile(f"l?{_LIST}v?{_WHERE}?|{_WHERE}c?l?{_LIST}|l?bs?w{_LIST}|
 
 @dataclass(frozen=True)
 class Claim:
-    """One thing that a caption says, and whether it is so."""
+    """One claim of a caption, and whether it is right."""
 
     kind: str  # 'object', 'color', 'count', 'relation', 'background' or 'sky'
-    text: str  # the words that say it
-    span: tuple[int, int]  # where they stand in the caption: caption[start:end] == text
+    text: str
+    span: tuple[int, int]  # caption[start:end] == text
     right: bool
 
 
 @dataclass(frozen=True)
 class Mention:
-    """A group as a caption names it; what is left unsaid is None."""
+    """A group as a caption names it; None for what the caption leaves out."""
 
     category: str
     color: str | None
@@ -80,23 +79,23 @@ class Mention:
 
 @dataclass(frozen=True)
 class Check:
-    """A caption, taken apart and judged."""
+    """A caption, parsed and judged."""
 
     caption: str
-    claims: tuple[Claim, ...]  # as they come in the caption
-    mentions: tuple[Mention, ...]  # the groups it names
-    groups: tuple[Group, ...]  # the groups there are
-    outside: tuple[str, ...]  # what is not in the language
+    claims: tuple[Claim, ...]  # in the caption's order
+    mentions: tuple[Mention, ...]  # groups named in the caption
+    groups: tuple[Group, ...]  # groups in the scene
+    outside: tuple[str, ...]  # parts outside the language
 
     @property
     def true(self) -> bool:
-        """It claims something, all of it right, and says nothing that cannot be checked."""
+        """It has claims, all are right, and nothing is outside the language."""
         return bool(self.claims) and not self.outside and all(c.right for c in self.claims)
 
 
 @dataclass(frozen=True)
 class Rate:
-    """`hits` of `total`; its value, 0 to 1, is nan where there was nothing to count."""
+    """`hits` of `total`; its value is from 0 to 1, or nan where the total is 0."""
 
     hits: int
     total: int
@@ -112,24 +111,22 @@ class Rate:
 def check(caption: str, scene: Layout) -> Check:
     """Parse a caption into claims and judge each against the scene.
 
-    - object: there is such a thing. Naming a group a second time claims another one and is wrong,
-      and a plural without a number needs two or more.
-    - color: a thing of this category has this colour.
-    - count: there are exactly so many, "a" being one; of the colour that was named, or where
-      nothing of the category has it, of the category.
-    - relation: it holds for all pairs of the things named on its two sides, colours included.
+    - object: it is in the scene. Naming a group again claims another one and is wrong; a plural
+      without a number needs two or more.
+    - color: an object of this category has this colour.
+    - count: exactly so many are in the scene ("a" is one): of the named colour, or of the category
+      where none has that colour.
+    - relation: it holds for all pairs of the objects named on its two sides, colours included.
     - background, sky: it is the scene's.
 
-    Words that are not in the language come back in `outside`; so does the whole caption where
-    its words are known but make no sentence, as in "A red car and and on a beach."
+    `outside` has the words that are not in the language, or the whole caption where known words
+    make no sentence, as in "A red car and and on a beach."
     """
     body = caption.rstrip().removesuffix(".")
     chunks = list(_CHUNK.finditer(body))
     mentions = {i: _mention(c) for i, c in enumerate(chunks) if c.lastgroup == "things"}
-    fitting = {
-        i: [g for g in scene.groups if g.category == m.category and m.color in (None, g.color)]
-        for i, m in mentions.items()
-    }
+    alike = {i: [g for g in scene.groups if g.category == m.category] for i, m in mentions.items()}
+    fitting = {i: [g for g in alike[i] if m.color in (None, g.color)] for i, m in mentions.items()}
     claims: list[Claim] = []
     outside: list[str] = []
     named: set[Group] = set()
@@ -146,8 +143,7 @@ def check(caption: str, scene: Layout) -> Check:
                 claim("sky", chunk.span(), _SKY[words] == scene.sky)
             case "things":
                 mention, groups, noun = mentions[i], fitting[i], chunk["noun"].lower()
-                alike = groups or [g for g in scene.groups if g.category == mention.category]
-                count = sum(group.count for group in alike)
+                count = sum(group.count for group in groups or alike[i])
                 least = 1 if mention.count or noun in _SINGULAR else 2
                 repeated = bool(groups) and named.issuperset(groups)
                 claim("object", chunk.span("noun"), count >= least and not repeated)
@@ -160,7 +156,7 @@ def check(caption: str, scene: Layout) -> Check:
                 named.update(groups)
             case "relation" if i - 1 in mentions and i + 1 in mentions:
                 sides = ([m for g in fitting[k] for m in g.members] for k in (i - 1, i + 1))
-                pairs = {Relation(a, _RELATION[words], b) for a, b in product(*sides)}
+                pairs = {(a, _RELATION[words], b) for a, b in product(*sides)}
                 span = chunks[i - 1].start(), chunks[i + 1].end()
                 claim("relation", span, bool(pairs) and pairs <= set(scene.relations))
             case "unknown":
@@ -176,7 +172,7 @@ def _mention(chunk: re.Match[str]) -> Mention:
     return Mention(_NOUN[noun], color, number and _NUMBER[number])
 
 
-# The rates of a set of captions, and what each is a share of.
+# Rates of a set of captions, and the denominator of each.
 RATES: dict[str, str] = {
     "pairs right": "captions; hit: names every group once with its colour, and no other",
     "object recall": "categories in the scenes; hit: named",
@@ -194,7 +190,7 @@ RATES: dict[str, str] = {
 
 
 def score(checks: Iterable[Check]) -> dict[str, Rate]:
-    """Rates over many captions, in the order of `RATES`, which states every denominator."""
+    """Rates over many captions, in the order of `RATES`."""
     hits, totals = Counter(), Counter()
     for judged in checks:
         for name, hit in _tally(judged):
@@ -204,7 +200,7 @@ def score(checks: Iterable[Check]) -> dict[str, Rate]:
 
 
 def _tally(judged: Check) -> Iterator[tuple[str, bool]]:
-    """Every single case that counts towards a rate, and whether it is a hit."""
+    """Every case that counts towards a rate, and whether it is a hit."""
     named = Counter((mention.category, mention.color) for mention in judged.mentions)
     there = Counter((group.category, group.color) for group in judged.groups)
     categories_named, categories_there = {c for c, _ in named}, {c for c, _ in there}
@@ -216,12 +212,12 @@ def _tally(judged: Check) -> Iterator[tuple[str, bool]]:
         yield "object precision", category in categories_there
 
     # By category alone, of which a scene has one group: the colour is counted above.
-    told = {m.category: m.count for m in reversed(judged.mentions) if m.count is not None}
+    stated = {m.category: m.count for m in reversed(judged.mentions) if m.count is not None}
     for group in judged.groups:
         if group.count > 1:
-            yield "count stated", group.category in told
-            if group.category in told:
-                yield "count right", told[group.category] == group.count
+            yield "count stated", group.category in stated
+            if group.category in stated:
+                yield "count right", stated[group.category] == group.count
 
     if [group.count for group in judged.groups] == [1, 1]:
         yield "relation stated", any(claim.kind == "relation" for claim in judged.claims)

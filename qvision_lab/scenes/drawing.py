@@ -1,8 +1,7 @@
-"""Scenes as pictures: a backdrop, then every object in a tile of its own, with Pillow.
+"""Drawing scenes with Pillow: a backdrop, then every object in a separate tile.
 
-Everything is drawn at double size and halved at the end, which makes smooth edges. A sketch
-reaches all four sides of its tile: so an object fills its box, and the truth does not depend on
-Pillow.
+Everything is drawn at double size and halved at the end, which smooths edges. A sketch reaches all
+four sides of its tile, so that an object fills its box on every version of Pillow.
 """
 
 from __future__ import annotations
@@ -21,53 +20,42 @@ from jaxtyping import Bool
 from PIL import Image, ImageChops
 
 from qvision_lab.scenes import backdrops, sketches
-from qvision_lab.scenes.captions import tell
+from qvision_lab.scenes.captions import caption_scene
 from qvision_lab.scenes.layout import CATEGORIES, PICTURE, Layout, SceneObject, layout
 from qvision_lab.scenes.pen import DARK, Pen
 
-# How much darkness, 0 to 255, is laid over an object (light falls from the upper left) and at its
-# foot; and the film's grain.
+# Opacity, 0 to 255, of the shadow on an object (light falls from the upper left) and at its foot;
+# and the grain of the film.
 DOWN, RIGHT = np.mgrid[0:32, 0:32] / 31
 SHADE = Image.fromarray((70 * np.clip(0.8 * DOWN + 0.4 * RIGHT - 0.35, 0, 1)).astype(np.uint8))
 EDGE = np.hypot(2 * DOWN - 1, 2 * RIGHT - 1)
 FOOT = Image.fromarray((110 * np.clip(1 - EDGE, 0, 1) ** 0.7).astype(np.uint8))
 GRAIN = np.random.default_rng(0).normal(0, 4, (2 * PICTURE, 2 * PICTURE, 1)).astype(np.float32)
-CHUNK = 16  # scenes that a worker process makes at a time
+CHUNK = 16  # scenes per task of a worker process
 FLOATING = ("airplane", "bird", "kite", "boat", "fish")  # these cast no shadow at their foot
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DrawnObject(SceneObject):
-    """An object with the pixels that show it (others may stand before a little of it)."""
-
-    mask: Bool[np.ndarray, "224 224"]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
 class Scene(Layout):
-    """The whole truth of a picture, the picture, and five captions that are true of it."""
+    """A layout with its image and five captions."""
 
-    objects: tuple[DrawnObject, ...]
+    masks: Bool[np.ndarray, "objects 224 224"]  # visible pixels of each object
     image: Image.Image  # RGB, 224 x 224
     captions: tuple[str, ...]
 
-    @property
-    def masks(self) -> Bool[np.ndarray, "objects 224 224"]:
-        return np.stack([thing.mask for thing in self.objects])
-
 
 def scene(split: str, seed: int, index: int) -> Scene:
-    """Scene `index` of a split; the truth is the same on every machine."""
+    """Scene `index` of a split, drawn."""
     return draw(layout(split, seed, index))
 
 
 def generate(
     n: int, *, split: str = "train", seed: int = 0, start: int = 0, workers: int = 0
 ) -> Iterator[Scene]:
-    """Scenes `start` to `start + n` of a split, in order, made as they are asked for.
+    """Scenes `start` to `start + n` of a split, in order, drawn lazily.
 
-    `workers` > 0 draws in that many spawned processes, a few chunks ahead; as always with spawn,
-    a script that does so needs its `if __name__ == "__main__":`.
+    `workers` > 0 draws in that many spawned processes, a few chunks ahead; a script that does so
+    needs its `if __name__ == "__main__":`.
     """
     if n < 0 or start < 0 or workers < 0:
         raise ValueError(f"n, start and workers count from 0, got {n}, {start} and {workers}")
@@ -86,7 +74,7 @@ def _spread(make: partial[Scene], indices: range, workers: int) -> Iterator[Scen
 
 
 def draw(truth: Layout) -> Scene:
-    """Draw and tell a layout. The same gives the same pixels under the same Pillow and numpy."""
+    """Draw and caption a layout; pixels depend on it and the versions of Pillow and numpy alone."""
     rng = random.Random(f"drawing/{truth.split}/{truth.seed}/{truth.index}")
     canvas = Image.new("RGB", (2 * PICTURE, 2 * PICTURE))
     horizon = getattr(backdrops, truth.background)(Pen(canvas, rng))
@@ -95,7 +83,7 @@ def draw(truth: Layout) -> Scene:
         tile = Image.new("RGBA", (2 * width, 2 * height))
         getattr(backdrops, truth.sky)(Pen(tile, rng))
         canvas.paste(tile, (2 * x, 2 * y), tile)
-    owner = np.zeros((PICTURE, PICTURE), np.uint8)  # 1 + the index of the object that shows
+    owner = np.zeros((PICTURE, PICTURE), np.uint8)  # 1 + the index of the visible object
     for i, thing in enumerate(truth.objects):
         x, y, width, height = thing.box
         tile, corner = sketch(thing), (2 * x, 2 * y)
@@ -108,14 +96,12 @@ def draw(truth: Layout) -> Scene:
         canvas.paste(DARK, corner, ImageChops.multiply(alpha, SHADE.resize(tile.size)))
         owner[y : y + height, x : x + width][np.asarray(alpha.reduce(2)) >= 128] = i + 1
     masks = owner == np.arange(1, len(truth.objects) + 1, dtype=np.uint8)[:, None, None]
-    pairs = zip(truth.objects, masks, strict=True)
-    known = {field.name: getattr(truth, field.name) for field in fields(Layout)}
-    known["objects"] = tuple(DrawnObject(**vars(thing) | {"mask": mask}) for thing, mask in pairs)
-    return Scene(**known, image=_develop(canvas.reduce(2), rng), captions=tell(truth))
+    known = [getattr(truth, field.name) for field in fields(Layout)]
+    return Scene(*known, masks, _develop(canvas.reduce(2), rng), caption_scene(truth))
 
 
 def sketch(thing: SceneObject) -> Image.Image:
-    """One object by itself: an RGBA tile of twice its box."""
+    """One object alone: an RGBA tile of twice its box."""
     rng = random.Random(thing.pose)
     tile = Image.new("RGBA", (2 * thing.box[2], 2 * thing.box[3]))
     getattr(sketches, CATEGORIES[thing.category].noun)(Pen(tile, rng, thing.color))
@@ -123,7 +109,7 @@ def sketch(thing: SceneObject) -> Image.Image:
 
 
 def _develop(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Film grain and up to 10% more or less light, so that no surface is flat."""
+    """Add film grain and up to 10% more or less light, so that no surface is flat."""
     x, y = rng.randrange(PICTURE), rng.randrange(PICTURE)
     pixels = np.asarray(image) * np.float32(rng.uniform(0.9, 1.1))
     pixels += GRAIN[y : y + PICTURE, x : x + PICTURE]

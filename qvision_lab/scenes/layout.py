@@ -1,7 +1,7 @@
-"""What is in a scene: the whole truth of a picture, before anything is drawn or told.
+"""Layout of a scene: the whole truth of an image, before it is drawn or captioned.
 
-Pure Python and `random.Random` seeded by text, so a layout is the same on every machine and
-needs neither numpy nor Pillow. Pixels count from the upper left corner.
+Pure Python and `random.Random` seeded by text, so a layout is the same on every machine. Pixels
+count from the upper left corner.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from functools import cached_property
 from itertools import permutations
 from statistics import mean, median
 
-PICTURE = 224  # side of the square picture in pixels
-MARGIN = 2  # pixels between a box and the picture's edge
+PICTURE = 224  # side of the square image in pixels
+MARGIN = 2  # pixels between a box and the image's edge
 SMALLEST, LARGEST = 26, 130  # shorter side of a box in pixels
 
 SPLITS = ("train", "val", "test", "compose", "crowd")
@@ -83,7 +83,7 @@ HELD_OUT: frozenset[tuple[str, str]] = frozenset(
     (name, tuple(COLORS)[(3 * i + 1) % len(COLORS)]) for i, name in enumerate(CATEGORIES)
 )
 
-# How often a picture has n objects, and how these fall into groups of one category and colour.
+# Probabilities of n objects in an image, and of their groups of one category and colour.
 NUMBERS = {1: 0.30, 2: 0.40, 3: 0.20, 4: 0.10}
 GROUPINGS: dict[int, dict[tuple[int, ...], float]] = {
     1: {(1,): 1.0},
@@ -95,13 +95,13 @@ GROUPINGS: dict[int, dict[tuple[int, ...], float]] = {
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One drawn thing; it fills its box."""
+    """A drawn object, which fills its box."""
 
     category: str  # a key of CATEGORIES
     color: str  # a key of COLORS
     size: str  # one of SIZES, by the box's shorter side
     box: Box
-    pose: int  # seed of what is drawn but not told: flip, hue, details
+    pose: int  # seed of what captions leave out: flip, hue, details
 
     @property
     def center(self) -> Point:
@@ -110,17 +110,8 @@ class SceneObject:
 
 
 @dataclass(frozen=True)
-class Relation:
-    """`subject` is `predicate` `object`: two indices into the objects, one of PREDICATES."""
-
-    subject: int
-    predicate: str
-    object: int
-
-
-@dataclass(frozen=True)
 class Group:
-    """All objects of one category (and so one colour) in a scene: what a caption counts."""
+    """All objects of one category, and so of one colour, in a scene."""
 
     category: str
     color: str
@@ -134,19 +125,19 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """The truth of one picture. Its name is (split, seed, index): see `layout`."""
+    """The truth of an image, which split, seed and index identify; see `layout`."""
 
     split: str
     seed: int
     index: int
     background: str
-    sky: str | None  # 'sun', 'moon' or nothing; part of the background, never an object
-    sky_box: Box | None  # where it stands; no object covers it
+    sky: str | None  # 'sun' or 'moon', which are part of the background and no objects
+    sky_box: Box | None  # no object covers it
     objects: tuple[SceneObject, ...]
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """Groups in reading order: left to right, but the upper of two that stand upright."""
+        """Groups in reading order: from left to right, or the upper of two above each other."""
         members = defaultdict(list)
         for i, thing in enumerate(self.objects):
             members[thing.category, thing.color].append(i)
@@ -157,15 +148,15 @@ class Layout:
             groups.append(Group(category, color, tuple(indices), center))
         axis = 0
         if len(groups) == 2:
-            (ax, ay), (bx, by) = (group.center for group in groups)
-            axis = int(abs(by - ay) > abs(bx - ax))
+            across, down = (abs(a - b) for a, b in zip(*(g.center for g in groups), strict=True))
+            axis = int(down > across)
         return tuple(sorted(groups, key=lambda group: group.center[axis]))
 
     @cached_property
-    def relations(self) -> tuple[Relation, ...]:
-        """Every relation that holds between two objects; on a diagonal two hold."""
+    def relations(self) -> tuple[tuple[int, str, int], ...]:
+        """All relations (subject, predicate, object), by index of object; two on a diagonal."""
         return tuple(
-            Relation(a, predicate, b)
+            (a, predicate, b)
             for (a, one), (b, other) in permutations(enumerate(self.objects), 2)
             for predicate in PREDICATES
             if holds(predicate, one.center, other.center)
@@ -173,7 +164,7 @@ class Layout:
 
 
 def holds(predicate: str, a: Point, b: Point) -> bool:
-    """Whether `a` is `predicate` `b`, for centres in pixels: 20 apart, at most 55° off the axis."""
+    """Whether `a` is `predicate` `b`: centres 20 pixels apart, at most 55° off the axis."""
     if predicate in ("right of", "below"):
         a, b = b, a
     across, down = b[0] - a[0], b[1] - a[1]
@@ -182,28 +173,28 @@ def holds(predicate: str, a: Point, b: Point) -> bool:
 
 
 def overlap(a: Box, b: Box) -> float:
-    """The part of the smaller box, 0 to 1, that lies in the other."""
+    """Share of the smaller box, 0 to 1, inside the other."""
     width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
     return max(width, 0) * max(height, 0) / min(a[2] * a[3], b[2] * b[3])
 
 
 def layout(split: str, seed: int, index: int) -> Layout:
-    """The truth of picture `index` of a split: a pure function of its three arguments."""
+    """The layout of image `index` of a split: a pure function of its three arguments."""
     if split not in SPLITS:
         raise ValueError(f"no split {split!r} in Scenes: choose one of {', '.join(SPLITS)}")
     rng = random.Random(f"scenes/{split}/{seed}/{index}")
     background = rng.choice(BACKGROUNDS)
     groups = _groups(rng, split)
     objects = None
-    while objects is None:  # a crowd that does not fit is thrown again
+    while objects is None:  # a crowd that does not fit is drawn again
         objects = _arrange(rng, groups, crowded=split == "crowd")
     sky, sky_box = _sky(rng, background, objects)
     return Layout(split, seed, index, background, sky, sky_box, objects)
 
 
 def _groups(rng: random.Random, split: str) -> list[tuple[str, str, int]]:
-    """Category, colour and count of each group; no category comes twice."""
+    """Category, colour and count of each group; categories are distinct."""
     if split == "crowd":
         counts = [1] * rng.randint(2, 4)
         for _ in range(rng.randint(5, 8) - len(counts)):
@@ -213,7 +204,7 @@ def _groups(rng: random.Random, split: str) -> list[tuple[str, str, int]]:
         rng.shuffle(counts)
     groups = []
     for category, count in zip(rng.sample(tuple(CATEGORIES), len(counts)), counts, strict=True):
-        held_out = split == "compose" and not groups  # the first group is the one that is new
+        held_out = split == "compose" and not groups  # the first group is the new pair
         colors = [color for color in COLORS if ((category, color) in HELD_OUT) == held_out]
         groups.append((category, rng.choice(colors), count))
     return groups
@@ -222,7 +213,7 @@ def _groups(rng: random.Random, split: str) -> list[tuple[str, str, int]]:
 def _arrange(
     rng: random.Random, groups: list[tuple[str, str, int]], crowded: bool
 ) -> tuple[SceneObject, ...] | None:
-    """Place every object where it fits, shrinking it until it does; None if one never does."""
+    """Place objects, shrinking those that do not fit; None if one never does."""
     typical, allowed = (40, 0.12) if crowded else (52, 0.05)
     objects: list[SceneObject] = []
     for category, color, count in groups:
@@ -243,7 +234,7 @@ def _arrange(
 
 
 def _box(rng: random.Random, category: Category, side: float) -> Box:
-    """A box of the category's shape with about this shorter side, somewhere in its zone."""
+    """A random box in the category's zone, with its shape and about this shorter side."""
     room = PICTURE - 2 * MARGIN
     aspect = category.aspect
     side = min(max(side, SMALLEST), LARGEST, room * min(aspect, 1 / aspect))
@@ -260,7 +251,7 @@ def _box(rng: random.Random, category: Category, side: float) -> Box:
 def _sky(
     rng: random.Random, background: str, objects: tuple[SceneObject, ...]
 ) -> tuple[str, Box] | tuple[None, None]:
-    """Sun by day, moon by night, in the open and where no object hides it."""
+    """Sun by day or moon by night, outdoors, where no object covers it; or neither."""
     if background == "room" or rng.random() < 0.55:
         return None, None
     for _ in range(20):
@@ -276,26 +267,26 @@ def _choose(rng: random.Random, weights: Mapping) -> int | tuple[int, ...]:
 
 
 def describe(split: str, n: int = 2000, seed: int = 0) -> dict[str, float | dict[str, float]]:
-    """What a split is like, from its first n layouts: numbers, and shares (0 to 1) by name."""
+    """Statistics of the first n layouts of a split: numbers, and shares (0 to 1) by name."""
     if n < 1:
         raise ValueError(f"a distribution needs at least one scene, got n={n}")
     layouts = [layout(split, seed, index) for index in range(n)]
     things = [thing for truth in layouts for thing in truth.objects]
     sides = [min(thing.box[2:]) for thing in things]
-    counted = {
-        "number of objects": Counter(len(truth.objects) for truth in layouts),
-        "group size": Counter(group.count for truth in layouts for group in truth.groups),
-        "category": Counter(thing.category for thing in things),
-        "color": Counter(thing.color for thing in things),
-        "size": Counter(thing.size for thing in things),
-        "background": Counter(truth.background for truth in layouts),
-        "sky": Counter(truth.sky or "neither" for truth in layouts),
+    values = {
+        "number of objects": [len(truth.objects) for truth in layouts],
+        "group size": [group.count for truth in layouts for group in truth.groups],
+        "category": [thing.category for thing in things],
+        "color": [thing.color for thing in things],
+        "size": [thing.size for thing in things],
+        "background": [truth.background for truth in layouts],
+        "sky": [truth.sky or "neither" for truth in layouts],
     }
     return {
         "objects per picture": len(things) / n,
         "shorter side, median px": median(sides),
         "shorter side under 34 px": mean(side < 34 for side in sides),
     } | {
-        title: {str(name): counts[name] / counts.total() for name in sorted(counts)}
-        for title, counts in counted.items()
+        title: {str(name): count / len(found) for name, count in sorted(Counter(found).items())}
+        for title, found in values.items()
     }

@@ -1,4 +1,4 @@
-"""The pen that everything in a scene is drawn with, and its colours."""
+"""Pen: the shapes and colours that scenes are drawn with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WOOD: Color = (124, 82, 48)
 LEAF: Color = (46, 140, 62)
 CLEAR: Color = (0, 0, 0, 0)
 
-# How much the body of an object varies, what is mixed into it for shade and light, its outline.
+# Variation of an object's body, what is mixed into it for shade and light, its outline.
 TONES = (9, (DARK, 0.18), (WHITE, 0.45), DARK)
 EXTREME_TONES = {
     "black": (5, ((0, 0, 0), 0.4), (WHITE, 0.3), SILVER),
@@ -38,8 +38,7 @@ def mix(a: Color, b: Color, part: float) -> Color:
 class Pen:
     """Draws on one tile in unit coordinates, x to the right and y down.
 
-    With the colour of an object it holds its tones: `body`, `shade` for parts that lie further
-    back, `light` for those that catch the light, a small `accent`, and the `ink` that outlines
+    The tones of an object's colour are `body`, `shade`, `light`, `accent` and `ink`, which outlines
     every shape that is not bare, inside its edge. Without a colour there are no outlines.
     """
 
@@ -55,7 +54,7 @@ class Pen:
             self.accent = WOOD if color in ("yellow", "orange") else GOLD
 
     def vary(self, color: Color, amount: int = 10) -> Color:
-        """Every channel moved by up to `amount`, and all of them together by up to as much."""
+        """Move every channel by up to `amount`, and all of them together by up to `amount`."""
         light = self.rng.randint(-amount, amount)
         moved = (c + light + self.rng.randint(-amount, amount) for c in color)
         return tuple(min(max(c, 0), 255) for c in moved)
@@ -76,11 +75,11 @@ class Pen:
         self.draw.ellipse(self.box(*box), fill, *self.outline(bare))
 
     def spot(self, x: float, y: float, w: float, h: float, fill: Color) -> None:
-        """An oval by its centre and its two radii."""
+        """An oval by its centre and radii."""
         self.oval(x - w, y - h, x + w, y + h, fill=fill)
 
     def disc(self, x: float, y: float, radius: float, fill: Color, bare: bool = False) -> None:
-        """A circle, whatever the tile's shape; `radius` as a part of the tile's height."""
+        """A circle on any tile; `radius` is a part of the tile's height."""
         x, y, r = x * self.right, y * self.bottom, radius * self.bottom
         self.draw.ellipse((x - r, y - r, x + r, y + r), fill, *self.outline(bare))
 
@@ -90,11 +89,11 @@ class Pen:
         self.draw.rounded_rectangle(self.box(*box), radius, fill, *self.outline(bare))
 
     def slice(self, box: tuple[float, ...], start: float, end: float, fill: Color) -> None:
-        """A piece of an oval's pie, in degrees clockwise from the right."""
+        """A sector of an oval, in degrees clockwise from the right."""
         self.draw.pieslice(self.box(*box), start, end, fill, self.ink, self.width)
 
     def blob(self, ovals: Sequence[tuple[float, float, float, float]], fill: Color) -> None:
-        """Several ovals with one outline around them all."""
+        """The union of several ovals, with one outline."""
         boxes, w = [self.box(*oval) for oval in ovals], self.width
         for box in boxes:
             self.draw.ellipse(box, self.ink)
@@ -102,7 +101,7 @@ class Pen:
             self.draw.ellipse((x0 + w, y0 + w, x1 - w, y1 - w), fill)
 
     def line(self, points: Points, fill: Color, width: float = 0) -> None:
-        """`width` as a part of the tile's shorter side, at least that of an outline."""
+        """`width` is a part of the tile's shorter side, at least that of an outline."""
         thick = max(self.width, round(width * min(self.right, self.bottom)))
         self.draw.line(self.xy(points), fill, thick, "curve")
 

@@ -1,7 +1,7 @@
-"""The twenty kinds of object, each drawn by one small function that is called by the kind's noun.
+"""Sketches of the twenty categories: one function each, named by the category's noun.
 
-Every sketch reaches all four sides of its tile; the greater part of it has the object's colour;
-and its outline alone says what it is, down to 30 pixels.
+Every sketch reaches all four sides of its tile, is mostly of the object's colour, and can be
+recognised by its outline down to 30 pixels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Features once: the tower is frozen, so what it sees in a picture is computed once and kept."""
+"""Cache of vision states: the tower is frozen, so each image is encoded once and kept on disk."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -30,36 +31,36 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
-class SeenPictures:
-    """The states of pictures, memory-mapped, and which pictures could not be read."""
+class CachedFeatures:
+    """Memory-mapped vision states by image, and why images could not be read."""
 
-    places: dict[ImageId, tuple[Path, str]]  # the file, and the picture's name in it
-    failed: dict[ImageId, str]  # what is wrong with each
+    places: dict[ImageId, tuple[Path, str]]  # the file, and the image's name in it
+    failed: dict[ImageId, str]  # reasons
 
     def __getitem__(self, image_id: ImageId) -> Float[Tensor, "P C"]:
         path, name = self.places[image_id]
-        return _opened(path).get_tensor(name)
+        return _open(path).get_tensor(name)
 
 
-@lru_cache(maxsize=4096)  # 2,000 files are COCO's train2017
-def _opened(path: Path) -> safe_open:
+@lru_cache(maxsize=4096)  # COCO's train2017 has 2,000 files
+def _open(path: Path) -> safe_open:
     return safe_open(path, "pt")
 
 
 class FeatureCache:
-    """A folder of vision states [P,C], in a safetensors file a batch, which only ever grows.
+    """A folder of vision states [P,C], one safetensors file per batch, which only grows.
 
-    Pictures are told by their content, so data sets that share pictures share states, and one that
-    was changed is seen anew. A file whose path, size and time are known is not read again. Batches
-    are written whole, so an interrupted build goes on with the batch at which it stopped.
+    Images are identified by content, so data sets that share images share states, and a changed
+    image is encoded again. A file of known path, size and time is not read again, and a drawing of
+    known name is not drawn again. Writes are atomic: an interrupted build resumes with its batch.
 
     Args:
-        folder: of the cache; begun where there is none.
-        model: whose tower sees.
-        dtype: "bfloat16" (75 kB a picture with ViT-B/32, 8.9 GB for COCO train2017) or "float32".
+        folder: created where it is missing.
+        model: the model whose tower encodes.
+        dtype: "bfloat16" (75 kB per image with ViT-B/32, 8.9 GB for COCO train2017) or "float32".
 
     Raises:
-        ValueError: the folder holds states of another tower, preprocessing or dtype, or a torn
+        ValueError: the folder holds states of another tower, preprocessing or dtype, or a damaged
             file.
     """
 
@@ -69,38 +70,34 @@ class FeatureCache:
         if dtype not in DTYPES:
             raise ValueError(f"features are not kept in {dtype!r}: use {' or '.join(DTYPES)}.")
         self.folder, self.dtype = Path(folder), DTYPES[dtype]
-        self.made_by = {
+        self.origin = {
             "tower": fingerprint_weights(model.vision.tower),
             "preprocessing": str(image_preset("training", model.config.vision_config.image_size)),
             "dtype": dtype,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.files: dict[str, Path] = {}  # by the content of the pictures in them
-        memo = self.folder / "contents.json"  # of files, by their `_name`
-        self.contents: dict[str, str] = json.loads(memo.read_text()) if memo.exists() else {}
+        self.files: dict[str, Path] = {}  # by the content of the images in them
+        index = self.folder / "contents.json"  # contents by `_name`
+        self.contents: dict[str, str] = json.loads(index.read_text()) if index.exists() else {}
         for path in self.folder.glob("*.safetensors"):
-            self._open(path)
+            self._add(path)
 
-    def _open(self, path: Path) -> None:
+    def _add(self, path: Path) -> None:
         try:
             with safe_open(path, "pt") as states:
                 self.files |= dict.fromkeys(states.keys(), path)
-                found = states.metadata()
+                origin = states.metadata()
         except SafetensorError as error:
-            raise ValueError(f"{path} is torn ({error}): delete it.") from error
-        stale = [
-            f"{key} {found[key]}, not {value}"
-            for key, value in self.made_by.items()
-            if found[key] != value
-        ]
-        if stale:
+            raise ValueError(f"{path} is damaged ({error}): delete it.") from error
+        pairs = ((key, origin[key], value) for key, value in self.origin.items())
+        if different := [f"{key} {old}, not {new}" for key, old, new in pairs if old != new]:
             raise ValueError(
-                f"{self.folder} holds other features ({'; '.join(stale)}): choose another folder, "
-                "or delete that one."
+                f"{self.folder} holds other features ({'; '.join(different)}): choose another "
+                "folder, or delete that one."
             )
 
     @torch.no_grad()
-    def see(
+    def encode(
         self,
         images: CaptionDataset,
         model: QVisionForConditionalGeneration,
@@ -108,16 +105,16 @@ class FeatureCache:
         *,
         batch_size: int = 64,
         workers: int | None = 0,
-    ) -> SeenPictures:
-        """Find the states of pictures, after the tower has seen those that are new.
+    ) -> CachedFeatures:
+        """Encode the images that are new and return the states of all.
 
         Args:
             model: the one that the cache was opened with; left in evaluation mode.
-            workers: processes that read pictures while the tower works; None for 8 at most, and
-                none where there are but few cores, in which they would stand in its way.
+            workers: processes that read images; None: up to 8, and none on fewer than 4 cores,
+                where they would slow the tower down.
 
         Raises:
-            OSError: there is no room for what is to be added.
+            OSError: not enough space on the disk.
         """
         failed = dict.fromkeys(images.missing(), "there is no such file")
         names = {image.image_id: _name(image) for image in images if image.image_id not in failed}
@@ -129,88 +126,86 @@ class FeatureCache:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(
-                f"the features of {len(unread):,} pictures need {needed / 1e9:.1f} GB in "
+                f"the features of {len(unread):,} images need {needed / 1e9:.1f} GB in "
                 f"{self.folder}, where {free / 1e9:.1f} GB are free: make room, or choose bfloat16."
             )
-        # Cut by the place in the data set, so that batches are the same after an interruption.
+        # Cut by the index in the data set, so that batches are the same after an interruption.
         batches = [list(batch) for _, batch in groupby(unread, lambda i: i // batch_size)]
-        pictures = _Pictures(images, processor, frozenset(self.files))
         if workers is None:
             cores = os.cpu_count() or 1
             workers = min(cores, 8) if cores >= 4 else 0
         reader = DataLoader(
-            pictures,
+            _Images(images, processor, frozenset(self.files)),
             batch_sampler=batches,
             num_workers=workers if unread else 0,
             collate_fn=list,
             pin_memory=model.device.type == "cuda",
         )
-        for batch in tqdm(reader, f"features (at most {needed / 1e9:.2f} GB)", unit="batch"):
-            failed |= {seen.image_id: seen.problem for seen in batch if seen.problem}
-            contents |= {seen.image_id: seen.content for seen in batch if not seen.problem}
-            new = {seen.content: seen.pixels for seen in batch if seen.pixels is not None}
+        bar = tqdm(reader, f"features (at most {needed / 1e9:.2f} GB)", unit="batch")
+        for number, batch in enumerate(bar, start=1):
+            failed |= {image.image_id: image.problem for image in batch if image.problem}
+            contents |= {image.image_id: image.content for image in batch if not image.problem}
+            new = {image.content: image.pixels for image in batch if image.pixels is not None}
             new = {content: pixels for content, pixels in new.items() if content not in self.files}
             if new:
                 copies = [pixels.to(model.device, non_blocking=True) for pixels in new.values()]
-                states = model.eval().vision.see(torch.stack(copies))  # [B,3,H,W] -> [B,P,C]
-                states = states.to(self.dtype).cpu()  # half of the bytes to be copied
+                states = model.eval().vision.encode(torch.stack(copies))  # [B,3,H,W] -> [B,P,C]
+                states = states.to(self.dtype).cpu()  # cast first: half of the bytes to copy
                 path = self.folder / f"{next(iter(new))}.safetensors"
-                partial = path.with_suffix(f".{os.getpid()}")  # another run may add to this cache
-                save_file(dict(zip(new, states, strict=True)), partial, self.made_by)
-                self._open(partial.replace(path))
-        known = {names[key]: content for key, content in contents.items() if names[key]}
-        if not known.items() <= self.contents.items():
-            self.contents |= known
-            write_atomic(self.folder / "contents.json", json.dumps(self.contents))
-        return SeenPictures({k: (self.files[name], name) for k, name in contents.items()}, failed)
+                partial = path.with_suffix(f".{os.getpid()}")  # other runs may use this cache
+                try:
+                    save_file(dict(zip(new, states, strict=True)), partial, self.origin)
+                except SafetensorError as error:  # its own kind, for a full disk too
+                    partial.unlink(missing_ok=True)
+                    raise OSError(f"{path} could not be written ({error}).") from error
+                self._add(partial.replace(path))
+            self.contents |= {names[key]: content for key, content in contents.items()}
+            if number % 64 == 0 or number == len(batches):
+                write_atomic(self.folder / "contents.json", json.dumps(self.contents))
+        return CachedFeatures({k: (self.files[name], name) for k, name in contents.items()}, failed)
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A picture with the digest of its content; without pixels where that is known, or bad."""
+class _ReadImage(NamedTuple):
+    """An image with the digest of its content; no pixels where that is known, or it is bad."""
 
     image_id: ImageId
     content: str = ""
     pixels: Float[Tensor, "3 H W"] | None = None
     problem: str | None = None
 
-    def pin_memory(self) -> _Read:
-        return self if self.pixels is None else replace(self, pixels=self.pixels.pin_memory())
-
 
 @dataclass(frozen=True)
-class _Pictures(Dataset):
-    """Pictures as the tower takes them."""
+class _Images(Dataset):
+    """Images as the tower takes them."""
 
     images: CaptionDataset
     processor: QVisionProcessor
     known: frozenset[str]
 
-    def __getitem__(self, index: int) -> _Read:
+    def __getitem__(self, index: int) -> _ReadImage:
         image = self.images[index]
         try:
             source = image.image.read_bytes() if image.image else image.picture
             data = source if isinstance(source, bytes) else source.tobytes()
             content = hashlib.blake2b(data, digest_size=16).hexdigest()
             if content in self.known:
-                return _Read(image.image_id, content)
+                return _ReadImage(image.image_id, content)
             picture = open_image(source, str(image.image))
         except (ImageError, OSError) as error:
-            return _Read(image.image_id, problem=str(error))
-        pixels = self.processor(images=picture)["pixel_values"][0]
-        return _Read(image.image_id, content, pixels)
+            return _ReadImage(image.image_id, problem=str(error))
+        return _ReadImage(image.image_id, content, self.processor(images=picture).pixel_values[0])
 
 
 def _name(image: CaptionedImage) -> str:
-    """What tells a file without reading it; scenes have none, and are drawn again to be told."""
+    """Identifies an image without reading or drawing it."""
     if image.image is None:
-        return ""
+        return image.drawing.name
     status = image.image.stat()
     return f"{image.image} {status.st_size} {status.st_mtime_ns}"
 
 
 def fingerprint_weights(module: nn.Module) -> str:
-    """A digest of all weights."""
+    """Digest of all weights."""
     digest = hashlib.sha256()
     for name, weight in module.named_parameters():
         digest.update(name.encode())

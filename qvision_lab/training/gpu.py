@@ -1,4 +1,4 @@
-"""What makes a training step fast on a GPU; on a CPU none of it is done, unless asked for."""
+"""Fast training steps on a GPU: TF32, frozen weights cast once, compiled blocks, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CAST_BY_AUTOCAST = (nn.Linear, nn.Conv2d, MultiHeadAttention)
 
 @contextmanager
 def tf32_products() -> Iterator[None]:
-    """Matrix products of float32 in TF32 on a GPU, at torch's precision "high", for a while."""
+    """A context with float32 matrix products in TF32 on a GPU (torch's precision "high")."""
     if not torch.cuda.is_available():
         yield
         return
@@ -39,7 +39,7 @@ def tf32_products() -> Iterator[None]:
 
 
 def frozen_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Frozen weights that autocast casts at every step; an embedding's it reads as they are."""
+    """Frozen weights that autocast casts at every step: all but those of embeddings."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return [
         weight
@@ -52,9 +52,9 @@ def frozen_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def holding(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
-    """Let weights have other values, also of another dtype, and then those that they had.
+    """Replace the values of weights, also by another dtype, and restore them at the end.
 
-    What they had stays where it is, so a graph that was captured with it can be replayed after.
+    The original tensors keep their addresses, so graphs captured with them can be replayed after.
     """
     before = [weight.data for weight in weights]
     try:
@@ -82,7 +82,7 @@ def compiled_blocks(
 
 
 def uncompile(model: nn.Module) -> None:
-    """Let blocks run as they are written."""
+    """Undo `compiled_blocks`."""
     for module in model.modules():
         if isinstance(module, COMPILED_KINDS):
             module._compiled_call_impl = None
@@ -114,7 +114,7 @@ class TextStates(nn.Module):
 
 @contextmanager
 def causal_attention(text: nn.Module) -> Iterator[None]:
-    """Let GPT-Neo's layers attend by PyTorch's fused kernel."""
+    """Use PyTorch's fused attention kernel in GPT-Neo's layers."""
     layers = [block.attn.attention for block in text.h]
     for layer in layers:
         layer._attn = MethodType(_attend_to_past, layer)
@@ -140,8 +140,8 @@ def _attend_to_past(
 class CapturedLoss:
     """The loss of a batch; passes through the model are CUDA graphs, by shape and precision.
 
-    Launching a step's kernels takes longer than they run; replaying them takes no launches. Weights
-    are read where they lie, and captured anew where they have moved.
+    Launching a step's kernels takes longer than they run; replaying them takes no launches. Graphs
+    read weights by address, and are captured again where weights have moved.
     """
 
     def __init__(self, model: QVisionForConditionalGeneration):
@@ -164,7 +164,7 @@ class CapturedLoss:
         places = [weight.data_ptr() for weight in self.model.parameters()]
         if places != self.places:
             self.graphs.clear()
-            self.pool = torch.cuda.graph_pool_handle()  # of one's own: the old one goes with them
+            self.pool = torch.cuda.graph_pool_handle()  # the old one is freed with its graphs
             self.places = places
         numbers = torch.is_autocast_enabled("cuda"), torch.get_float32_matmul_precision()
         key = vision_states.shape, input_ids.shape, *numbers

@@ -1,173 +1,183 @@
-"""Recipes: one YAML file says everything about a run, one command carries it out."""
+"""Recipes: every setting of a training run, with its meaning, type, bounds and default."""
 
 from __future__ import annotations
 
-import json
-import platform
-import subprocess
-from collections.abc import Sequence
-from datetime import datetime, timezone
-from importlib.metadata import version
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
-from pathlib import Path
+from typing import Annotated, Any, Literal
 
-import pandas as pd
-import torch
-import yaml
-from accelerate import PartialState
+from pydantic import Field, Strict, field_validator, model_validator
 
-from qvision_lab.captioning import load
-from qvision_lab.data.atomic import write_atomic
-from qvision_lab.model.captioner import QVisionForConditionalGeneration, generation_preset
-from qvision_lab.model.config import QVisionConfig
-from qvision_lab.model.loading.checkpoint import Checkpoint, Provenance, save_checkpoint
-from qvision_lab.model.processor import QVisionProcessor
-from qvision_lab.scenes.captions import tell
-from qvision_lab.scenes.layout import layout
-from qvision_lab.training.caption_stage import learn_to_tell, train_tokenizer
-from qvision_lab.training.card import scenes_card, score_on_scenes
-from qvision_lab.training.vision_stage import learn_to_see
+from qvision_lab.training.freezing import find_policy
+from qvision_lab.training.settings import (
+    Settings,
+    find_settings,
+    override,
+    parse_overrides,
+    read_yaml,
+)
 
 RECIPES = files("qvision_lab.training") / "recipes"
-STAGES = ("vision", "captioner")
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Names = Annotated[tuple[str, ...], Strict(False)]  # YAML has lists
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> dict:
-    """Read a recipe by its name or path and change single values, given as `stage.key=value`.
+class DataSource(Settings):
+    """Captioned images, as `qvision_lab.data.coco.open_dataset` takes them."""
+
+    source: str
+    split: str | None = None
+    n: Count | None = None
+    seed: int = 0
+    images: str | None = None
+    captions: Count | None = None  # only the first so many captions of an image; None: all
+
+
+class Data(Settings):
+    """Training and validation data; an image in both is used for validation only."""
+
+    train: DataSource
+    validation: DataSource
+    skip_bad: bool = False  # leave out images that cannot be read, instead of stopping
+
+
+class Features(Settings):
+    """The cache of vision states, see `features.FeatureCache`."""
+
+    folder: str | None = None  # None: inside the run's folder
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    workers: int | None = Field(None, ge=0)  # reading processes; None: by the number of cores
+
+
+class Optimisation(Settings):
+    """Settings of every stage: optimizer, schedule, batches."""
+
+    learning_rate: Positive
+    matrix_learning_rate: Positive | None = None  # of Muon, for hidden matrices; None: AdamW only
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
+    clip: Positive = 1.0  # largest norm of the gradient
+    batch_size: Count = 16  # images per batch, over all processes
+    accumulation: Count = 1  # batches per step
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    evaluations: Count = 8  # each validates and saves a checkpoint
+    workers: int | None = Field(None, ge=0)  # processes preparing batches; None: 4 with a GPU
+    tensorboard: bool = False
+
+
+class Phase(Settings):
+    """A part of the training with its own policy, warm-up and cosine; give epochs or steps."""
+
+    policy: str | float  # see `freezing.apply`
+    epochs: Positive | None = None
+    steps: Count | None = None
+    learning_rate: Positive | None = None  # None: that of `Training`
+    thaw_projection: bool = False
+
+    @field_validator("policy")
+    @classmethod
+    def _policy_exists(cls, policy: str | float) -> str | float:
+        find_policy(policy)
+        return policy
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Phase:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("a phase needs epochs or steps, and not both")
+        return self
+
+
+class Training(Optimisation):
+    """How the captioner is trained."""
+
+    phases: Annotated[tuple[Phase, ...], Strict(False), Field(min_length=1)]
+    captions_per_image: Count = 5  # in a batch; of more, each epoch draws with the seed
+    max_tokens: int = Field(40, ge=3)  # longer captions are cut before their <END>
+    best_by: Literal["cider", "loss"] = "cider"
+    patience: Count | None = None  # evaluations without improvement before a phase ends
+    capture: bool = True  # on one GPU, replay steps of cached features as CUDA graphs
+    compile: bool = False  # compile the trained blocks with inductor, instead of capturing
+
+
+class TowerData(Settings):
+    """Scenes that the tower learns from: the first `n` of a split and seed."""
+
+    split: str
+    n: Count
+    seed: int = 0
+
+
+class Tower(Optimisation):
+    """A stage before the captioner's: a new model, whose vision tower learns from Scenes' truth."""
+
+    model: dict[str, Any]  # of `QVisionConfig`
+    vocab_size: Count  # of the tokenizer, which is trained on captions
+    vocab_scenes: Count  # of so many scenes
+    data: Annotated[tuple[TowerData, ...], Strict(False), Field(min_length=1)]
+    held_out: Count
+    steps: Count
+    supervision: Literal["patches", "images"] = "patches"  # granularity; images: without positions
+    drawing_workers: int = Field(0, ge=0)
+
+
+class ModelChanges(Settings):
+    """Fields of `QVisionConfig` that differ from the checkpoint's; None: as they are.
+
+    The tower and the tokens stay, since the tower is frozen and the tokenizer is the checkpoint's.
+    """
+
+    num_query_tokens: Count | None = None
+    num_qformer_blocks: Count | None = None
+    num_attention_heads: Count | None = None
+    dropout: float | None = Field(None, ge=0, lt=1)
+    text_config: dict[str, Any] | None = None  # of GPT-Neo; what is not named stays
+    global_token: Literal["token", "none", "added"] | None = None
+    bridge: Literal["cross_attention", "prefix"] | None = None
+    bridge_reads: Literal["visual_tokens", "image_tokens", "mean_image_token"] | None = None
+
+
+class Recipe(Settings):
+    """A whole run: a checkpoint (or a new model), data, what is trained and how."""
+
+    name: str
+    data: Data
+    training: Training
+    seed: int = 0
+    tower: Tower | None = None  # start from this stage, instead of a checkpoint
+    checkpoint: str | None = None  # folder or Hub id; None: the embedded one
+    revision: str | None = None  # on the Hub
+    model: ModelChanges = ModelChanges()
+    reinitialise: Names = ()  # modules that start from random weights, by their names
+    features: Features | None = Features()  # None: no cache; images pass the tower in each step
+    scores: dict[str, Count] = {}  # splits of Scenes, with sizes, that the result is scored on
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved weights
+    push_to: str | None = None  # Hub id to upload the result to
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        for phase in self.training.phases:
+            if self.features is not None and "vision" in find_policy(phase.policy).modules:
+                raise ValueError(
+                    f"policy {phase.policy!r} trains the vision tower, whose states then change: "
+                    "set features to null"
+                )
+        if self.tower is not None and self.checkpoint:
+            raise ValueError("tower starts a new model: leave checkpoint out")
+        return self
+
+
+def load_recipe(name: str, changes: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read a recipe by its name or path.
+
+    Args:
+        changes: to its settings, as `name.name=value` texts or as a mapping of dotted names.
 
     Raises:
-        ValueError: for a recipe or a key that does not exist, naming those that do.
+        ValueError: for a recipe, setting or value that does not exist or is not allowed, with those
+            that are.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(Path(str(file)).stem for file in RECIPES.iterdir()))
-        raise ValueError(f"no recipe {name!r}: give a YAML file, or one of {known}.")
-    recipe = yaml.safe_load(path.read_text())
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        *sections, last = key.split(".")
-        place = recipe
-        for section in sections:
-            place = place.get(section, {}) if isinstance(place, dict) else {}
-        if not equals or not isinstance(place, dict) or last not in place:
-            keys = ", ".join(place) if isinstance(place, dict) and place else ", ".join(recipe)
-            raise ValueError(f"cannot set {override!r}: write key=value, with a key among {keys}.")
-        place[last] = _number(yaml.safe_load(value))
-    return recipe
-
-
-def run_recipe(name: str, output: str | Path, overrides: Sequence[str] = ()) -> Path:
-    """Carry out a recipe; run again, it resumes where it stopped.
-
-    A recipe of `kind: finetune` tunes a checkpoint (see `run_finetune`); the others train a
-    captioner on Scenes from random weights.
-
-    Returns:
-        The folder of the finished checkpoint, which `qvision_lab.load` takes.
-
-    Raises:
-        ValueError: if `output` holds a run of another recipe.
-    """
-    recipe = load_recipe(name, overrides)
-    if recipe.get("kind") == "finetune":
-        from qvision_lab.training.finetune import run_finetune  # which records runs as this does
-
-        return run_finetune(recipe, output)
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
-        record_run(output, recipe)
-    captions = (
-        caption
-        for index in range(recipe["tokenizer"]["pictures"])
-        for caption in tell(layout("train", 0, index))
-    )
-    tokenizer = train_tokenizer(captions, recipe["tokenizer"]["vocab_size"])
-    sizes = recipe["model"]
-    config = QVisionConfig(
-        **{**sizes, "text_config": {**sizes["text_config"], "vocab_size": len(tokenizer)}},
-        start_token_id=tokenizer.bos_token_id,
-        end_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    seed = recipe["seed"]
-    tower = learn_to_see(config.vision_config, recipe["vision"], seed, output / "vision")
-    model = learn_to_tell(tower, config, tokenizer, recipe["captioner"], seed, output / "captioner")
-    model.generation_config = generation_preset("greedy", config)
-    if PartialState().is_main_process:
-        _ship(model, QVisionProcessor.from_config(config, tokenizer), recipe, output)
-    PartialState().wait_for_everyone()
-    return output / "checkpoint"
-
-
-def _ship(
-    model: QVisionForConditionalGeneration, processor: QVisionProcessor, recipe: dict, output: Path
-) -> None:
-    """Write the checkpoint in half precision; score what was written; tell it all in its card."""
-    made_by = Provenance(f"the recipe {recipe['name']}", "native", None, {}, "float16")
-    dest = save_checkpoint(Checkpoint(model.half(), processor, made_by), output / "checkpoint")
-    captioner = load(dest)
-    scores = {split: score_on_scenes(captioner, split, n) for split, n in recipe["scores"].items()}
-    run = (output / "run.yaml").read_text()
-    companions = {
-        "run.yaml": run,
-        "scores.json": json.dumps(scores, indent=1),
-        "README.md": scenes_card(yaml.safe_load(run), scores, model.num_parameters()),
-        **{f"{stage}.csv": (output / stage / "curve.csv").read_text() for stage in STAGES},
-    }
-    for name, text in companions.items():
-        write_atomic(dest / name, text)
-
-
-def record_run(output: Path, recipe: dict, data: dict[str, str] | None = None) -> None:
-    """Keep a recipe beside its run, with the data's fingerprints and what it ran on.
-
-    Raises:
-        ValueError: if `output` holds a run of another recipe or other data, naming the difference.
-    """
-    path = output / "run.yaml"
-    if path.exists():
-        run = yaml.safe_load(path.read_text())
-        then, now = (
-            pd.json_normalize({"recipe": of, "data": from_data}).to_dict("records")[0]
-            for of, from_data in ((run["recipe"], run.get("data")), (recipe, data))
-        )
-        changed = [
-            f"{key.removeprefix('recipe.')} ({then.get(key)}, not {now.get(key)})"
-            for key in {**then, **now}
-            if then.get(key) != now.get(key)
-        ]
-        if changed:
-            raise ValueError(
-                f"{output} holds a run with other settings of {', '.join(changed)}; choose another "
-                "output folder, or delete this one."
-            )
-        return
-    run = {
-        "recipe": recipe,
-        **({"data": data} if data else {}),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "versions": {
-            name: version(name) for name in ("qvision-lab", "torch", "transformers", "pillow")
-        },
-    }
-    write_atomic(path, yaml.safe_dump(run, sort_keys=False))
-
-
-def _commit() -> str | None:
-    """The git commit of the code, where it lies in a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _number(value: object) -> object:
-    """YAML 1.1 reads `1e-4` as text; people mean a number."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    values = read_yaml(find_settings(name, RECIPES, "recipe"))
+    changes = changes if isinstance(changes, Mapping) else parse_overrides(changes)
+    return Recipe.parse(override(values, changes))

@@ -1,255 +1,379 @@
-"""One trainer for every stage: transformers' own, with Muon, measured by what the stage is for."""
+"""One trainer for every stage: transformers' own, with a measure and complete checkpoints."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from torch import nn
-from torch.utils.data import Dataset
-from transformers import Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from qvision_lab.captioning import Captioner
 from qvision_lab.data.atomic import write_atomic
+from qvision_lab.data.coco import CaptionDataset, ImageId
+from qvision_lab.evaluation import evaluate
+from qvision_lab.model.captioner import QVisionForConditionalGeneration
+from qvision_lab.model.processor import QVisionProcessor
+from qvision_lab.training import gpu
+from qvision_lab.training.optimizers import MuonAdamW
+from qvision_lab.training.recipe import Optimisation
+
+TIMED_STEPS = 20  # after so many, the remaining time is printed
+Measure = Callable[[nn.Module], dict[str, float]]
+Collator = Callable[[list[dict]], dict[str, Tensor]]
 
 
-class BatchedMuon(torch.optim.Muon):
-    """torch's Muon, which on a GPU takes all matrices of one shape at once: in few launches.
+@dataclass
+class Validation:
+    """Scores of greedy captions of held-out images, made as a user would get them.
 
-    Its numbers differ from torch's as far as products in bfloat16 round; its state is the same.
+    The Captioner gets images only; transformers' `predict_with_generate` would prompt with the
+    reference. Processes share the work.
     """
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        alike = defaultdict(list)
-        for number, group in enumerate(self.param_groups):
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    alike[number, weight.shape].append(weight)
-        if not all(weights[0].is_cuda for weights in alike.values()):
-            return super().step(closure)
-        return self.step_batched(alike)
+    images: CaptionDataset
+    processor: QVisionProcessor
+    batch_size: int  # on a CPU; on a GPU the Captioner chooses
+    captioner: Captioner | None = field(default=None, init=False, repr=False)
 
-    @torch.no_grad()
-    def step_batched(self, alike: dict[tuple[int, torch.Size], list[nn.Parameter]]) -> None:
-        """Step the weights [r,c] of each group and shape by products of [n,r,c]."""
-        for (number, (rows, columns)), weights in alike.items():
-            group, states = self.param_groups[number], [self.state[weight] for weight in weights]
-            for state, weight in zip(states, weights, strict=True):
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-            gradients = [weight.grad for weight in weights]
-            buffers = [state["momentum_buffer"] for state in states]
-            torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-            updates = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's
-            x = torch.stack(updates).bfloat16()  # [n,r,c]
-            x = x.mT if rows > columns else x
-            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
-            a, b, c = group["ns_coefficients"]
-            for _ in range(group["ns_steps"]):
-                gram = x @ x.mT
-                x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-            x = x.mT if rows > columns else x
-            rate = group["lr"] * max(1, rows / columns) ** 0.5
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights, (x.float() * -rate).contiguous().unbind())
+    def captioner_of(self, model: QVisionForConditionalGeneration) -> Captioner:
+        """The one captioner of a model, since it keeps buffers and graphs."""
+        if self.captioner is None or self.captioner.model is not model:
+            self.captioner = Captioner(model, self.processor)
+        return self.captioner
+
+    def captions(self, model: QVisionForConditionalGeneration) -> dict[ImageId, str]:
+        """A greedy caption of each image."""
+        captioner = self.captioner_of(model)
+        batch_size = self.batch_size if model.device.type == "cpu" else None
+        with PartialState().split_between_processes(list(self.images)) as mine:
+            pictures = (image.picture for image in mine)
+            settings = {"batch_size": batch_size, "preset": "greedy"}
+            captions = captioner.caption(pictures, **settings) if mine else []
+        texts = gather_object([caption.text for caption in captions])
+        return dict(zip(self.images.ids, texts, strict=True))
+
+    def __call__(self, model: QVisionForConditionalGeneration) -> dict[str, float]:
+        """CIDEr-D times 100, and the rates of the data set's judge where it has one, 0 to 1."""
+        judge = self.images.judge
+        metrics = ("cider", *([judge.name] if judge else []))
+        captions = self.captions(model)
+        scores = evaluate(captions, self.images.references, metrics, judge=judge).scores
+        scores = {name.replace(" ", "_"): score for name, score in scores.items()}
+        return {"cider": 100 * scores.pop("CIDEr"), **scores}
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the matrices of a network and AdamW for everything else, as one optimizer.
+class StageTrainer(Trainer):
+    """transformers' trainer, whose evaluation adds a measure of the stage.
 
-    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) is meant for hidden
-    matrices; embeddings, heads, biases and norms stay with AdamW, as its authors advise.
+    A checkpoint whose write fails is deleted. Evaluation leaves the random numbers of training
+    alone, so that the number of evaluations changes no weight. On a GPU, steps take float32
+    products in TF32 and read frozen matrices in the bfloat16 that autocast would cast them to; what
+    is evaluated and saved is float32.
+
+    Args:
+        measure: gets the model in evaluation mode, returns numbers to be logged.
+        processor: saved with each checkpoint, so that `ql.load` can read it. (As the Trainer's
+            `processing_class` it would change the model's special tokens.)
+        compiled: compile the blocks; where that fails in the first step, continue without.
+        captured: replay steps of cached features as CUDA graphs, where one GPU trains alone.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        learning_rate: float,
-        matrix_learning_rate: float,
-        weight_decay: float,
+        *args,
+        measure: Measure,
+        processor: QVisionProcessor | None = None,
+        compiled: bool = False,
+        captured: bool = False,
+        **kwargs,
     ):
-        modules = (module for module in model.modules() if isinstance(module, nn.Embedding))
-        embeddings = {id(module.weight) for module in modules}
-        matrices, others = [], []
-        for name, parameter in model.named_parameters():
-            hidden = parameter.ndim == 2 and "head" not in name and id(parameter) not in embeddings
-            if parameter.requires_grad:
-                (matrices if hidden else others).append(parameter)
-        self.muon = BatchedMuon(
-            matrices, lr=matrix_learning_rate, weight_decay=weight_decay, momentum=0.95
-        )
-        self.adamw = torch.optim.AdamW(
-            others, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True
-        )
-        super().__init__(self.muon.param_groups + self.adamw.param_groups, defaults={})
-        self._share_groups()
+        super().__init__(*args, **kwargs)
+        self.measure, self.processor = measure, processor
+        self.compiled, self.untried = compiled, compiled
+        on_gpu = self.args.device.type == "cuda"
+        if on_gpu and isinstance(measure, Validation):  # holding weights may move them
+            measure.captioner_of(self.model).decoding.follow_weights()
+        self.frozen = gpu.frozen_matrices(self.model) if self.args.bf16 and on_gpu else []
+        self.originals = [weight.data for weight in self.frozen]
+        # Graphs write gradients to one place, which a second batch of a step would overwrite.
+        alone = self.args.world_size == 1 and self.args.gradient_accumulation_steps == 1
+        self.captured = gpu.CapturedLoss(self.model) if captured and alone else None
+        self.losses: list[tuple[int, Tensor]] = []  # with their steps, not yet checked
 
-    def _share_groups(self) -> None:
-        """The schedule writes learning rates into `param_groups`: they must be the parts' own."""
-        self.param_groups = self.muon.param_groups + self.adamw.param_groups
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        """From cached features on one GPU by CUDA graphs; else as the model computes it."""
+        if self.captured is None or return_outputs or "vision_states" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.accelerator.autocast():
+            return self.captured(**inputs, num_items_in_batch=num_items_in_batch)
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = self.muon.step(closure)
-        self.adamw.step()
+    def train(self, *args, **kwargs):
+        halves = [original.bfloat16() for original in self.originals]
+        with gpu.holding(self.frozen, halves), ExitStack() as stack:
+            if self.compiled:
+                stack.enter_context(gpu.compiled_blocks(self.model))
+            return super().train(*args, **kwargs)
+
+    @contextmanager
+    def _as_loaded(self) -> Iterator[None]:
+        """Frozen weights in their original dtype, and nothing compiled."""
+        with gpu.holding(self.frozen, self.originals), ExitStack() as stack:
+            if self.compiled:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+            self.originals = [weight.data for weight in self.frozen]  # a Captioner may join them
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        self.args.dataloader_drop_last = False  # the training batches exist by now
+        return super().get_eval_dataloader(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        with gpu.tf32_products():
+            loss = self._compiled_step(*args, **kwargs)
+        self.losses.append((self.state.global_step + 1, loss))
+        if loss.device.type == "cpu":
+            self._check_losses()
         return loss
 
-    def state_dict(self) -> dict:
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+    def _compiled_step(self, *args, **kwargs) -> Tensor:
+        try:
+            loss = super().training_step(*args, **kwargs)
+        except Exception as error:  # compilers raise many kinds
+            if not self.untried:
+                raise
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            warnings.warn(f"not compiled ({problem}): training continues without.", stacklevel=2)
+            gpu.uncompile(self.model)
+            self.model.zero_grad()
+            loss, self.compiled = super().training_step(*args, **kwargs), False
+        self.untried = False
+        return loss
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        self.muon.load_state_dict(state_dict["muon"])
-        self.adamw.load_state_dict(state_dict["adamw"])
-        self._share_groups()
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self._check_losses()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
+    def _check_losses(self) -> None:
+        """Check the losses since the last time, which waits for the device."""
+        losses, self.losses = self.losses, []
+        for step, loss in losses:
+            if not math.isfinite(loss.item()):
+                raise self._diverged(f"the loss is {loss.item()}", step)
 
-class WholeCheckpoints:
-    """Mixed into a trainer: a checkpoint that could not be written to its end is none."""
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), self._as_loaded():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            with torch.no_grad():
+                measured = self.measure(self.model.eval())
+        output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in measured.items()})
+        return output
 
     def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
+        if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
+            raise self._diverged("weights are not finite", self.state.global_step)
         folder, step = Path(self.args.output_dir), self.state.global_step
         try:
-            super()._save_checkpoint(model, trial)
+            with self._as_loaded():
+                super()._save_checkpoint(model, trial)
         except Exception as error:  # torch, safetensors and the file system raise their own
             shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
             raise OSError(
-                f"step {step} could not be saved in {folder} ({error}). What was saved before is "
-                "whole: make room, and run the same command again."
+                f"step {step} could not be saved in {folder} ({error}). Earlier checkpoints are "
+                "complete: make room, and run the same command again."
             ) from error
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.processor is not None:
+            self.processor.save_pretrained(output_dir)
 
-class StageTrainer(WholeCheckpoints, Trainer):
-    """A Trainer whose evaluation is the stage's own measure.
-
-    Args:
-        measure: gets the model in evaluation mode, returns numbers to be logged.
-    """
-
-    def __init__(self, *args, measure: Callable[[nn.Module], dict[str, float]], **kwargs):
-        super().__init__(*args, **kwargs)
-        self.measure = measure
-
-    def evaluate(self, *_args, **_kwargs) -> dict[str, float]:
-        self.model.eval()
-        with torch.no_grad():
-            metrics = {f"eval_{name}": value for name, value in self.measure(self.model).items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
+    def _diverged(self, problem: str, step: int) -> ValueError:
+        return DivergedError(
+            f"{problem} at step {step} of {self.args.output_dir}: training stops, and earlier "
+            "checkpoints stay. Lower the learning rate or `clip`, in another output folder."
         )
-        return metrics
 
 
-class CurveWriter(TrainerCallback):
-    """Keeps a stage's log as a CSV, one row a logged step, whole after every write."""
+class DivergedError(ValueError):
+    """A loss or weight that is not finite."""
 
-    def __init__(self, path: Path):
-        self.path = path
+
+class EpochAndPatienceCallback(TrainerCallback):
+    """Passes the epoch to the data set, stops without improvement, prints the remaining time."""
+
+    def __init__(self, best_by: str | None, patience: int | None):
+        self.best_by, self.patience = best_by, patience
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first, self.begun = state.global_step, perf_counter()
+
+    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
+        train_dataloader.dataset.epoch = int(state.epoch)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.first + TIMED_STEPS and state.is_world_process_zero:
+            step = (perf_counter() - self.begun) / TIMED_STEPS
+            left = step * (state.max_steps - state.global_step) / 60
+            print(f"{step:.2f} s per step: {left:.0f} minutes to go, plus validation")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        control.should_training_stop |= is_exhausted(state, self.best_by, self.patience)
+
+
+class CurveCallback(TrainerCallback):
+    """Keeps the log as `curve.csv`, one row per logged step, in atomic writes."""
 
     def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            write_atomic(self.path, pd.DataFrame(state.log_history).to_csv(index=False))
+            curve = pd.DataFrame(state.log_history).to_csv(index=False)
+            write_atomic(Path(args.output_dir, "curve.csv"), curve)
 
 
-def run_stage(
+def is_exhausted(state: TrainerState, best_by: str | None, patience: int | None) -> bool:
+    """Whether the last `patience` evaluations brought no improvement."""
+    key, sign = f"eval_{best_by}", -1 if best_by == "loss" else 1
+    scores = [sign * row[key] for row in state.log_history if key in row]
+    since = len(scores) - 1 - int(np.argmax(scores)) if scores else 0
+    return patience is not None and since >= patience
+
+
+def train_stage(
     model: nn.Module,
-    stage: dict,
-    seed: int,
+    settings: Optimisation,
     folder: Path,
-    measure: Callable[[nn.Module], dict[str, float]],
-    data_collator: Callable[[list], dict[str, torch.Tensor]],
-    dataset: Dataset,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> StageTrainer:
-    """Train what a recipe's stage says, or take it up where it stopped; the log is `curve.csv`."""
-    steps = stage["steps"]
-    arguments = training_arguments(
-        folder,
-        seed,
-        batch_size=stage["batch_size"],
-        max_steps=steps,
-        gradient_accumulation_steps=stage.get("accumulation", 1),
-        learning_rate=stage["learning_rate"],
-        weight_decay=stage["weight_decay"],
-        warmup_steps=min(stage["warmup_steps"], steps // 4),
-        max_grad_norm=1.0,
-        bf16=stage.get("bf16", True),
-        logging_steps=max(1, min(50, steps // 10)),
-        eval_steps=max(1, steps // stage.get("measurements", 8)),
-        save_steps=max(1, steps // 8),
-        save_total_limit=1,
-    )
-    rates = stage["learning_rate"], stage["matrix_learning_rate"], stage["weight_decay"]
-    trainer = StageTrainer(
-        model,
-        arguments,
-        data_collator=data_collator,
-        train_dataset=dataset,
-        eval_dataset=dataset,  # never read: the measure has its own
-        callbacks=[CurveWriter(folder / "curve.csv"), *callbacks],
-        optimizers=(MuonAdamW(model, *rates), None),
-        measure=measure,
-    )
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    return trainer
+    seed: int,
+    steps: int,
+    data: tuple[Dataset, Dataset],
+    collator: Collator,
+    measure: Measure,
+    processor: QVisionProcessor | None = None,
+) -> Path:
+    """Train a stage, or resume it; a finished stage is left alone. The log is `curve.csv`.
+
+    Args:
+        data: for training and for evaluation.
+        processor: saved with each checkpoint.
+
+    Returns:
+        The folder of the best checkpoint, or of the last one without a criterion for the best.
+
+    Raises:
+        ValueError: if a batch cannot be shared by the processes, or training diverges.
+        OSError: if a checkpoint cannot be written.
+    """
+    best_by, patience = getattr(settings, "best_by", None), getattr(settings, "patience", None)
+    last = last_checkpoint(folder)
+    state = TrainerState.load_from_json(f"{last}/{TRAINER_STATE_NAME}") if last else None
+    finished = state and state.global_step >= state.max_steps
+    if not finished and not (state and is_exhausted(state, best_by, patience)):
+        arguments = training_arguments(settings, folder, seed, steps)
+        rates = settings.learning_rate, settings.matrix_learning_rate, settings.weight_decay
+        compiled = getattr(settings, "compile", False)
+        captured = getattr(settings, "capture", False) and arguments.device.type == "cuda"
+        trainer = StageTrainer(
+            model,
+            arguments,
+            data_collator=collator,
+            train_dataset=data[0],
+            eval_dataset=data[1],
+            callbacks=[EpochAndPatienceCallback(best_by, patience), CurveCallback()],
+            optimizers=(MuonAdamW(model, *rates) if rates[1] else None, None),
+            measure=measure,
+            processor=processor,
+            compiled=compiled,
+            captured=captured and not compiled,
+        )
+        trainer.train(resume_from_checkpoint=last)
+        state = trainer.state
+    return folder / Path(state.best_model_checkpoint or last_checkpoint(folder)).name
 
 
 def training_arguments(
-    folder: Path, seed: int, *, batch_size: int, name: str = "batch_size", **settings
-) -> Seq2SeqTrainingArguments:
-    """Trainer settings that all runs share: one cosine, checkpoints, batches shared by processes.
-
-    Args:
-        batch_size: over all processes; `name` is what the recipe calls it.
-        settings: further ones, by the names that the Trainer has for them.
-
-    Raises:
-        ValueError: if a batch cannot be shared out evenly.
-    """
-    share = batch_share(batch_size, name)
-    return Seq2SeqTrainingArguments(
+    settings: Optimisation, folder: Path, seed: int, steps: int
+) -> TrainingArguments:
+    """The Trainer's own settings for a stage: one cosine, checkpoints, batches shared evenly."""
+    on_gpu, share = torch.cuda.is_available(), batch_share(settings.batch_size)
+    every = math.ceil(steps / settings.evaluations)
+    best_by = getattr(settings, "best_by", None)
+    arguments = TrainingArguments(
         output_dir=str(folder),
         seed=seed,
+        max_steps=steps,
         per_device_train_batch_size=share,
         per_device_eval_batch_size=share,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup,
+        max_grad_norm=settings.clip,
+        bf16=settings.precision == "bfloat16",
+        fp16=settings.precision == "float16",
+        use_cpu=not on_gpu,
+        logging_steps=max(1, min(50, steps // 20)),
+        logging_nan_inf_filter=False,
         eval_strategy="steps",
-        use_cpu=not torch.cuda.is_available(),
+        eval_steps=every,
+        save_steps=every,
+        save_total_limit=2,  # the best, and the last
+        metric_for_best_model=best_by,
+        greater_is_better=best_by and best_by != "loss",
+        dataloader_num_workers=4 * on_gpu if settings.workers is None else settings.workers,
+        dataloader_drop_last=True,  # else processes share an epoch's last batch unevenly
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
-        accelerator_config={"non_blocking": torch.cuda.is_available()},  # copies to the device
-        **{"report_to": [], **settings},
+        accelerator_config={"non_blocking": on_gpu},  # copies to the device
+        report_to=["tensorboard"] if settings.tensorboard else [],
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # more GPUs are for more processes
+    return arguments
 
 
-def batch_share(batch_size: int, name: str) -> int:
-    """What each process gets of a batch; `name` is what a recipe calls it.
+def batch_share(batch_size: int) -> int:
+    """The part of a batch for each process.
 
     Raises:
-        ValueError: if it cannot be shared out evenly.
+        ValueError: if the processes cannot share it evenly.
     """
     share, rest = divmod(batch_size, PartialState().num_processes)
     if rest:
         raise ValueError(
-            f"{name}={batch_size} cannot be shared by {PartialState().num_processes} processes; "
-            "choose a multiple of them."
+            f"batch_size={batch_size} cannot be shared by {PartialState().num_processes} processes;"
+            " choose a multiple of them."
         )
     return share
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint of a run that was written to its end; None where there is none.
+    """The newest complete checkpoint of a run, or None.
 
-    The Trainer writes `trainer_state.json` last, so a folder in which it parses is whole.
+    The Trainer writes `trainer_state.json` last, so a folder in which it parses is complete.
     """
-    whole = []
+    complete = []
     for state in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
         with suppress(ValueError):
-            whole.append((json.loads(state.read_text())["global_step"], str(state.parent)))
-    return max(whole)[1] if whole else None
+            complete.append((json.loads(state.read_text())["global_step"], str(state.parent)))
+    return max(complete)[1] if complete else None

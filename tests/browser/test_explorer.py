@@ -1,6 +1,6 @@
-"""The explorer in Chromium, on a JupyterLab of its own; `make test-browser` installs Chromium.
+"""The explorer in Chromium, on a separate JupyterLab; `make test-browser` installs Chromium.
 
-EXPLORER_SCREENSHOT in the environment is where a picture of it is kept.
+EXPLORER_SCREENSHOT in the environment is the file of its screenshot.
 """
 
 import io
@@ -24,8 +24,9 @@ from PIL import Image
 from qvision_lab import scenes
 from qvision_lab.captioning import load
 from qvision_lab.interpretation.interventions import mute
+from qvision_lab.interpretation.maps import word_maps
 from qvision_lab.interpretation.trace import trace
-from qvision_lab.plots import HEAT
+from qvision_lab.plots.images import HEAT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 expect = playwright.expect
@@ -102,12 +103,12 @@ def peak_on_screen(image, patch_grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def find_example(captioner):
-    """A scene, and a query whose muting changes what is said of it."""
+    """A scene, and a query whose muting changes its caption."""
     for scene in scenes.generate(20, split="test", start=30):
-        said = captioner.caption(scene.image, preset="greedy").text
+        caption = captioner.caption(scene.image, preset="greedy").text
         for query in range(captioner.model.config.num_query_tokens):
             with mute(captioner.model, queries=[query]):
-                if captioner.caption(scene.image, preset="greedy").text != said:
+                if captioner.caption(scene.image, preset="greedy").text != caption:
                     return scene.image, query
     pytest.fail("no query matters to a caption")
 
@@ -117,8 +118,9 @@ def test_upload_click_and_mute(page, tmp_path):
     picture, query = find_example(captioner)
     picture.save(tmp_path / "mine.png")
     traced = trace(captioner, picture)
-    longest = max(traced.word_maps(), key=lambda m: len(m.label))
-    other = next(m for m in traced.word_maps() if m.peak != longest.peak)
+    maps = word_maps(traced)
+    longest = max(maps, key=lambda m: len(m.label))
+    other = next(m for m in maps if m.peak != longest.peak)
     with mute(captioner.model, queries=[query]):
         muted = captioner.caption(picture, preset="greedy").text
     images = page.locator("img[alt*='highest in patch']")
@@ -129,8 +131,8 @@ def test_upload_click_and_mute(page, tmp_path):
     expect(page.get_by_text(traced.caption, exact=True)).to_be_visible()
     for patch_map in (longest, other, longest):
         page.get_by_role("button", name=patch_map.label, exact=True).first.press("Enter")
-        told = f"{patch_map.label} ({patch_map.method}): highest in patch {patch_map.peak}"
-        expect(images).to_have_attribute("alt", re.compile(f"^{re.escape(told)}"))
+        text = f"{patch_map.label} ({patch_map.method}): highest in patch {patch_map.peak}"
+        expect(images).to_have_attribute("alt", re.compile(f"^{re.escape(text)}"))
         assert peak_on_screen(images, traced.patch_grid) == patch_map.peak
 
     expect(page.get_by_text("Nothing is muted")).to_be_visible()

@@ -1,4 +1,4 @@
-"""Captions on a GPU: captured graphs find what the plain loop, `generate` and a CPU find."""
+"""Captions on a GPU: captured graphs equal the plain loop, `generate` and a CPU."""
 
 import copy
 import json
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_captioning import GREEDY, counts, ids
 from test_original import run
 from torch.testing import assert_close
 
@@ -21,20 +22,19 @@ from qvision_lab.captioning.decoding_step import Buffers
 from qvision_lab.captioning.sampling import random_integers, row_keys
 from qvision_lab.evaluation.bootstrap import paired_difference
 from qvision_lab.interpretation.interventions import mute
-from qvision_lab.interpretation.maps import METHODS
+from qvision_lab.interpretation.maps import METHODS, word_maps
 from qvision_lab.interpretation.trace import trace
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.loading.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from qvision_lab.training.finetune import reinitialise
+from qvision_lab.training.train import reinitialise
 
 pytestmark = pytest.mark.filterwarnings("error:CUDA captured no")
 
-GREEDY = {"preset": "greedy"}
 SAMPLED = {"temperature": 1.0, "top_p": 0.9, "top_k": 0}
 
 
 class Uncaptured(FastDecoding):
-    """The very kernels of the graphs, launched one by one."""
+    """The kernels of the graphs, launched one by one."""
 
     def _captured(self, key, function, buffers=None):
         return function
@@ -48,7 +48,7 @@ class Plain(FastDecoding):
         self._captures = False
 
 
-def beside(captioner: Captioner, decoding: type[FastDecoding] = FastDecoding) -> Captioner:
+def uncaptured(captioner: Captioner, decoding: type[FastDecoding] = FastDecoding) -> Captioner:
     """A captioner of the same model that has captured nothing yet."""
     other = Captioner(captioner.model, captioner.processor)
     other.decoding = decoding(captioner.model)
@@ -57,10 +57,6 @@ def beside(captioner: Captioner, decoding: type[FastDecoding] = FastDecoding) ->
 
 def copied(captioner: Captioner) -> Captioner:
     return Captioner(copy.deepcopy(captioner.model), captioner.processor)
-
-
-def ids(captions: list[Caption]) -> list[tuple[int, ...]]:
-    return [caption.token_ids for caption in captions]
 
 
 def share_equal(found: list, expected: list) -> float:
@@ -114,9 +110,6 @@ def greedy(captions) -> list[tuple[int, ...]]:
     return ids(captions)
 
 
-# --- against the original code's numbers ---------------------------------------------------------
-
-
 @pytest.fixture(scope="module", params=["published_a", "published_b"])
 def reference(request, shared):
     folder = shared / "reference" / request.param
@@ -160,13 +153,10 @@ def test_greedy_generations_are_the_originals(reference):
             assert (found[0, end:] == model.config.pad_token_id).all()
 
 
-# --- the same captions by every way --------------------------------------------------------------
-
-
 def test_captured_captions_are_those_of_the_loop_and_of_generate(captioner, pictures, greedy):
     some, expected = pictures[:200], greedy[:200]
     for decoding in (Uncaptured, Plain):
-        assert ids(beside(captioner, decoding).caption(some, **GREEDY)) == expected
+        assert ids(uncaptured(captioner, decoding).caption(some, **GREEDY)) == expected
     generate = captioner.model.generate
     with patch.object(captioner.model, "generate", wraps=generate) as called:
         assert ids(captioner.caption(some, **GREEDY)) == expected
@@ -189,15 +179,15 @@ def test_bfloat16_captions_are_those_of_the_loop(halved, pictures):
     how = {**GREEDY, "batch_size": 40}
     expected = ids(halved.caption(pictures[:200], **how))
     assert is_captured(halved)
-    ways = {"uncaptured": beside(halved, Uncaptured), "plain": beside(halved, Plain)}
-    ways["compiled"] = halved.compile(batch_size=40)
-    shares = {
-        name: share_equal(ids(way.caption(pictures[:200], **how)), expected)
-        for name, way in ways.items()
-    }
-    print("bfloat16, captions equal to the captured ones:", shares)
-    assert shares["uncaptured"] >= 0.9
-    assert min(shares.values()) >= 0.75
+    others = (
+        uncaptured(halved, Uncaptured),
+        uncaptured(halved, Plain),
+        halved.compile(batch_size=40),
+    )
+    shares = [share_equal(ids(each.caption(pictures[:200], **how)), expected) for each in others]
+    print("bfloat16, captions equal to the captured ones (uncaptured, plain, compiled):", shares)
+    assert shares[0] >= 0.9
+    assert min(shares) >= 0.75
 
 
 def test_captions_in_bfloat16_are_as_true(halved, captions, drawn, pictures):
@@ -239,12 +229,9 @@ def test_random_integers_are_a_cpus():
             assert there.cpu().equal(random_integers(keys, step, words))
 
 
-# --- batches -------------------------------------------------------------------------------------
-
-
 def test_batch_sizes_in_turn_change_nothing(captioner, pictures, greedy):
     """Sizes that come back, that are padded to others, and more than are kept."""
-    other, some = beside(captioner), pictures[:70]
+    other, some = uncaptured(captioner), pictures[:70]
     for batch_size in (7, 32, 7, 100, 30, 3, 1, 7):
         assert ids(other.caption(some, batch_size=batch_size, **GREEDY)) == greedy[:70], batch_size
     assert is_captured(other)
@@ -258,7 +245,7 @@ def test_batch_sizes_in_turn_change_nothing(captioner, pictures, greedy):
 
 def test_more_settings_than_graphs_are_kept(captioner, pictures, monkeypatch):
     monkeypatch.setattr(compiled, "GRAPHS", 3)
-    other, plain = beside(captioner), beside(captioner, Plain)
+    other, plain = uncaptured(captioner), uncaptured(captioner, Plain)
     for penalty in (1.0, 1.2, 1.4, 1.6, 1.8, 1.0, 1.4):
         settings = {**GREEDY, "repetition_penalty": penalty}
         found = other.caption(pictures[:20], **settings)
@@ -283,7 +270,7 @@ def test_captions_end_at_once_or_never(captioner, pictures):
         found = captioner.caption(pictures[:20], **endless)
         assert {len(caption.token_ids) for caption in found} == {length}
         assert end not in {token for caption in found for token in caption.token_ids}
-        assert ids(found) == ids(beside(captioner, Plain).caption(pictures[:20], **endless))
+        assert ids(found) == ids(uncaptured(captioner, Plain).caption(pictures[:20], **endless))
 
 
 @pytest.mark.parametrize("where", ["allocating", "capturing"])
@@ -307,14 +294,14 @@ def test_out_of_memory_halves_a_batch(captioner, pictures, greedy, monkeypatch, 
         monkeypatch.setattr(Buffers, "allocate", staticmethod(allocates))
     else:
         monkeypatch.setattr(FastDecoding, "_choose", chooses)
-    other = beside(captioner)
+    other = uncaptured(captioner)
     with pytest.warns(UserWarning, match="need more memory") as warned:
         found = other.caption(pictures[:40], batch_size=32, **GREEDY)
     assert ids(found) == greedy[:40]
     assert is_captured(other)
-    said = [str(each.message) for each in warned if "more memory" in str(each.message)]
-    assert [message.rpartition("=")[2] for message in said] == ["16.", "8."]
-    most[0], other = 0, beside(captioner)
+    messages = [str(each.message) for each in warned if "more memory" in str(each.message)]
+    assert [message.rpartition("=")[2] for message in messages] == ["16.", "8."]
+    most[0], other = 0, uncaptured(captioner)
     with pytest.raises(torch.OutOfMemoryError, match="1 rows"):
         other.caption(pictures[0], **GREEDY)
     monkeypatch.undo()
@@ -329,22 +316,17 @@ def test_where_nothing_can_be_captured_captions_are_the_same(
         raise RuntimeError("no graphs here")
 
     monkeypatch.setattr(torch.cuda, "graph", fails)
-    other = beside(captioner)
+    other = uncaptured(captioner)
     with pytest.warns(UserWarning, match="CUDA captured no graph") as warned:
         found = other.caption(pictures[:40], batch_size=20, **GREEDY)
     assert ids(found) == greedy[:40]
     assert not is_captured(other)
-    said = [str(each.message) for each in warned if "captured" in str(each.message)]
-    assert said == [
-        "CUDA captured no graph (no graphs here); captions are made without, more slowly."
-    ]
+    (message,) = [str(each.message) for each in warned if "captured" in str(each.message)]
+    assert "(no graphs here); captions are made without, more slowly." in message
     assert ids(other.caption(pictures[:20], **GREEDY)) == greedy[:20]  # without another warning
 
 
-# --- a model that is looked into, changed and saved ----------------------------------------------
-
-
-def test_interventions_and_maps_beside_captured_graphs(captioner, on_cpu, pictures, greedy):
+def test_interventions_and_maps_next_to_captured_graphs(captioner, on_cpu, pictures, greedy):
     parts = {"queries": range(0, 24, 2), "heads": [(0, 1)], "bridge_heads": [3]}
     some, muted = pictures[:20], []
     for each in (captioner, on_cpu):
@@ -357,7 +339,8 @@ def test_interventions_and_maps_beside_captured_graphs(captioner, on_cpu, pictur
     np.testing.assert_allclose(there.bridge_attentions, here.bridge_attentions, atol=1e-4)
     for method in METHODS:
         found, expected = (
-            np.stack([word.values for word in traced.word_maps(method)]) for traced in (there, here)
+            np.stack([word.values for word in word_maps(traced, method)])
+            for traced in (there, here)
         )
         largest = np.abs(expected).max()
         np.testing.assert_allclose(found / largest, expected / largest, atol=1e-2, err_msg=method)
@@ -365,7 +348,7 @@ def test_interventions_and_maps_beside_captured_graphs(captioner, on_cpu, pictur
     assert is_captured(captioner)
 
 
-def test_graphs_see_weights_that_change(captioner, pictures, greedy):
+def test_graphs_read_weights_that_change(captioner, pictures, greedy):
     other, some = copied(captioner), pictures[:40]
     model, decoding = other.model, other.decoding
     first = {name: value.clone() for name, value in model.state_dict().items()}
@@ -420,18 +403,13 @@ def test_a_model_is_saved_as_it_was_before_capture(captioner, pictures, tmp_path
     )
 
 
-# --- the kernel, compiled steps, folders ---------------------------------------------------------
+SIZES = [(1, 1, 4, 1, 1), (7, 6, 32, 32, 32), (3, 4, 24, 48, 5)]
+SIZES += [(5, 16, 64, 32, 256), (2, 2, 128, 128, 100)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("rows", "heads", "width", "length", "window"),
-    [
-        *((1, 1, 4, 1, 1), (7, 6, 32, 32, 32), (3, 4, 24, 48, 5)),
-        *((5, 16, 64, 32, 256), (2, 2, 128, 128, 100)),
-    ],
-)
-def test_the_kernel_reads_what_pytorch_does(monkeypatch, dtype, rows, heads, width, length, window):
+@pytest.mark.parametrize(("rows", "heads", "width", "length", "window"), SIZES)
+def test_the_kernel_equals_pytorch(monkeypatch, dtype, rows, heads, width, length, window):
     assert cached_attention.triton is not None
     draw = torch.Generator("cuda").manual_seed(0)
     shape = {"device": "cuda", "generator": draw}
@@ -466,22 +444,20 @@ def test_processes_read_a_folder_as_threads_do(captioner, pictures, tmp_path, mo
         picture.save(folder / f"{i:02}.jpg")
     damaged = folder / "33.jpg"
     damaged.write_bytes(damaged.read_bytes()[:500])
-    other, how = beside(captioner), {"batch_size": 16, **GREEDY}
-    report = other.caption_folder(folder, tmp_path / "threads.jsonl", **how)
-    assert (report.captioned, report.failed) == (39, 1)
+    other, how = uncaptured(captioner), {"batch_size": 16, **GREEDY}
+    assert counts(other.caption_folder(folder, tmp_path / "threads.jsonl", **how)) == (39, 0, 1)
     monkeypatch.setattr(captioning, "MANY", 1)
     assert other._reading_processes(40, 1) > 0
-    report = other.caption_folder(folder, tmp_path / "processes.jsonl", **how)
-    assert (report.captioned, report.skipped, report.failed) == (39, 0, 1)
-    whole = (tmp_path / "processes.jsonl").read_text()
-    assert whole == (tmp_path / "threads.jsonl").read_text()
+    assert counts(other.caption_folder(folder, tmp_path / "processes.jsonl", **how)) == (39, 0, 1)
+    complete = (tmp_path / "processes.jsonl").read_text()
+    assert complete == (tmp_path / "threads.jsonl").read_text()
     torn = tmp_path / "torn.jsonl"
-    torn.write_text("".join(whole.splitlines(keepends=True)[:10]))
-    report = other.caption_folder(folder, torn, **how)
-    assert (report.captioned, report.skipped, report.failed) == (29, 10, 1)
-    assert without_scores(torn.read_text()) == without_scores(whole)
-
-
-def without_scores(records: str) -> list[dict]:
-    """Of other batches their last digits may differ."""
-    return [{**json.loads(line), "score": None} for line in records.splitlines()]
+    torn.write_text("".join(complete.splitlines(keepends=True)[:10]))
+    assert counts(other.caption_folder(folder, torn, **how)) == (29, 10, 1)
+    records, expected = (
+        [
+            {**json.loads(line), "score": None} for line in text.splitlines()
+        ]  # last digits may differ
+        for text in (torn.read_text(), complete)
+    )
+    assert records == expected

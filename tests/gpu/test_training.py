@@ -9,23 +9,22 @@ import warnings
 import pytest
 import torch
 import yaml
-from test_finetune import home, losses, quick, run, weights
-from test_training import captioner_config, tokenizer
+from test_training import home, losses, new_model, quick, run
 from test_training_gpu import caption_batch, check_gradients, undropped
 
 import qvision_lab as ql
 from qvision_lab.benchmark.training import Learner, random_batch
 from qvision_lab.data.coco import open_dataset
 from qvision_lab.model.attention import MultiHeadAttention
-from qvision_lab.model.captioner import IGNORED_LABEL, QVisionForConditionalGeneration
+from qvision_lab.model.captioner import IGNORED_LABEL
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.training import freezing, gpu
-from qvision_lab.training.caption_trainer import CaptionTrainer
 from qvision_lab.training.features import FeatureCache
-from qvision_lab.training.finetune import estimate_memory
-from qvision_lab.training.finetune_recipe import Phase, Training
-from qvision_lab.training.trainer import MuonAdamW, training_arguments
+from qvision_lab.training.memory import estimate_memory
+from qvision_lab.training.optimizers import MuonAdamW
+from qvision_lab.training.recipe import Optimisation, Phase, Training
+from qvision_lab.training.trainer import StageTrainer, training_arguments
 
 pytestmark = [
     pytest.mark.usefixtures("quick"),
@@ -42,7 +41,7 @@ def recipe_with(home, **training) -> None:
 def test_resumed_ends_where_uninterrupted_does(home, monkeypatch):
     recipe_with(home, matrix_learning_rate=0.01)
     whole = run(home, "whole")
-    step, taken = CaptionTrainer.training_step, []
+    step, taken = StageTrainer.training_step, []
 
     def stops_once(self, *args, **kwargs):
         taken.append(self)
@@ -50,7 +49,7 @@ def test_resumed_ends_where_uninterrupted_does(home, monkeypatch):
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(CaptionTrainer, "training_step", stops_once)
+    monkeypatch.setattr(StageTrainer, "training_step", stops_once)
     with pytest.raises(KeyboardInterrupt):
         run(home, "stopped")
     resumed = run(home, "stopped")
@@ -62,7 +61,8 @@ def test_resumed_ends_where_uninterrupted_does(home, monkeypatch):
 
 
 def test_adamw_is_fused_and_batches_are_pinned(tmp_path):
-    arguments = training_arguments(tmp_path, 0, batch_size=2, max_steps=1, eval_steps=1)
+    settings = Optimisation(learning_rate=1e-3, batch_size=2)
+    arguments = training_arguments(settings, tmp_path, 0, 1)
     assert arguments.optim == "adamw_torch_fused"
     assert arguments.dataloader_pin_memory
     assert arguments.accelerator_config.non_blocking
@@ -70,9 +70,9 @@ def test_adamw_is_fused_and_batches_are_pinned(tmp_path):
 
 def test_frozen_weights_are_saved_as_they_were_in_float32(home, monkeypatch):
     recipe_with(home, phases=[{"policy": 0.5, "epochs": 2}])
-    step, held = CaptionTrainer.training_step, []
+    step, held = StageTrainer.training_step, []
     monkeypatch.setattr(
-        CaptionTrainer,
+        StageTrainer,
         "training_step",
         lambda self, *args: held.append(self.frozen[0].dtype) or step(self, *args),
     )
@@ -100,20 +100,20 @@ def test_losses_are_those_of_a_cpu(tiny):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         torch.manual_seed(0)
         batches = [random_batch("ours", model.config) for _ in range(4)]
-        seen = []
+        losses = []
         for batch in batches:
             with gpu.tf32_products():
                 loss = model(**{name: values.to(device) for name, values in batch.items()}).loss
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
-            seen.append(loss.item())
-        found.append(seen)
+            losses.append(loss.item())
+        found.append(losses)
     assert found[1] == pytest.approx(found[0], rel=0.01)
 
 
 def test_captured_loss_is_the_models_with_its_gradients(tiny):
-    """In float32, of two shapes in turn, before and behind a step, which the graphs see."""
+    """In float32, of two shapes in turn, before and after a step of the optimizer."""
     torch.set_float32_matmul_precision("highest")
     model, plain = undropped(tiny).cuda(), undropped(tiny).cuda()
     for each in (model, plain):
@@ -143,16 +143,16 @@ def test_captured_loss_is_the_models_with_its_gradients(tiny):
     assert len(captured.graphs) == 2
 
 
-def test_a_loss_that_is_no_number_stops_before_anything_is_saved(home, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(home, monkeypatch):
     recipe_with(home, phases=[{"policy": "bridge", "epochs": 2}])
-    loss_of = CaptionTrainer.compute_loss
+    loss_of = StageTrainer.compute_loss
 
     def poisoned(self, *args, **kwargs):
         loss = loss_of(self, *args, **kwargs)
         bad = self.state.global_step == 4 and self.model.training
         return loss * float("nan") if bad else loss
 
-    monkeypatch.setattr(CaptionTrainer, "compute_loss", poisoned)
+    monkeypatch.setattr(StageTrainer, "compute_loss", poisoned)
     with pytest.raises(ValueError, match="the loss is nan at step 5 of"):
         run(home, "run")
     assert {path.name for path in (home / "run/phase-1").glob("checkpoint-*")} == {"checkpoint-3"}
@@ -168,7 +168,7 @@ def test_compiled_steps_learn_what_plain_ones_do():
         batches = [random_batch("ours", model.config, 8, multiple=8) for _ in range(3)]
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         frozen = gpu.frozen_matrices(model)
-        seen = []
+        losses = []
         with gpu.holding(frozen, [weight.data.bfloat16() for weight in frozen]):
             context = gpu.compiled_blocks(model) if compiled else warnings.catch_warnings()
             with context:
@@ -179,13 +179,13 @@ def test_compiled_steps_learn_what_plain_ones_do():
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
-                    seen.append(loss.item())
-        found.append(seen)
+                    losses.append(loss.item())
+        found.append(losses)
     assert found[1] == pytest.approx(found[0], rel=0.01)
 
 
-def test_matrices_together_are_orthogonalised_as_torch_does(captioner_config):
-    models = [QVisionForConditionalGeneration(captioner_config).cuda()]
+def test_batched_matrices_are_orthogonalised_as_torch_does(new_model):
+    models = [copy.deepcopy(new_model).cuda()]
     models.append(copy.deepcopy(models[0]))
     first = MuonAdamW(models[0], 1e-3, 0.02, 0.03).muon
     second = MuonAdamW(models[1], 1e-3, 0.02, 0.03).muon
@@ -202,12 +202,12 @@ def test_matrices_together_are_orthogonalised_as_torch_does(captioner_config):
 def test_features_are_those_of_a_cpu(home, tiny, byte_tokenizer):
     images = open_dataset(home / "pictures/val.jsonl")
     processor = QVisionProcessor.from_config(tiny.config, byte_tokenizer)
-    seen = FeatureCache(home / "cpu", tiny, "float32").see(images, tiny, processor)
+    expected = FeatureCache(home / "cpu", tiny, "float32").encode(images, tiny, processor)
     model = copy.deepcopy(tiny).cuda()
-    there = FeatureCache(home / "gpu", model, "float32").see(images, model, processor, workers=2)
+    there = FeatureCache(home / "gpu", model, "float32").encode(images, model, processor, workers=2)
     for image in images:
         torch.testing.assert_close(
-            there[image.image_id], seen[image.image_id], atol=1e-5, rtol=1e-4
+            there[image.image_id], expected[image.image_id], atol=1e-5, rtol=1e-4
         )
 
 
@@ -231,6 +231,8 @@ def test_memory_is_as_estimated(precision, pictures):
     torch.cuda.reset_peak_memory_stats()
     learner.step(batch, precision)
     peak = torch.cuda.max_memory_allocated() - before
-    settings = Training((Phase("published", 1),), 1e-4, precision=precision)
+    settings = Training(
+        phases=(Phase(policy="published", epochs=1),), learning_rate=1e-4, precision=precision
+    )
     estimate = estimate_memory(learner.model, settings, pictures, lengths)
     assert estimate.peak == pytest.approx(peak, rel=0.25)

@@ -18,16 +18,8 @@ from transformers import GenerationConfig
 
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
-from qvision_lab.model.loading import published
-from qvision_lab.model.loading.storage import (
-    STORED_DTYPES,
-    CheckpointError,
-    StoredTensor,
-    locate,
-    read_headers,
-    read_json,
-    read_tensors,
-)
+from qvision_lab.model.loading import published, storage
+from qvision_lab.model.loading.storage import STORED_DTYPES, CheckpointError, read_json
 from qvision_lab.model.processor import QVisionProcessor
 
 WEIGHTS, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -36,9 +28,9 @@ NEEDED_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
     *(WEIGHTS, SHARD_INDEX, "model-*.safetensors", *published.WEIGHT_FILES),
 )
-# What a recipe writes beside them: its card, settings, scores and the curves of its stages.
+# Files that a recipe adds: card, settings, scores and the curves of its stages.
 COMPANIONS = ("README.md", "run.yaml", "scores.json", "vision.csv", "captioner.csv")
-EMBEDDED = "the embedded checkpoint"  # the source of what ships inside the package
+EMBEDDED = "the embedded checkpoint"  # source of the one that ships inside the package
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES.values()}
 
 
@@ -55,7 +47,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model in evaluation mode, the processor that matches it, and where both came from."""
+    """A model in evaluation mode, the processor that matches it, and their provenance."""
 
     model: QVisionForConditionalGeneration
     processor: QVisionProcessor
@@ -71,28 +63,30 @@ def load_checkpoint(
     """Load a captioner with its processor. Only safetensors are read, and no code is run.
 
     Args:
-        source: a folder or Hub id in the published or the native layout; None is the checkpoint
-            that ships inside the package.
+        source: a folder or Hub id in the published or the native layout; None: the embedded one.
         revision: branch, tag or commit on the Hub; the commit that was loaded is recorded.
         dtype: "float32" (the default), "bfloat16", "float16", a torch dtype, or "auto" as stored.
         device: "cpu", "cuda", "cuda:1", "mps"; by default CUDA where there is one, else the CPU.
 
     Raises:
-        CheckpointError: naming the file, tensor or value that is wrong, and the way out.
+        CheckpointError: naming the file, tensor or value that is wrong, and the remedy.
     """
     device, dtype = _find_device(device), _find_dtype(dtype)
-    folder, commit = locate(source, revision, NEEDED_FILES)
+    folder, commit = storage.locate(source, revision, NEEDED_FILES)
     layout, weight_files = _layout(folder)
     config, processor = _read_configs(folder, layout)
     with torch.device("meta"):
         model = QVisionForConditionalGeneration(config)
-    stored = _match(model, read_headers(weight_files), layout)
-    dtype = dtype or _stored_dtype(stored)
-    _place(model, read_tensors(stored, dtype, device))
+    stored = _match(model, storage.read_headers(weight_files), layout)
+    if dtype is None:
+        found = {tensor.dtype for tensor in stored.values()}
+        if len(found) > 1:
+            raise CheckpointError(f"dtype='auto', but the files have {len(found)}; choose one.")
+        dtype = STORED_DTYPES[found.pop()]
+    _assign(model, storage.read_tensors(stored, dtype, device))
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    needed = sorted(path for path in folder.iterdir() if _is_needed(path.name))
-    files = {path.name: path.stat().st_size for path in needed}
+    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if _is_needed(p.name)}
     name = EMBEDDED if source is None else str(source)
     origin = Provenance(name, layout, commit, files, str(dtype).removeprefix("torch."))
     return Checkpoint(model.eval(), processor, origin)
@@ -103,13 +97,11 @@ def save_checkpoint(
 ) -> Path:
     """Write the native layout, which `ql.load` and transformers' `from_pretrained` read.
 
-    Everything is written beside `dest` and then renamed, so `dest` is never half a checkpoint. An
-    older checkpoint there is replaced, with its companions, which tell of other weights; any other
-    folder that is not empty is refused.
+    The write is atomic. An older checkpoint in `dest` is replaced together with its companions,
+    which belong to other weights; any other folder that is not empty is refused.
 
     Args:
-        companions: names and texts of files that tell of these weights, such as their scores;
-            without a README.md among them, one tells the provenance.
+        companions: texts by file name, such as scores; README.md has the provenance by default.
     """
     with _replacing(Path(dest)) as folder:
         checkpoint.model.save_pretrained(folder)
@@ -117,7 +109,7 @@ def save_checkpoint(
         texts = {"README.md": _model_card(checkpoint.provenance), **(companions or {})}
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-        for weights in folder.glob("*.safetensors"):  # only their owner could read them
+        for weights in folder.glob("*.safetensors"):  # safetensors makes them private
             shutil.copymode(folder / "README.md", weights)
     return Path(dest)
 
@@ -131,20 +123,17 @@ def convert(
 ) -> Path:
     """Write a checkpoint of either layout in the native one; its outputs stay bitwise the same.
 
-    All copies that the published layout holds are read, and a difference between them is refused.
-    The native layout's companions (card, recipe, scores, curves) come along.
+    Copies of a weight that differ are refused. Companions (card, scores, curves) are copied.
 
     Args:
         dest: a new or empty folder, or `source` itself.
         dtype: as in `load_checkpoint`, but as stored by default.
         push_to: Hub id to upload the result to.
     """
-    folder, commit = locate(source, revision, (*NEEDED_FILES, *COMPANIONS, published.THIRD_COPY))
+    wanted = (*NEEDED_FILES, *COMPANIONS, published.THIRD_COPY)
+    folder, commit = storage.locate(source, revision, wanted)
     if (Path(dest) / "config.json").exists() and not folder.samefile(dest):
-        raise CheckpointError(
-            f"{dest} holds another checkpoint, which would be lost with its scores; give another "
-            "folder, or delete that one."
-        )
+        raise CheckpointError(f"{dest} holds another checkpoint; give another folder or delete it.")
     companions = {}
     if _layout(folder)[0] == "published":
         published.check_copies(folder)
@@ -159,8 +148,28 @@ def convert(
     return dest
 
 
+def _find_device(device: str | torch.device | None) -> torch.device:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(1, device=device).device  # raises where the device is missing
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        raise CheckpointError(
+            f"device={str(device)!r} is not available ({str(error).splitlines()[0]}); use cpu, or "
+            "cuda, cuda:N or mps with a PyTorch that was built for it."
+        ) from error
+
+
+def _find_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A torch dtype; None for "auto"."""
+    known = {**DTYPES, None: torch.float32, "auto": None}
+    parsed = known.get(dtype, dtype)
+    if parsed not in known.values():
+        raise CheckpointError(f"dtype={dtype!r} is unknown; use {', '.join(DTYPES)} or auto.")
+    return parsed
+
+
 def _layout(folder: Path) -> tuple[str, list[Path]]:
-    """Which layout a folder has, and the files that hold its weights."""
+    """Layout of a folder, and its weight files."""
     if any((folder / name).exists() for name in published.WEIGHT_FILES):
         return "published", [folder / name for name in published.WEIGHT_FILES]
     if (folder / WEIGHTS).exists():
@@ -176,7 +185,7 @@ def _layout(folder: Path) -> tuple[str, list[Path]]:
 
 
 def _read_configs(folder: Path, layout: str) -> tuple[QVisionConfig, QVisionProcessor]:
-    """All that is not weights, checked to fit together."""
+    """Configuration and processor, checked to fit together."""
     try:
         if layout == "published":
             config = published.read_config(folder)
@@ -186,7 +195,7 @@ def _read_configs(folder: Path, layout: str) -> tuple[QVisionConfig, QVisionProc
         if fields["model_type"] != QVisionConfig.model_type:
             raise ValueError(f"model_type={fields['model_type']!r} is not a QVision model.")
         config = QVisionConfig.from_dict(fields)
-        read_json(folder / "preprocessor_config.json")  # a plainer complaint than transformers'
+        read_json(folder / "preprocessor_config.json")  # a plainer error than transformers'
         processor = QVisionProcessor.from_pretrained(folder)
         processor.check_fits(config)
         return config, processor
@@ -197,16 +206,15 @@ def _read_configs(folder: Path, layout: str) -> tuple[QVisionConfig, QVisionProc
 
 
 def _match(
-    model: QVisionForConditionalGeneration, stored: dict[str, StoredTensor], layout: str
-) -> dict[str, StoredTensor]:
-    """The stored tensor of each parameter, under the model's name; nothing is left to chance."""
+    model: QVisionForConditionalGeneration, stored: dict[str, storage.StoredTensor], layout: str
+) -> dict[str, storage.StoredTensor]:
+    """The stored tensor of each parameter; missing, misshapen and unknown ones are refused."""
     matched = {}
-    for name, parameter in model.named_parameters():  # the tied output layer is not repeated
+    for name, parameter in model.named_parameters():  # without the tied output layer
         key = published.stored_name(name) if layout == "published" else name
         if (tensor := stored.pop(key, None)) is None:
             raise CheckpointError(
-                f"tensor {key} is missing from the {layout} weights; the files are incomplete, or "
-                "config.json describes another model."
+                f"tensor {key} is missing from the {layout} weights: incomplete, or another model."
             )
         if tensor.shape != parameter.shape or tensor.dtype not in STORED_DTYPES:
             raise CheckpointError(
@@ -215,32 +223,22 @@ def _match(
                 "; one of the two files belongs to another model."
             )
         matched[name] = tensor
-    unknown = [key for key in stored if not published.KNOWN_LEFTOVERS.fullmatch(key)]
-    if unknown:
+    if unknown := [key for key in stored if not published.KNOWN_LEFTOVERS.fullmatch(key)]:
         raise CheckpointError(
-            f"{len(unknown)} tensors have no place in this model, {unknown[0]} first; config.json "
-            "describes another model, or the file holds more than weights."
+            f"{len(unknown)} tensors have no place in this model, {unknown[0]} first; does "
+            "config.json describe another one?"
         )
     return matched
 
 
-def _stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
-    dtypes = {tensor.dtype for tensor in stored.values()}
-    if len(dtypes) > 1:
-        raise CheckpointError(
-            f"dtype='auto', but the weights are stored in {len(dtypes)} dtypes; choose one of them."
-        )
-    return STORED_DTYPES[dtypes.pop()]
-
-
-def _place(model: QVisionForConditionalGeneration, weights: dict[str, Tensor]) -> None:
-    """Give a model that was built on the meta device its weights and buffers, once."""
+def _assign(model: QVisionForConditionalGeneration, weights: dict[str, Tensor]) -> None:
+    """Give a model on the meta device its weights, and recompute its buffers."""
     model.load_state_dict(weights, strict=False, assign=True)  # all but the tied head
     model.tie_weights()
     model.config.dtype, device = model.dtype, model.device
     embeddings = model.vision.tower.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
-    # GPT-Neo keeps a mask of 4 MB in every layer, though there are only two different ones.
+    # GPT-Neo has a mask of 4 MB in every layer, but only two different ones: they are shared.
     text = model.config.text_config
     square = (1, 1, text.max_position_embeddings, text.max_position_embeddings)
     causal = torch.ones(square, dtype=torch.bool, device=device).tril()
@@ -249,41 +247,16 @@ def _place(model: QVisionForConditionalGeneration, weights: dict[str, Tensor]) -
         block.attn.attention.bias = masks[block.attn.attention_type]
 
 
-def _find_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """None where the files decide."""
-    known = {**DTYPES, None: torch.float32, "auto": None}
-    parsed = known.get(dtype, dtype)
-    if parsed not in known.values():
-        raise CheckpointError(
-            f"dtype={dtype!r} does not exist here; use {', '.join(DTYPES)} or auto."
-        )
-    return parsed
-
-
-def _find_device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(1, device=device).device  # whatever is missing shows now
-    except (RuntimeError, AssertionError) as error:  # a PyTorch without CUDA asserts that it has it
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"device={str(device)!r} is not available ({reason}); use cpu, or another of cuda, "
-            "cuda:N and mps, with a PyTorch that was built for it."
-        ) from error
-
-
 @contextmanager
 def _replacing(dest: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `dest` once everything is written."""
+    """A new folder to write to, which replaces `dest` at the end."""
     if dest.exists() and not dest.is_dir():
         raise CheckpointError(f"{dest} is a file; give a folder to write to.")
     present = {path.name for path in dest.iterdir()} if dest.exists() else set()
     foreign = {name for name in present if name not in COMPANIONS and not _is_needed(name)}
     if foreign or (present and "config.json" not in present):
         raise CheckpointError(
-            f"{dest} holds {min(foreign or present)}, so it is more than a checkpoint and is not "
-            "replaced; give another folder."
+            f"{dest} holds {min(foreign or present)}, so it is no checkpoint; give another folder."
         )
     new, old = (dest.with_name(f".{dest.name}.{age}-{os.getpid()}") for age in ("new", "old"))
     try:
@@ -311,12 +284,6 @@ pipeline_tag: image-to-text
 # QVision captioner
 
 Written by `qvision_lab` from `{source}`{commit} ({origin.layout} layout, {origin.dtype}).
-Its terms of use, training data and limits are those of that checkpoint.
-
-```python
-import qvision_lab as ql
-
-captioner = ql.load("this folder")
-print(captioner.caption("photo.jpg").text)
-```
+Its terms of use, training data and limits are those of that checkpoint. To load it:
+`captioner = qvision_lab.load("this folder")`.
 """

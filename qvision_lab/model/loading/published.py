@@ -1,4 +1,4 @@
-"""The published layout: three safetensors files that hold most weights two or three times."""
+"""The published layout: three safetensors files with most weights two or three times."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qvision_lab.model.loading.storage import CheckpointError, download, read_he
 from qvision_lab.model.processor import holds_tokenizer
 
 WEIGHT_FILES = ("encoder.safetensors", "decoder.safetensors")
-THIRD_COPY = "gpt_decoder.safetensors"  # GPT-Neo once more; nothing but `convert` reads it
+THIRD_COPY = "gpt_decoder.safetensors"  # of GPT-Neo; only `convert` reads it
 
-# Beside the weights of a captioner: all of CLIP once more, an unused layer, the tied copy of the
-# token embedding, and buffers that older versions of transformers stored.
+# Stored, but not needed: a copy of all of CLIP, an unused layer, the tied copy of the token
+# embedding, and buffers of older versions of transformers.
 KNOWN_LEFTOVERS = re.compile(
     r"(clip|query_proj)\..+|.+\.position_ids|.+\.attn\.attention\.(bias|masked_bias)"
     r"|gpt_decoder\.lm_head\.weight"
@@ -28,7 +28,7 @@ SPECIAL_TOKENS = {"bos_token": "<START>", "eos_token": "<END>", "pad_token": "<|
 
 
 def read_config(folder: Path) -> QVisionConfig:
-    """Sizes from `config.json`, and from `architecture.json` where they are not ViT-B/32's."""
+    """Sizes from `config.json`; all others are the published ones or in `architecture.json`."""
     fields = ("embed_size", "vocab_size", "num_img_tokens")
     sizes = read_json(folder / "config.json", fields)
     width, vocabulary, queries = (sizes[field] for field in fields)
@@ -41,16 +41,16 @@ def read_config(folder: Path) -> QVisionConfig:
 
 
 def stored_name(name: str) -> str:
-    """What the published files call a parameter of `QVisionForConditionalGeneration`."""
-    block = re.fullmatch(r"qformer\.blocks\.(\d+)\.(self|cross)_(\w+)\.(.+)", name)
-    if block:
-        index, is_cross = int(block[1]), block[2] == "cross"
+    """Name in the published files of a parameter of `QVisionForConditionalGeneration`."""
+    if block := re.fullmatch(r"qformer\.blocks\.(\d+)\.(self|cross)_(\w+)\.(.+)", name):
+        kind, layer, rest = block[2], block[3], block[4]
+        ffn = 2 * int(block[1]) + (kind == "cross")  # each has two norms
         return {
-            "attention": f"{block[2]}_attention_layers.{index}.{block[4]}",
-            "attention_norm": f"layer_norms.{4 * index + 2 * is_cross}.{block[4]}",
-            "ffn_norm": f"layer_norms.{4 * index + 2 * is_cross + 1}.{block[4]}",
-            "ffn": f"ffn_layers.{2 * index + is_cross}.{block[4]}",
-        }[block[3]]
+            "attention": f"{kind}_attention_layers.{block[1]}.{rest}",
+            "attention_norm": f"layer_norms.{2 * ffn}.{rest}",
+            "ffn_norm": f"layer_norms.{2 * ffn + 1}.{rest}",
+            "ffn": f"ffn_layers.{ffn}.{rest}",
+        }[layer]
     renamed = {
         "vision.tower.": "vision.",
         "vision.projection.": "proj.",
@@ -70,8 +70,7 @@ def stored_name(name: str) -> str:
 def read_tokenizer(folder: Path, config: QVisionConfig) -> GPT2Tokenizer | None:
     """GPT-2's tokenizer with `<START>` and `<END>`: the checkpoint's own, else the Hub's.
 
-    None where none can fit, as with vocabularies other than GPT-2's; where one would fit but cannot
-    be had, a warning says so, since the model works on ids without it.
+    None for other vocabularies than GPT-2's, and, with a warning, where the Hub is out of reach.
     """
     if not holds_tokenizer(folder):
         if config.vocab_size != PUBLISHED_TEXT_CONFIG["vocab_size"]:
@@ -79,7 +78,7 @@ def read_tokenizer(folder: Path, config: QVisionConfig) -> GPT2Tokenizer | None:
         try:
             folder = download(GPT2_REPOSITORY, None, ("tokenizer.json",))
         except CheckpointError as error:
-            warnings.warn(f"loaded without a tokenizer, so without words: {error}", stacklevel=3)
+            warnings.warn(f"loaded without a tokenizer, for ids only: {error}", stacklevel=3)
             return None
     tokenizer = GPT2Tokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
@@ -89,7 +88,7 @@ def read_tokenizer(folder: Path, config: QVisionConfig) -> GPT2Tokenizer | None:
 def check_copies(folder: Path) -> None:
     """Raise CheckpointError if two copies of a weight differ, naming the tensor.
 
-    The original code loads all of them over each other, so it may have used either one.
+    The original code loads one over the other, so either one may be in use.
     """
     third = (THIRD_COPY,) if (folder / THIRD_COPY).exists() else ()
     stored = read_headers(folder / name for name in (*WEIGHT_FILES, *third))
@@ -101,6 +100,6 @@ def check_copies(folder: Path) -> None:
         if copy != original and not torch.equal(copy.read(), original.read()):
             raise CheckpointError(
                 f"two copies of one weight differ: {copy.name} in {copy.file.name} and "
-                f"{original.name} in {original.file.name}. Find out which one the model was meant "
-                "to have, and make both that."
+                f"{original.name} in {original.file.name}. Find out which one is right, and "
+                "write it to both."
             )

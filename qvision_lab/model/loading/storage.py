@@ -1,4 +1,4 @@
-"""Finding the files of a checkpoint, here or on the Hub, and reading them, headers first."""
+"""Files of a checkpoint: found in a folder or on the Hub, and read, headers first."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloa
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded or written; the message says why, and the way out."""
+    """A checkpoint that cannot be loaded or written; the message has the reason and a remedy."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a safetensors header says about one tensor."""
+    """Entry of a safetensors header."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
-    dtype: str  # as the header has it, such as "F32"
+    dtype: str  # such as "F32"
 
     def read(self) -> Tensor:
-        """The tensor, mapped from its file. The mapping is its own and ends with the tensor."""
+        """The tensor, in a separate memory mapping, which is closed with the tensor."""
         with safe_open(self.file, "pt") as file:
             return file.get_tensor(self.name)
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Names, shapes and dtypes of all tensors in safetensors files; their data stays unread."""
+    """Entries of all tensors in safetensors files, by name; their data is not read."""
     stored = {}
     for path in files:
         if not path.is_file():
@@ -47,9 +47,9 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
-                    header = file.get_slice(name)
-                    shape, dtype = tuple(header.get_shape()), header.get_dtype()
-                    stored[name] = StoredTensor(path, name, shape, dtype)
+                    entry = file.get_slice(name)
+                    shape = tuple(entry.get_shape())
+                    stored[name] = StoredTensor(path, name, shape, entry.get_dtype())
         except SafetensorError as error:
             raise CheckpointError(
                 f"{path} ({path.stat().st_size:,} bytes) is truncated or no safetensors file "
@@ -63,21 +63,20 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Read tensors in a dtype onto a device.
 
-    What stays on the CPU in the dtype of its file stays in the file: mapped, and not copied.
-    Otherwise each tensor gets a mapping of its own, which ends before the next one is read, since
-    mapped pages count as resident memory for as long as the mapping lives.
+    On the CPU in the dtype of the file, they stay memory-mapped. All others are read through a
+    mapping each, since mapped pages count as resident memory until their mapping ends.
     """
     mapped = {path: safe_open(path, "pt") for path in {tensor.file for tensor in stored.values()}}
     tensors = {}
     for name, tensor in stored.items():
         stays = STORED_DTYPES[tensor.dtype] == dtype and device.type == "cpu"
-        found = mapped[tensor.file].get_tensor(tensor.name) if stays else tensor.read()
-        tensors[name] = found.to(device=device, dtype=dtype)
+        values = mapped[tensor.file].get_tensor(tensor.name) if stays else tensor.read()
+        tensors[name] = values.to(device=device, dtype=dtype)
     return tensors
 
 
 def read_json(path: Path, fields: tuple[str, ...] = ()) -> dict:
-    """Content of a JSON file that must have some fields."""
+    """Content of a JSON file that must have these fields."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; copy or download the checkpoint again.")
     try:
@@ -93,7 +92,7 @@ def read_json(path: Path, fields: tuple[str, ...] = ()) -> dict:
 def locate(
     source: str | os.PathLike | None, revision: str | None, patterns: tuple[str, ...]
 ) -> tuple[Path, str | None]:
-    """The folder of a checkpoint (None: the embedded one) and its commit where the Hub has it.
+    """Folder of a checkpoint (None: the embedded one), and its commit if it is on the Hub.
 
     From the Hub only files that match `patterns` are fetched.
     """
@@ -102,16 +101,12 @@ def locate(
     folder = Path(source).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise CheckpointError(
-                f"revision={revision!r} needs a Hub id, but {source} is a folder."
-            )
+            raise CheckpointError(f"revision={revision!r} needs a Hub id; {source} is a folder.")
         return folder, None
     if folder.exists():
         raise CheckpointError(f"{source} is a file; give the folder that it lies in.")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
-        raise CheckpointError(
-            f"there is no folder {source}; give an existing one, or a Hub id (owner/name)."
-        )
+        raise CheckpointError(f"there is no folder {source}; give one, or a Hub id (owner/name).")
     snapshot = download(str(source), revision, patterns)
     return snapshot, snapshot.name  # the cache names snapshots by their commit
 
@@ -126,10 +121,10 @@ def download(repository: str, revision: str | None, patterns: tuple[str, ...]) -
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{repository} is neither a folder here nor a repository that the Hub lets you read; "
-            "check the spelling, and set HF_TOKEN if it is private or gated."
+            f"{repository} is neither a folder here nor a repository on the Hub; check the "
+            "spelling, and set HF_TOKEN if it is private or gated."
         ) from error
-    except Exception as error:  # no network, a proxy, a full disk: one way out
+    except Exception as error:  # no network, a proxy, a full disk: the same remedy
         at = f" at revision {revision!r}" if revision else ""
         raise CheckpointError(
             f"{repository}{at} is not complete in the cache {constants.HF_HUB_CACHE}, and could "

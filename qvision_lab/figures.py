@@ -1,0 +1,174 @@
+"""The demo, the figures of the README, and the findings of a study."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from qvision_lab import plots, scenes
+from qvision_lab.ablation import averages, differences, summarise
+from qvision_lab.captioning import load
+from qvision_lab.data.coco import open_dataset
+from qvision_lab.interpretation.faithfulness import removal_curves
+from qvision_lab.interpretation.maps import METHODS, PatchMap, query_maps, word_maps
+from qvision_lab.interpretation.queries import profile_queries
+from qvision_lab.interpretation.trace import Trace, Word, trace_all
+from qvision_lab.scenes.checker import RATES, Rate
+from qvision_lab.scenes.dataset import scenes_vocabulary
+from qvision_lab.scenes.layout import COLORS
+
+SHEET = 24  # scenes on the contact sheet
+EXAMPLE = 2  # index of the test scene in the figures of words and queries
+CURVES = {"vision": "Vision tower", "captioner": "Captioner"}
+STUDY = files("qvision_lab.ablation") / "results" / "architecture"
+
+
+def run_demo(
+    n: int = 24,
+    output: str | Path = "figures/demo.png",
+    folder: str | Path | None = None,
+    seed: int = 0,
+    model: str | None = None,
+) -> dict[str, Rate]:
+    """Caption n scenes of the split `test`, draw a contact sheet, print and return the rates.
+
+    Args:
+        output: file of the contact sheet, in any format that matplotlib writes.
+        folder: where the images are written and stay; by default they are deleted.
+        model: folder or Hub id; by default the embedded checkpoint.
+    """
+    if n < 1:
+        raise ValueError(f"n={n} scenes cannot be shown; choose at least 1.")
+    captioner = load(model)
+    with nullcontext(folder) if folder else TemporaryDirectory() as place:
+        dataset = open_dataset(scenes.write_coco(place, n, split="test", seed=seed))
+        captions = captioner.caption([image.image for image in dataset])
+        checks = [scenes.check(captions[i].text, t) for i, t in dataset.judge.truths.items()]
+        sheet = plots.caption_sheet(
+            captions[:SHEET], ncols=6, marks=[c.true for c in checks][:SHEET]
+        )
+        write_figure(sheet, Path(output))
+    rates = scenes.score(checks)
+    print(f"\n{n} held-out scenes, captioned from disk:\n")
+    for name, rate in rates.items():
+        print(f"  {name:<18}{str(rate) if rate.total else '-':>18}   of {RATES[name]}")
+    print(f"\ncontact sheet: {output}")
+    return rates
+
+
+def draw_curves(output: str | Path = "figures/training.png") -> None:
+    """Draw the training curves of the embedded checkpoint: losses and metrics of both stages."""
+    figure, axes = plt.subplots(2, 1, figsize=(9, 8), layout="constrained")
+    for ax, (stage, title) in zip(axes, CURVES.items(), strict=True):
+        table = pd.read_csv(files("qvision_lab") / f"scenes_checkpoint/{stage}.csv")
+        plots.plot_training_curves(table, ax).set_title(title, loc="left")
+    write_figure(figure, Path(output))
+
+
+def draw_inside(
+    folder: str | Path = "figures", n: int = 16, seed: int = 0, model: str | None = None
+) -> None:
+    """Draw attention maps, query profiles and removal curves: `{words,queries,deletion}.png`.
+
+    Args:
+        n: scenes of the split `test` over which profiles and curves are averaged; at least 3.
+        model: folder or Hub id; by default the embedded checkpoint.
+    """
+    if n <= EXAMPLE:
+        raise ValueError(f"n={n} scenes are too few; choose at least {EXAMPLE + 1}.")
+    folder, captioner = Path(folder), load(model)
+    images = [scene.image for scene in scenes.generate(n, split="test", seed=seed)]
+    traces = list(trace_all(captioner, images))
+    trace = traces[EXAMPLE]
+    objects = _objects(trace)
+    words = [word for word in trace.words if word.text in COLORS or word in objects]
+    rows = {name: [_as_shares(m) for m in word_maps(trace, name, words)] for name in METHODS}
+    write_figure(plots.map_sheet(trace.image, rows), folder / "words.png")
+
+    pairs = zip(profile_queries(traces), query_maps(trace), strict=True)
+    profiles = [replace(profile, map=query_map) for profile, query_map in pairs]
+    write_figure(plots.query_sheet(profiles, trace.image), folder / "queries.png")
+
+    rng, patches = np.random.default_rng(seed), len(trace.image_tokens)
+    orders = METHODS | {"chance": lambda trace, words: rng.random((len(words), patches))}
+    runs = []
+    for trace in traces:
+        if words := _objects(trace):
+            values = np.stack([order(trace, words) for order in orders.values()])
+            runs.append(removal_curves(trace, words, values))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+    for ax, kind in zip(axes, ("deletion", "insertion"), strict=True):
+        curves = np.concatenate([getattr(run, kind) for run in runs], axis=1)  # [M,W,S]
+        plots.plot_removal_curves(runs[0].kept, dict(zip(orders, curves, strict=True)), ax)
+        ax.set_title(kind, loc="left")
+    axes[0].invert_xaxis()
+    write_figure(figure, folder / "deletion.png")
+
+
+def _objects(trace: Trace) -> list[Word]:
+    """Words that name an object, in the scene or not."""
+    ends = {mention.span[1] for mention in scenes_vocabulary().mentions(trace.caption)}
+    return [word for word in trace.words if word.span[1] in ends]
+
+
+def write_figure(figure: Figure, output: Path, dpi: int = 80) -> None:
+    """Write a figure atomically; its folder is created."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"partial-{output.name}")  # the suffix chooses the format
+    figure.savefig(partial, dpi=dpi)
+    partial.replace(output)
+
+
+def _as_shares(patch_map: PatchMap) -> PatchMap:
+    """Positive values as shares of their sum, which makes maps of any unit comparable."""
+    positive = patch_map.values.clip(0)
+    return replace(patch_map, values=positive / (positive.sum() or 1))
+
+
+def draw_findings(
+    results: str | Path = STUDY, metric: str = "CIDEr", folder: str | Path | None = None
+) -> None:
+    """Print what the intervals of a study support, and draw `folder/study_*.png` if one is given.
+
+    `results` holds the study's `table.csv` and `curves.csv`; `metric` is a column of the table.
+    """
+    table, curves = (pd.read_csv(Path(results) / f"{name}.csv") for name in ("table", "curves"))
+    print("\n".join(summarise(table, metric)))
+    if folder is None:
+        return
+    effects = differences(table, metric)
+    largest = effects["difference"].abs().nlargest(4).index
+    shown = curves["variant"].isin({table["variant"][0], *largest})
+    axes = {
+        "effects": plots.plot_differences(effects, f"{metric}, less the base's"),
+        "tradeoff": plots.plot_tradeoff(table, "parameters", metric),
+        "curves": plots.plot_curves(curves[shown]),
+    }
+    for name, ax in axes.items():
+        write_figure(ax.figure, Path(folder) / f"study_{name}.png")
+
+
+def findings_table(results: str | Path = STUDY, metric: str = "CIDEr") -> pd.DataFrame:
+    """A study's variants with their scores, the best first, and differences from the base."""
+    table = pd.read_csv(Path(results) / "table.csv")
+    rows = averages(table).join(differences(table, metric), rsuffix=" of pairs")
+    rows = rows.sort_values(metric, ascending=False)  # the base has no difference
+    pairs = 100 * rows[["difference", "low", "high"]]
+    shares = {"true": "true captions", "object recall": "objects named", "pointing": "maps point"}
+    columns = {
+        "variant": rows.index,
+        f"{metric} x 100": rows[metric].map(lambda score: f"{100 * score:.0f}"),
+        "above the base's": [f"{d:+.0f} [{a:+.0f}, {b:+.0f}]" for d, a, b in pairs.values],
+        "p, corrected": rows["corrected"].map("{:.2g}".format),
+        **{title: rows[name].map("{:.1%}".format) for name, title in shares.items()},
+        "parameters trained": rows["parameters"].map("{:,.0f}".format),
+    }
+    return pd.DataFrame(columns).replace(r".*nan.*", "", regex=True)

@@ -1,0 +1,59 @@
+"""Sizes of the model's parts, counted on the meta device, without allocating them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import CLIPConfig, CLIPModel
+
+from qvision_lab.model.captioner import QVisionForConditionalGeneration
+from qvision_lab.model.config import QVisionConfig
+
+PUBLISHED_TOTAL = 509_190_401  # what captioning needs of the published model
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """Parameters of one part of the model. `group` is the row of the model card that counts it."""
+
+    group: str
+    part: str
+    total: int
+    trained: int  # in the published run
+    used: bool = True  # False: published, but not needed to caption
+
+
+def parameter_table(config: QVisionConfig) -> list[PartSize]:
+    """Sizes of all parts.
+
+    The published run trained the Q-Former, the bridge and the upper 60% of GPT-Neo. For the
+    published sizes, CLIP's text tower (with both projections and the temperature) and the layer
+    `query_proj`, which captioning does not need, are listed too: the sums are the model card's.
+    """
+    with torch.device("meta"):
+        model = QVisionForConditionalGeneration(config)
+    vision, text = model.vision, model.decoder.language_model
+    qformer, bridge = map(count_parameters, (model.qformer, model.decoder.bridge))
+    upper = nn.ModuleList([*text.h[int(0.4 * len(text.h)) :], text.ln_f, text.wte])
+    table = [
+        PartSize("image encoder", "CLIP vision tower", count_parameters(vision.tower), 0),
+        PartSize("image encoder", "image projection", count_parameters(vision.projection), 0),
+        PartSize("GPT-Neo", "GPT-Neo", count_parameters(text), count_parameters(upper)),
+        PartSize("Q-Former and bridge", "Q-Former", qformer, qformer),
+        PartSize("Q-Former and bridge", "bridge", bridge, bridge),
+    ]
+    if sum(part.total for part in table) == PUBLISHED_TOTAL:
+        with torch.device("meta"):
+            clip = CLIPModel(CLIPConfig())  # ViT-B/32
+            query_proj = count_parameters(nn.Linear(config.hidden_size, config.hidden_size))
+        text_tower = count_parameters(clip) - count_parameters(clip.vision_model)
+        table += [
+            PartSize("image encoder", "CLIP text tower", text_tower, 0, used=False),
+            PartSize("Q-Former and bridge", "query_proj", query_proj, query_proj, used=False),
+        ]
+    return table
+
+
+def count_parameters(module: nn.Module) -> int:
+    """All parameters of a module, trained or not; tied ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,166 @@
+"""Charts of scores, curves, effects and studies; each returns its axes, by default new ones."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Float
+
+from qvision_lab.plots.images import INK, WRONG
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+LEGEND = {"frameon": False, "fontsize": 8}
+
+
+def plot_training_curves(log: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Loss and measures of a training stage over its steps, from its `curve.csv`.
+
+    Args:
+        log: a row for each logged step; `loss` goes on the left axis, and columns that begin with
+            `eval_` (shares from 0 to 1) on the right one.
+    """
+    ax = ax or plt.subplots(layout="constrained")[1]
+    loss = log.dropna(subset=["loss"])
+    ax.plot(loss["step"], loss["loss"], color=INK, lw=1.2, label="loss")
+    ax.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    if measures := [name for name in log if name.startswith("eval_")]:
+        shares = ax.twinx()
+        shares.set(ylabel="right", ylim=(0, 1.02))
+        for name, color in zip(measures, plt.get_cmap("tab20").colors, strict=False):
+            rows, label = log.dropna(subset=[name]), name.removeprefix("eval_").replace("_", " ")
+            shares.plot(rows["step"], rows[name], "o-", color=color, ms=3, lw=1, label=label)
+        shares.legend(loc="center left", bbox_to_anchor=(1.12, 0.5), **LEGEND)
+    return ax
+
+
+def plot_scores(
+    tables: Mapping[str, pd.DataFrame], scale: float = 100, ax: Axes | None = None
+) -> Axes:
+    """Scores, times `scale`, of one or several systems as dots with their intervals.
+
+    Args:
+        tables: by system, a row for each score with `score`, `low` and `high`.
+    """
+    names = list(dict.fromkeys(name for table in tables.values() for name in table.index))
+    ax = ax or plt.subplots(figsize=(6, 1 + 0.3 * len(names)), layout="constrained")[1]
+    for i, (system, table) in enumerate(tables.items()):
+        rows = [names.index(name) + 0.18 * (i - (len(tables) - 1) / 2) for name in table.index]
+        score, low, high = (scale * table[column] for column in ("score", "low", "high"))
+        style = {"fmt": "o", "ms": 4, "capsize": 2, "label": system}
+        ax.errorbar(score, rows, xerr=[score - low, high - score], **style)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set_xlabel(f"score, times {scale:g}" if scale != 1 else "score")
+    ax.grid(axis="x", alpha=0.3)
+    if len(tables) > 1:
+        ax.legend(**LEGEND)
+    return ax
+
+
+def plot_differences(
+    differences: pd.DataFrame, label: str = "difference from the base", ax: Axes | None = None
+) -> Axes:
+    """Differences of a study's variants from its base: dots with their intervals, best first.
+
+    Args:
+        differences: a row a variant with `difference`, `low` and `high`, as
+            `ablation.differences` gives; those without an interval are left out.
+    """
+    rows = differences.dropna(subset=["low", "high"]).sort_values("difference", ascending=False)
+    ax = plot_scores({label: rows.rename(columns={"difference": "score"})}, scale=1, ax=ax)
+    ax.axvline(0, color=WRONG, lw=0.8)
+    ax.set_xlabel(label)
+    return ax
+
+
+def plot_removal_curves(
+    kept: Float[np.ndarray, " S"],
+    curves: Mapping[str, Float[np.ndarray, "W S"]],
+    ax: Axes | None = None,
+) -> Axes:
+    """Mean probability of words while patches are removed or added in the order of maps.
+
+    Args:
+        kept: shares of the patches that are kept, 0 to 1.
+        curves: by what chose the order: probabilities of W words; the legend adds the areas.
+    """
+    ax = ax or plt.subplots(layout="constrained")[1]
+    for name, probabilities in curves.items():
+        mean = probabilities.mean(0)
+        area = np.trapezoid(mean, kept) / (kept[-1] - kept[0])
+        ax.plot(kept, mean, "o-", ms=3, lw=1.4, label=f"{name.replace('_', ' ')} ({area:.2f})")
+    ax.set(xlabel="share of patches kept", ylabel="probability of the word", ylim=(0, None))
+    ax.legend(**LEGEND)
+    return ax
+
+
+def plot_effects(effects: Sequence[Any], ax: Axes | None = None) -> Axes:
+    """Change of each word's log-probability (nats), with a bar for every intervention.
+
+    Args:
+        effects: with `label`, `words` and `change`, as `interpretation.interventions.Effect`.
+    """
+    words = [word.text for word in effects[0].words]
+    ax = ax or plt.subplots(figsize=(1 + 0.7 * len(words), 2.8), layout="constrained")[1]
+    places, width = np.arange(len(words)), 0.8 / len(effects)
+    for i, effect in enumerate(effects):
+        left = places + width * (i - len(effects) / 2)
+        ax.bar(left, effect.change, width, align="edge", label=effect.label)
+    ax.axhline(0, color=INK, lw=0.8)
+    ax.set_xticks(places, words, rotation=30, ha="right")
+    ax.set_ylabel("change (nats)")
+    ax.legend(**LEGEND)
+    return ax
+
+
+def plot_tradeoff(table: pd.DataFrame, cost: str, quality: str, ax: Axes | None = None) -> Axes:
+    """Quality of runs against their cost: a small dot a run, a named one for a variant's mean.
+
+    Args:
+        table: a row a run with `variant` and both columns, as `ablation.Study.table` gives.
+    """
+    ax = ax or plt.subplots(figsize=(8, 5), layout="constrained")[1]
+    means = table.groupby("variant", sort=False)[[cost, quality]].mean().sort_values(quality)
+    for variant in means.index:
+        runs = table[table["variant"] == variant]
+        dots = ax.scatter(runs[cost], runs[quality], s=8, alpha=0.4)
+        ax.scatter(*means.loc[variant], s=40, color=dots.get_facecolor(), alpha=1)
+    ax.margins(x=0.25)
+    free = defaultdict(float)  # height above the names, in each fifth of the width
+    for variant, mean in means.iterrows():
+        point = ax.transData.transform(mean)  # in pixels
+        fifth = int(5 * ax.transAxes.inverted().transform(point)[0])
+        height = point[1] * 72 / ax.figure.dpi
+        lifted = max(height, free[fifth])
+        place = {"xytext": (14, lifted - height - 3), "textcoords": "offset points"}
+        line = {"arrowstyle": "-", "lw": 0.4, "color": INK, "relpos": (0, 0.5)}
+        ax.annotate(variant, mean, **place, fontsize=8, color=INK, arrowprops=line)
+        free[fifth] = lifted + 10
+    ax.set(xlabel=cost, ylabel=quality)
+    ax.grid(alpha=0.3)
+    return ax
+
+
+def plot_curves(curves: pd.DataFrame, measure: str = "loss", ax: Axes | None = None) -> Axes:
+    """Training curves of variants: the mean over their seeds, in a band from least to most.
+
+    Args:
+        curves: a row a logged step with `variant`, `seed`, `step` and the measure, as
+            `ablation.Study.curves` gives.
+    """
+    ax = ax or plt.subplots(layout="constrained")[1]
+    for variant, rows in curves.dropna(subset=[measure]).groupby("variant", sort=False):
+        by_step = rows.groupby("step")[measure].agg(["mean", "min", "max"])
+        (line,) = ax.plot(by_step.index, by_step["mean"], lw=1.4, label=variant)
+        band = {"color": line.get_color(), "alpha": 0.15, "lw": 0}
+        ax.fill_between(by_step.index, by_step["min"], by_step["max"], **band)
+    ax.set(xlabel="step", ylabel=measure.removeprefix("eval_").replace("_", " "))
+    ax.legend(**LEGEND)
+    return ax

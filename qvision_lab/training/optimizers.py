@@ -1,0 +1,98 @@
+"""Optimizers: Muon for hidden matrices, AdamW for the rest, batched on a GPU."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+class BatchedMuon(torch.optim.Muon):
+    """torch's Muon; on a GPU all matrices of one shape are batched, which takes few launches.
+
+    Differs from torch's by the rounding of bfloat16 products; the state is the same.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        alike = defaultdict(list)
+        for number, group in enumerate(self.param_groups):
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    alike[number, weight.shape].append(weight)
+        if not all(weights[0].is_cuda for weights in alike.values()):
+            return super().step(closure)
+        return self.step_batched(alike)
+
+    @torch.no_grad()
+    def step_batched(self, alike: dict[tuple[int, torch.Size], list[nn.Parameter]]) -> None:
+        """Step the weights [r,c] of each group and shape by products of [n,r,c]."""
+        for (number, (rows, columns)), weights in alike.items():
+            group, states = self.param_groups[number], [self.state[weight] for weight in weights]
+            for state, weight in zip(states, weights, strict=True):
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+            gradients = [weight.grad for weight in weights]
+            buffers = [state["momentum_buffer"] for state in states]
+            torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+            updates = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's
+            x = torch.stack(updates).bfloat16()  # [n,r,c]
+            x = x.mT if rows > columns else x
+            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+            a, b, c = group["ns_coefficients"]
+            for _ in range(group["ns_steps"]):
+                gram = x @ x.mT
+                x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+            x = x.mT if rows > columns else x
+            rate = group["lr"] * max(1, rows / columns) ** 0.5
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, (x.float() * -rate).contiguous().unbind())
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the matrices of a network and AdamW for everything else, as one optimizer.
+
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) is meant for hidden
+    matrices; embeddings, heads, biases and norms stay with AdamW, as its authors advise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        matrix_learning_rate: float,
+        weight_decay: float,
+    ):
+        modules = (module for module in model.modules() if isinstance(module, nn.Embedding))
+        embeddings = {id(module.weight) for module in modules}
+        matrices, others = [], []
+        for name, parameter in model.named_parameters():
+            hidden = parameter.ndim == 2 and "head" not in name and id(parameter) not in embeddings
+            if parameter.requires_grad:
+                (matrices if hidden else others).append(parameter)
+        self.muon = BatchedMuon(
+            matrices, lr=matrix_learning_rate, weight_decay=weight_decay, momentum=0.95
+        )
+        self.adamw = torch.optim.AdamW(
+            others, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True
+        )
+        super().__init__(self.muon.param_groups + self.adamw.param_groups, defaults={})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """The schedule writes learning rates into `param_groups`: they must be the parts' own."""
+        self.param_groups = self.muon.param_groups + self.adamw.param_groups
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = self.muon.step(closure)
+        self.adamw.step()
+        return loss
+
+    def state_dict(self) -> dict:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.muon.load_state_dict(state_dict["muon"])
+        self.adamw.load_state_dict(state_dict["adamw"])
+        self._share_groups()

@@ -1,0 +1,185 @@
+"""What a run writes: `run.yaml` at its start; at its end a checkpoint, scores and a card."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime, timezone
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from huggingface_hub import HfApi
+from tqdm.auto import tqdm
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from qvision_lab.captioning import Captioner
+from qvision_lab.data.atomic import write_atomic
+from qvision_lab.data.coco import CaptionDataset, open_dataset
+from qvision_lab.evaluation import EvaluationReport, evaluate_dataset
+from qvision_lab.model.loading.checkpoint import Checkpoint, Provenance, save_checkpoint
+from qvision_lab.scenes.captions import caption_scene
+from qvision_lab.scenes.checker import RATES
+from qvision_lab.training.recipe import Recipe
+from qvision_lab.training.settings import read_yaml
+
+CARDS = files("qvision_lab.training") / "cards"
+METRICS = ("bleu", "meteor", "rouge", "cider")
+OVERLAPS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+UNDETERMINING = ("features.folder", ".workers", ".drawing_workers")  # they change no result
+CAPTIONER, SIXTH = "captioner", "a sixth caption"  # sources of scored captions
+
+
+def record_run(output: Path, recipe: Mapping[str, Any], data: Mapping[str, str]) -> None:
+    """Keep a recipe in `run.yaml`, with digests of the data, the commit and versions.
+
+    Raises:
+        ValueError: if `output` holds a run of another recipe or other data, with the difference.
+    """
+    path = output / "run.yaml"
+    if path.exists():
+        run = read_yaml(path)
+        then, now = (
+            pd.json_normalize({"recipe": settings, "data": digests}).to_dict("records")[0]
+            for settings, digests in ((run["recipe"], run["data"]), (recipe, data))
+        )
+        changed = [
+            f"{key.removeprefix('recipe.')} ({then.get(key)}, not {now.get(key)})"
+            for key in {**then, **now}
+            if then.get(key) != now.get(key) and not key.endswith(UNDETERMINING)
+        ]
+        if changed:
+            raise ValueError(
+                f"{output} holds a run with other settings of {', '.join(changed)}; choose another "
+                "output folder, or delete this one."
+            )
+        return
+    packages = ("qvision-lab", "torch", "transformers", "pillow")
+    run = {
+        "recipe": recipe,
+        "data": data,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
+    write_atomic(path, yaml.safe_dump(run, sort_keys=False))
+
+
+def _commit() -> str | None:
+    """The git commit of the code, where it is in a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe(images: CaptionDataset) -> str:
+    captions = sum(len(image.references) for image in images)
+    return f"{images.name}: {len(images):,} images, {captions:,} captions"
+
+
+def save_result(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    data: Mapping[str, CaptionDataset],
+    best: Path,
+    output: Path,
+) -> None:
+    """Write the checkpoint with its card, recipe, scores and curves; upload it if asked."""
+    made_by = Provenance(f"the recipe {recipe.name}", "native", None, {}, recipe.dtype)
+    checkpoint = replace(checkpoint, provenance=made_by)
+    dtype = getattr(torch, recipe.dtype)
+    rounded = checkpoint.model.to(dtype).float()  # what is scored is what is saved
+    captioner = Captioner(rounded, checkpoint.processor)
+    scores = {split: score_on_scenes(captioner, split, n) for split, n in recipe.scores.items()}
+    log = TrainerState.load_from_json(str(best / TRAINER_STATE_NAME)).log_history
+    measured = next(row for row in reversed(log) if "eval_cider" in row)
+    validation = {
+        "CIDEr": measured["eval_cider"],
+        "loss": measured["eval_loss"],
+        "step": measured["step"],
+        "images": len(data["validation"]),
+    }
+    curves, phases = [], []
+    for n, phase in enumerate(recipe.training.phases, start=1):
+        curves.append(pd.read_csv(output / f"phase-{n}/curve.csv").assign(phase=n))
+        length = f"{phase.steps} steps" if phase.steps else f"{phase.epochs:g} epochs"
+        rate = phase.learning_rate or recipe.training.learning_rate
+        phases.append(f"{n}. {length} of `{phase.policy}`, learning rate {rate:g}")
+    origin = recipe.checkpoint or "the embedded checkpoint of `qvision_lab`"
+    card = CARDS / ("scenes.md" if recipe.tower else "finetune.md")
+    companions = {
+        "README.md": card.read_text(encoding="utf-8").format(
+            recipe=recipe,
+            parameters=checkpoint.model.num_parameters() / 1e6,
+            table=scores_table(scores) if scores else "",
+            origin=f"{origin} ({recipe.revision})" if recipe.revision else origin,
+            data={name: describe(images) for name, images in data.items()},
+            phases="\n".join(phases),
+            reinitialised=", ".join(recipe.reinitialise) or "nothing",
+            scores=validation,
+        ),
+        "run.yaml": (output / "run.yaml").read_text(encoding="utf-8"),
+        "scores.json": json.dumps({"validation": validation, **scores}, indent=1),
+        "captioner.csv": pd.concat(curves).to_csv(index=False),
+    }
+    if recipe.tower is not None:
+        companions["vision.csv"] = (output / "vision" / "curve.csv").read_text(encoding="utf-8")
+    checkpoint.model.to(dtype)
+    save_checkpoint(checkpoint, output / "checkpoint", companions)
+    if recipe.push_to is not None:
+        HfApi().create_repo(recipe.push_to, exist_ok=True)
+        HfApi().upload_folder(repo_id=recipe.push_to, folder_path=output / "checkpoint")
+
+
+def score_on_scenes(captioner: Captioner, split: str, n: int) -> dict[str, dict]:
+    """Score greedy captions of the first `n` scenes of a split against their truth and references.
+
+    Returns:
+        By the source of captions (the captioner, and a sixth caption of each scene by the grammar
+        that wrote its five references, which shows how far true captions differ), by the name of
+        the score: `score`, `low` and `high` of its 95% interval, and the size `of` its sample.
+    """
+    dataset = open_dataset(f"scenes:{split}", n=n)
+    pictures = (image.picture for image in tqdm(dataset, f"captioning {split}", unit="image"))
+    captions = captioner.caption(pictures, batch_size=50, preset="greedy")
+    ours = {i: caption.text for i, caption in zip(dataset.ids, captions, strict=True)}
+    sixth = {image.image_id: caption_scene(image.drawing.layout, 6)[5] for image in dataset}
+    return {
+        CAPTIONER: _rows(evaluate_dataset(ours, dataset, ("scenes", *METRICS))),
+        SIXTH: _rows(evaluate_dataset(sixth, dataset, METRICS)),
+    }
+
+
+def _rows(report: EvaluationReport) -> dict[str, dict[str, float]]:
+    return json.loads(report.table.to_json(orient="index", double_precision=6))
+
+
+def scores_table(scores: Mapping[str, dict[str, dict]]) -> str:
+    """Markdown table of the scores of each split, times 100, with intervals."""
+    sizes = [f"{split} ({rows[CAPTIONER]['true']['of']:,})" for split, rows in scores.items()]
+    rows = [(f"{name}, of {RATES[name]}", CAPTIONER, name) for name in RATES]
+    rows += [(name, CAPTIONER, name) for name in OVERLAPS]
+    rows += [(f"{name}, {SIXTH}", SIXTH, name) for name in OVERLAPS]
+    lines = [["", *sizes], ["---", *["---:"] * len(sizes)]]
+    for label, source, name in rows:
+        lines.append([label, *(_cell(of_split[source][name]) for of_split in scores.values())])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _cell(row: Mapping[str, float]) -> str:
+    """A score with its interval, times 100; a dash where there is nothing to count."""
+    if not row["of"]:
+        return "-"
+    score, low, high = (100 * row[name] for name in ("score", "low", "high"))
+    return f"{score:.1f} [{low:.1f}, {high:.1f}]"

@@ -1,0 +1,88 @@
+"""Training samples: an image (cached states or pixels) with some of its captions, and batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from qvision_lab.captioning.images import open_image
+from qvision_lab.data.coco import CaptionDataset, CaptionedImage
+from qvision_lab.model.captioner import IGNORED_LABEL
+from qvision_lab.model.processor import QVisionProcessor
+from qvision_lab.training.features import CachedFeatures
+
+
+@dataclass
+class CaptionSamples(Dataset):
+    """One sample per image.
+
+    Args:
+        captions_per_image: rows of each sample. Of more captions, a draw by `seed`, `epoch` and
+            index; of fewer, rows without a target are added, so that all captions weigh the same.
+        features: cached vision states of the images; without them samples have pixels.
+    """
+
+    images: CaptionDataset
+    processor: QVisionProcessor
+    captions_per_image: int
+    max_tokens: int
+    seed: int
+    features: CachedFeatures | None = None
+    epoch: int = 0
+    encoded: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | list[Tensor]]:
+        image = self.images[index]
+        draw = np.random.default_rng((self.seed, self.epoch, index))
+        chosen = draw.permutation(image.references)[: self.captions_per_image].tolist()
+        captions = [self._encode(caption) for caption in chosen]
+        captions += [captions[0][:1]] * (self.captions_per_image - len(captions))
+        return {**self.image_inputs(image), "captions": captions}
+
+    def image_inputs(self, image: CaptionedImage) -> dict[str, Tensor]:
+        """What the model takes of an image: `vision_states` [P,C] or `pixel_values` [3,H,W]."""
+        if self.features is not None:
+            return {"vision_states": self.features[image.image_id]}
+        return {"pixel_values": self.processor(images=open_image(image.picture)).pixel_values[0]}
+
+    def lengths(self, most: int = 1000) -> list[int]:
+        """Numbers of tokens of the first captions."""
+        captions = (caption for image in self.images for caption in image.references)
+        return [len(self._encode(caption)) for caption in islice(captions, most)]
+
+    def _encode(self, caption: str) -> Tensor:
+        if caption not in self.encoded:
+            self.encoded[caption] = self.processor.encode(caption, self.max_tokens)
+        return self.encoded[caption]
+
+
+@dataclass(frozen=True)
+class CaptionCollator:
+    """Stacks images and, in the same order, their captions, padded on the right.
+
+    Args:
+        multiple: lengths are padded to multiples of it, which limits their number.
+    """
+
+    pad_token_id: int
+    multiple: int = 1
+
+    def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
+        rows = [caption for sample in samples for caption in sample["captions"]]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)  # [R,T]
+        missing = -input_ids.shape[1] % self.multiple
+        input_ids = nn.functional.pad(input_ids, (0, missing), value=self.pad_token_id)
+        labels = input_ids.masked_fill(input_ids == self.pad_token_id, IGNORED_LABEL)
+        labels[:, 0] = IGNORED_LABEL  # <START> is never a target, so it must not count as one
+        names = samples[0].keys() - {"captions"}  # vision_states [B,P,C] or pixel_values [B,3,H,W]
+        images = {name: torch.stack([sample[name] for sample in samples]) for name in names}
+        return {**images, "input_ids": input_ids, "labels": labels}

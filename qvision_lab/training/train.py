@@ -1,0 +1,234 @@
+"""A training run: a checkpoint or new model, data and a recipe -> a trained checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
+from transformers import set_seed
+
+from qvision_lab.data.coco import CaptionDataset, open_dataset
+from qvision_lab.model.captioner import QVisionForConditionalGeneration
+from qvision_lab.model.config import QVisionConfig
+from qvision_lab.model.loading.checkpoint import Checkpoint, load_checkpoint
+from qvision_lab.training import freezing, gpu
+from qvision_lab.training.features import FeatureCache
+from qvision_lab.training.memory import estimate_memory
+from qvision_lab.training.recipe import Data, DataSource, Phase, Recipe, Training
+from qvision_lab.training.results import describe, record_run, save_result
+from qvision_lab.training.samples import CaptionCollator, CaptionSamples
+from qvision_lab.training.settings import suggest
+from qvision_lab.training.tower import train_tower
+from qvision_lab.training.trainer import Validation, batch_share, train_stage
+
+
+def train_captioner(recipe: Recipe, output: str | Path) -> Path:
+    """Train by a recipe; the same call resumes, with bitwise the same result.
+
+    Args:
+        output: folder of the run. Each phase has a folder inside, with a CSV of its log.
+
+    Returns:
+        The folder of the finished checkpoint, which `qvision_lab.load` takes.
+
+    Raises:
+        ValueError: for settings that do not fit the model, an `output` with a run of another recipe
+            or other data, images that cannot be read, a loss that is not finite.
+        OSError: if the disk is full; what was saved before stays complete.
+    """
+    output, state = Path(output), PartialState(cpu=not torch.cuda.is_available())
+    settings = recipe.training
+    if settings.precision == "float16" and state.device.type == "cpu":
+        raise ValueError("training.precision='float16' needs a GPU; use bfloat16 or float32.")
+    batch_share(settings.batch_size)  # an error before the work, if any
+    data = open_data(recipe.data)
+    output.mkdir(parents=True, exist_ok=True)
+    with state.main_process_first():
+        fingerprints = {name: fingerprint(images) for name, images in data.items()}
+        record_run(output, recipe.model_dump(mode="json"), fingerprints)
+    start = recipe.checkpoint
+    if recipe.tower is not None:
+        start = train_tower(recipe.tower, recipe.seed, output / "vision")
+    checkpoint = load_checkpoint(start, recipe.revision, device=state.device)
+    checkpoint = replace(checkpoint, model=start_model(checkpoint.model, recipe))
+    samples = prepare_samples(recipe, checkpoint, data, output)
+    for number, phase in enumerate(settings.phases, start=1):
+        seed, folder = recipe.seed + number, output / f"phase-{number}"
+        best = train_phase(settings, phase, seed, checkpoint, samples, folder)
+        checkpoint = load_checkpoint(best, device=state.device)
+    if state.is_main_process:
+        images = {name: part.images for name, part in samples.items()}
+        save_result(recipe, checkpoint, images, best, output)
+    state.wait_for_everyone()
+    return output / "checkpoint"
+
+
+def open_data(data: Data) -> dict[str, CaptionDataset]:
+    """Training and validation images, which never overlap.
+
+    Raises:
+        ValueError: validation has a single image.
+    """
+    train, validation = _open(data.train), _open(data.validation)
+    if len(validation) < 2:
+        raise ValueError(f"{validation.name} has one image; CIDEr needs two to validate on.")
+    held_out = {image.image or image.drawing.name for image in validation}
+    kept = tuple(i for i in train if (i.image or i.drawing.name) not in held_out)
+    return {"train": replace(train, images=kept), "validation": validation}
+
+
+def _open(source: DataSource) -> CaptionDataset:
+    settings = source.model_dump()
+    captions = settings.pop("captions")
+    dataset = open_dataset(**settings)
+    images = (replace(image, references=image.references[:captions]) for image in dataset)
+    return replace(dataset, images=tuple(images))
+
+
+def fingerprint(images: CaptionDataset) -> str:
+    """Digest of ids, captions, and names and sizes of the files."""
+    digest = hashlib.sha256()
+    for image in images:
+        size = image.image.stat().st_size if image.image and image.image.exists() else None
+        name = image.image.name if image.image else image.drawing.name
+        digest.update(json.dumps([image.image_id, name, size, image.references]).encode())
+    return digest.hexdigest()[:16]
+
+
+def start_model(
+    model: QVisionForConditionalGeneration, recipe: Recipe
+) -> QVisionForConditionalGeneration:
+    """The model that training starts from: with changed sizes and reinitialised modules.
+
+    Raises:
+        ValueError: as `reinitialise`, or for changed sizes that do not fit together or need other
+            modules to be reinitialised too.
+    """
+    changes = recipe.model.model_dump(exclude_none=True)
+    if not changes:
+        reinitialise(model, recipe.reinitialise, recipe.seed)
+        return model
+    changed = QVisionForConditionalGeneration(changed_config(model.config, changes))
+    changed.generation_config = model.generation_config
+    reinitialise(changed, ("qformer", "decoder", "vision.projection"), recipe.seed)
+    random = tuple(f"{module}." for module in recipe.reinitialise)
+    kept = {name: w for name, w in model.named_parameters() if not name.startswith(random)}
+    try:
+        unknown = changed.load_state_dict(kept, strict=False).unexpected_keys
+    except RuntimeError as error:
+        unknown = [str(error).splitlines()[-1].strip()]
+    if unknown:
+        raise ValueError(f"model does not fit kept weights ({unknown[0]}): reinitialise them.")
+    return changed.to(model.device).eval()
+
+
+def reinitialise(model: QVisionForConditionalGeneration, modules: Sequence[str], seed: int) -> None:
+    """Give modules new random weights, as a new model has them.
+
+    Raises:
+        ValueError: for a module that does not exist, with the nearest one.
+    """
+    known = dict(model.named_modules())
+    set_seed(seed)
+    for name in modules:
+        if name not in known:
+            near = suggest(name, [module for module in known if module and module.count(".") < 2])
+            raise ValueError(f"reinitialise: there is no module {name!r}; {near}")
+        known[name].apply(model._init_weights)
+
+
+def changed_config(config: QVisionConfig, changes: Mapping[str, Any]) -> QVisionConfig:
+    """A configuration with changes; those of `text_config` leave its other fields as they are.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+    before = config.to_dict()
+    text = {**before["text_config"], **changes.get("text_config", {})}
+    del text["attention_layers"]  # GPT-Neo's configuration derives it from attention_types
+    try:
+        return QVisionConfig.from_dict({**before, **changes, "text_config": text})
+    except StrictDataclassError as error:
+        raise ValueError(f"model: {error}") from error
+
+
+def prepare_samples(
+    recipe: Recipe, checkpoint: Checkpoint, data: dict[str, CaptionDataset], output: Path
+) -> dict[str, CaptionSamples]:
+    """The samples of both data sets, of images that can be read; fills the feature cache."""
+    model, processor, settings = checkpoint.model, checkpoint.processor, recipe.training
+    positions = model.config.text_config.max_position_embeddings
+    if settings.max_tokens > positions:
+        raise ValueError(
+            f"training.max_tokens={settings.max_tokens} must be from 3 to {positions}."
+        )
+    samples = {}
+    for name, images in data.items():
+        features, failed = None, dict.fromkeys(images.missing(), "there is no such file")
+        if recipe.features is not None:
+            with PartialState().main_process_first():
+                folder = recipe.features.folder or output / "features"
+                cache = FeatureCache(folder, model, recipe.features.dtype)
+                features = cache.encode(images, model, processor, workers=recipe.features.workers)
+            failed = features.failed
+        if failed:
+            listed = "; ".join(f"{key}: {why}" for key, why in list(failed.items())[:5])
+            problem = f"{len(failed):,} of {describe(images)}, cannot be read ({listed})"
+            if not recipe.data.skip_bad:
+                raise ValueError(f"{problem}: repair them, or set data.skip_bad to leave them out.")
+            warnings.warn(f"{problem}: left out", stacklevel=2)
+            readable = tuple(image for image in images if image.image_id not in failed)
+            images = replace(images, name=f"{images.name}, readable images", images=readable)
+        if name == "train" and len(images) < settings.batch_size:
+            raise ValueError(
+                f"{describe(images)}: less than training.batch_size={settings.batch_size}."
+            )
+        most = min(settings.captions_per_image, max(len(i.references) for i in images))
+        samples[name] = CaptionSamples(
+            images, processor, most, settings.max_tokens, recipe.seed, features
+        )
+    return samples
+
+
+def train_phase(
+    settings: Training,
+    phase: Phase,
+    seed: int,
+    checkpoint: Checkpoint,
+    samples: dict[str, CaptionSamples],
+    folder: Path,
+) -> Path:
+    """Train or resume one phase; returns the folder of its best checkpoint."""
+    model, processor = checkpoint.model, checkpoint.processor
+    counts = freezing.apply(model, phase.policy, thaw_projection=phase.thaw_projection)
+    train, validation = replace(samples["train"], seed=seed), samples["validation"]
+    share = batch_share(settings.batch_size)
+    if PartialState().is_main_process:
+        estimate = estimate_memory(model, settings, share, train.lengths())
+        print(f"{counts.map('{:,}'.format)}\n{estimate}")
+    epoch = ceil(len(train) // settings.batch_size / settings.accumulation)  # in steps
+    positions = model.config.text_config.max_position_embeddings
+    few_lengths = settings.compile or model.device.type == "cuda"  # to compile or to capture
+    multiple = gpu.LENGTHS if few_lengths and positions % gpu.LENGTHS == 0 else 1
+    return train_stage(
+        model,
+        settings.model_copy(
+            update={"learning_rate": phase.learning_rate or settings.learning_rate}
+        ),
+        folder,
+        seed,
+        steps=phase.steps or max(1, round(phase.epochs * epoch)),
+        data=(train, validation),
+        collator=CaptionCollator(model.config.pad_token_id, multiple),
+        measure=Validation(validation.images, processor, share),
+        processor=processor,
+    )
