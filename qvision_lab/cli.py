@@ -120,6 +120,8 @@ def evaluate(options: argparse.Namespace) -> None:
     chosen = _chosen(options, "split", "n", "seed", "images", "instances")
     dataset = open_dataset(options.data, **chosen)
     output = Path(options.output)
+    if options.baseline and Path(options.baseline).resolve() == output.resolve():
+        raise ValueError(f"--baseline {output} would be overwritten: choose another --output.")
     output.mkdir(parents=True, exist_ok=True)
     if options.predictions:
         captions = evaluation.read_results(options.predictions)

@@ -25,7 +25,6 @@ from qvision_lab.scenes.checker import RATES, Rate
 from qvision_lab.scenes.dataset import scenes_vocabulary
 from qvision_lab.scenes.layout import COLORS
 
-SHEET = 24  # scenes on the contact sheet
 EXAMPLE = 2  # index of the test scene in the figures of words and queries
 CURVES = {"vision": "Vision tower", "captioner": "Captioner"}
 STUDY = files("qvision_lab.ablation") / "results" / "architecture"
@@ -52,10 +51,8 @@ def run_demo(
         dataset = open_dataset(scenes.write_coco(place, n, split="test", seed=seed))
         captions = captioner.caption([image.image for image in dataset])
         checks = [scenes.check(captions[i].text, t) for i, t in dataset.judge.truths.items()]
-        sheet = plots.caption_sheet(
-            captions[:SHEET], ncols=6, marks=[c.true for c in checks][:SHEET]
-        )
-        write_figure(sheet, Path(output))
+        shown = [check.true for check in checks][:24]
+        write_figure(plots.caption_sheet(captions[:24], ncols=6, marks=shown), Path(output))
     rates = scenes.score(checks)
     print(f"\n{n} held-out scenes, captioned from disk:\n")
     for name, rate in rates.items():
@@ -99,11 +96,11 @@ def draw_inside(
 
     rng, patches = np.random.default_rng(seed), len(trace.image_tokens)
     orders = METHODS | {"chance": lambda trace, words: rng.random((len(words), patches))}
-    runs = []
-    for trace in traces:
-        if words := _objects(trace):
-            values = np.stack([order(trace, words) for order in orders.values()])
-            runs.append(removal_curves(trace, words, values))
+    runs = [
+        removal_curves(trace, words, np.stack([order(trace, words) for order in orders.values()]))
+        for trace in traces
+        if (words := _objects(trace))
+    ]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
     for ax, kind in zip(axes, ("deletion", "insertion"), strict=True):
         curves = np.concatenate([getattr(run, kind) for run in runs], axis=1)  # [M,W,S]

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from html import escape
 
 import ipywidgets as w
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL import Image
 
 from qvision_lab.captioning import Captioner
 from qvision_lab.captioning.decoding_step import copy_sharing_weights
@@ -34,19 +35,11 @@ SAMPLES = 6  # scenes to choose from
 CACHE_SIZE = 16  # captions and traces, so that a click on a word costs its map alone
 
 
-@dataclass(frozen=True, eq=False)
-class ImageChoice:
-    """An image in the list."""
-
-    name: str
-    image: Picture
-
-
 @dataclass(frozen=True)
 class Request:
     """The state of all controls."""
 
-    image: ImageChoice
+    image: Callable[[], Image.Image]  # opens it
     search: tuple[tuple[str, object], ...]  # arguments of `Captioner.caption`
     muted: tuple[str, ...] = ()  # labels of interventions
     word: tuple[str, int] | None = None  # caption and index; else the longest, mostly a noun
@@ -103,14 +96,13 @@ class Backend:
             results.append(Result(own, traced, word, tuple(maps)))
         return results
 
-    def _caption(self, choice: ImageChoice, search: tuple, muted: tuple[str, ...]) -> str:
+    def _caption(self, image: Callable, search: tuple, muted: tuple[str, ...]) -> str:
         with self._muting(muted):
-            image = open_image(choice.image, choice.name)
-            return self.captioner.caption(image, **dict(search)).text
+            return self.captioner.caption(image(), **dict(search)).text
 
-    def _trace(self, choice: ImageChoice, caption: str, muted: tuple[str, ...]) -> Trace:
+    def _trace(self, image: Callable, caption: str, muted: tuple[str, ...]) -> Trace:
         with self._muting(muted):
-            return trace(self.captioner, open_image(choice.image, choice.name), caption)
+            return trace(self.captioner, image(), caption)
 
     def _muting(self, muted: tuple[str, ...]) -> ExitStack:
         stack = ExitStack()
@@ -122,10 +114,9 @@ class Backend:
 def parts(model: QVisionForConditionalGeneration) -> dict[str, dict[str, Intervention]]:
     """A mute for each part of the model, by kind and number."""
     heads = [(str(h), h) for h in range(model.config.num_attention_heads)]
-    blocks = range(len(model.qformer.blocks))
+    blocks, queries = range(len(model.qformer.blocks)), range(model.config.num_query_tokens)
     has_global = model.config.global_token != "none"
     found = {"Queries": {"global": mute(model, global_token=True)} if has_global else {}}
-    queries = range(model.config.num_query_tokens)
     found["Queries"] |= {str(q): mute(model, queries=[q]) for q in queries}
     for b in blocks:
         cross = {name: mute(model, heads=[(b, h)]) for name, h in heads}
@@ -168,7 +159,10 @@ def probabilities_html(results: Sequence[Result]) -> str:
 
 
 class Explorer(w.VBox):
-    """Controls and results; the model runs in a thread, which skips all but the last request."""
+    """Explore a captioner with Q-Former and bridge in Jupyter: click words, mute parts of it.
+
+    The model runs in a thread, which skips all but the last request.
+    """
 
     def __init__(self, captioner: Captioner):
         self.backend, self._requested = Backend(captioner), None
@@ -288,7 +282,7 @@ class Explorer(w.VBox):
         self.status.value = f'<b role="alert" style="color:#c4314b">{escape(text)}</b>'
 
     def _add(self, images: Iterable[tuple[str, Picture]]) -> None:
-        new = [(name, ImageChoice(name, image)) for name, image in images]
+        new = [(name, partial(open_image, image, name)) for name, image in images]
         self.image.options = [*new, *self.image.options]
         self.image.index = 0
 
@@ -306,6 +300,4 @@ class Explorer(w.VBox):
             part.value = False
 
 
-def explore(captioner: Captioner) -> w.Widget:
-    """Explore a captioner with Q-Former and bridge in Jupyter: click words, mute parts of it."""
-    return Explorer(captioner)
+explore = Explorer  # public as `ql.explore`

@@ -25,6 +25,7 @@ from qvision_lab.captioning import Captioner  # noqa: E402
 from qvision_lab.model.captioner import QVisionForConditionalGeneration  # noqa: E402
 from qvision_lab.model.config import QVisionConfig  # noqa: E402
 from qvision_lab.model.loading.checkpoint import load_checkpoint  # noqa: E402
+from qvision_lab.model.loading.published import SPECIAL_TOKENS  # noqa: E402
 from qvision_lab.model.processor import QVisionProcessor  # noqa: E402
 
 SHARED = Path(os.environ.get("QVISION_SHARED") or Path(__file__).parents[2] / "shared")
@@ -52,10 +53,11 @@ def shared() -> Path:
 
 @pytest.fixture(scope="module", params=["published_a", "published_b"])
 def reference(request, shared):
-    """Model, tensors and facts of one small checkpoint of the original code."""
+    """Model, tensors and facts of one small checkpoint of the original code; on CUDA if visible."""
     folder = shared / "reference" / request.param
-    facts = json.loads((folder / "expected.json").read_text())
-    return load_checkpoint(folder).model, load_file(folder / "expected.safetensors"), facts
+    model, facts = load_checkpoint(folder).model, (folder / "expected.json").read_text()
+    expected = load_file(folder / "expected.safetensors", device=str(model.device))
+    return model, expected, json.loads(facts)
 
 
 @pytest.fixture(scope="session")
@@ -67,20 +69,11 @@ def tiny_model() -> QVisionForConditionalGeneration:
     """A random model with every part: 4 patches, 4 queries, the 256 bytes as vocabulary."""
     torch.manual_seed(5)  # one where captions differ between images
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 16}
     text = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64}
-    config = QVisionConfig(
-        vision_config={**vision, "num_attention_heads": 2, "image_size": 32, "patch_size": 16},
-        text_config={
-            **text,
-            "vocab_size": 259,
-            "attention_types": [[["global", "local"], 1]],
-            "window_size": 4,
-        },
-        num_query_tokens=4,
-        start_token_id=257,
-        end_token_id=258,
-        pad_token_id=256,
-    )
+    text |= {"vocab_size": 259, "attention_types": [[["global", "local"], 1]], "window_size": 4}
+    tokens = {"start_token_id": 257, "end_token_id": 258, "pad_token_id": 256}
+    config = QVisionConfig(vision_config=vision, text_config=text, num_query_tokens=4, **tokens)
     return with_noise(QVisionForConditionalGeneration(config).eval())
 
 
@@ -100,14 +93,8 @@ def byte_tokenizer() -> GPT2Tokenizer:
 def tiny_tokenizer() -> GPT2Tokenizer:
     """The tokenizer of `tiny`: GPT-2's, with no merges."""
     entries = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<START>", "<END>"]
-    return GPT2Tokenizer(
-        vocab={entry: i for i, entry in enumerate(entries)},
-        merges=[],
-        unk_token=None,
-        bos_token="<START>",
-        eos_token="<END>",
-        pad_token="<|endoftext|>",
-    )
+    vocabulary = {entry: i for i, entry in enumerate(entries)}
+    return GPT2Tokenizer(vocab=vocabulary, merges=[], unk_token=None, **SPECIAL_TOKENS)
 
 
 def tiny_captioner(model: QVisionForConditionalGeneration | None = None) -> Captioner:

@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from qvision_lab.ablation import Study, averages, differences, summarise
 from qvision_lab.ablation.analysis import holm
 from qvision_lab.ablation.study import STUDIES
 from qvision_lab.cli import main
+from qvision_lab.data.atomic import locked
 from qvision_lab.training.trainer import StageTrainer
 
 SIZES = {
@@ -220,6 +222,23 @@ def dask_workers(n: int) -> Iterator[Executor]:
         with cluster, Client(cluster) as client:
             client.run(import_module, "qvision_lab.ablation.arm")
             yield client.get_executor()
+
+
+def test_an_interrupted_study_ends_its_workers_and_reports_what_is_kept(tmp_path):
+    path = tmp_path / "study.yaml"
+    study = changed(base={**TINY.base, "training.phases.0.steps": 100_000})
+    path.write_text(yaml.safe_dump(study.model_dump(mode="json")))
+    command = [sys.executable, "-m", "qvision_lab.cli", "ablate", str(path), "--processes", "1"]
+    command += ["--output", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        while running.poll() is None and not list(tmp_path.glob("runs/*/phase-1")):
+            os.sched_yield()
+        running.send_signal(signal.SIGINT)  # to the parent alone
+        output, _ = running.communicate(timeout=60)  # a guard: its run would take hours
+    assert running.returncode == 130
+    assert "interrupted: 0 of 6 runs are in" in output
+    with locked(tmp_path):
+        pass
 
 
 def test_two_dask_workers_give_the_same_table(finished, tmp_path):

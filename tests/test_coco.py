@@ -8,20 +8,14 @@ import pytest
 from PIL import Image
 
 from qvision_lab import scenes
-from qvision_lab.data.coco import (
-    Contamination,
-    contamination,
-    open_dataset,
-)
+from qvision_lab.data.coco import Contamination, contamination, open_dataset
 
 
 def coco(captions, ids=None):
     """Content of a captions file: captions by image id, of the images `ids`."""
-    rows = [(i, caption) for i, texts in captions.items() for caption in texts]
-    return {
-        "images": [{"id": i, "file_name": f"{i:012d}.jpg"} for i in ids or captions],
-        "annotations": [{"image_id": i, "caption": caption} for i, caption in rows],
-    }
+    images = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in ids or captions]
+    rows = [{"image_id": i, "caption": text} for i, texts in captions.items() for text in texts]
+    return {"images": images, "annotations": rows}
 
 
 @pytest.fixture
@@ -84,13 +78,14 @@ def test_objects_come_with_instances(write):
     assert open_dataset(path).objects == {7: None, 8: None, 9: None}
     instances = {
         "images": [{"id": 7}, {"id": 8}],
-        "annotations": 2 * [{"image_id": 7, "category_id": 17}],
+        "annotations": 2 * [{"image_id": 7, "category_id": 17, "bbox": [1, 2, 3, 4]}],
         "categories": [{"id": 17, "name": "cat"}],
     }
     expected = {7: {"cat"}, 8: set(), 9: None}
     assert open_dataset(path, instances=write("other.json", instances)).objects == expected
     write("instances_val2017.json", instances)
     assert open_dataset(path).objects == expected
+    assert open_dataset(path)[0].boxes == 2 * (("cat", [1, 2, 3, 4]),)
     strange = write("strange.json", instances | {"images": [{"id": 1}], "annotations": []})
     with pytest.raises(ValueError, match="lists none of the images"):
         open_dataset(path, instances=strange)
@@ -143,13 +138,14 @@ def test_scenes_are_drawn_when_asked():
         assert image.image is None
     assert dataset.missing() == []
     assert dataset.subset(2).judge == dataset.judge
-    for bad, match in [({"n": None}, "no end"), ({"n": 3, "split": "val"}, "there is test")]:
+    for source, n, split, match in [
+        ("scenes:test", None, None, "no end"),
+        ("scenes:test", 3, "val", "there is test"),
+        ("scenes:tset", 1, None, "choose one of"),
+        ("scnes:test", 1, None, r"'scnes:test': installed data sets are .*scenes"),
+    ]:
         with pytest.raises(ValueError, match=match):
-            open_dataset("scenes:test", **bad)
-    with pytest.raises(ValueError, match="choose one of"):
-        open_dataset("scenes:tset", n=1)
-    with pytest.raises(ValueError, match=r"'scnes:test': installed data sets are .*scenes"):
-        open_dataset("scnes:test", n=1)
+            open_dataset(source, n=n, split=split)
 
 
 def test_scenes_written_as_coco_are_the_same_scenes(tmp_path):

@@ -1,15 +1,15 @@
 """Scores of maps: exact for maps that know the boxes, chance for those that know nothing."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_captioner, with_noise
 from PIL import Image
 
 from qvision_lab.captioning import Captioner
-from qvision_lab.data.coco import open_dataset
+from qvision_lab.data.coco import CaptionDataset, open_dataset
 from qvision_lab.evaluation.chair import Vocabulary
 from qvision_lab.interpretation.faithfulness import (
     Example,
@@ -21,28 +21,18 @@ from qvision_lab.interpretation.faithfulness import (
 from qvision_lab.interpretation.maps import composition, occlusion
 from qvision_lab.interpretation.trace import trace
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
-from qvision_lab.model.processor import QVisionProcessor
 
 SIDE = 112  # a grid of 7 x 7 patches, as in the published model
 WORDS = Vocabulary({"dog": "dog", "cat": "cat", "cars": "car"})
 
 
 @pytest.fixture(scope="module")
-def model(tiny) -> QVisionForConditionalGeneration:
+def captioner(tiny) -> Captioner:
     config = type(tiny.config).from_dict(tiny.config.to_dict())
     config.vision_config.image_size = SIDE
     config.text_config.max_position_embeddings = 256
     torch.manual_seed(0)
-    model = QVisionForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-@pytest.fixture
-def captioner(model, byte_tokenizer) -> Captioner:
-    return Captioner(model, QVisionProcessor.from_config(model.config, byte_tokenizer))
+    return tiny_captioner(with_noise(QVisionForConditionalGeneration(config).eval()))
 
 
 @pytest.fixture
@@ -52,6 +42,12 @@ def example() -> Example:
     image = Image.fromarray(rng.integers(0, 256, (100, 200, 3), np.uint8))
     boxes = {"dog": [(0, 0, 100, 50)], "car": [(150, 60, 20, 10), (150, 85, 20, 10)]}
     return Example(image, boxes, WORDS, "a cat and a dog by two cars")
+
+
+def captioned_examples(dataset: CaptionDataset) -> list[Example]:
+    """Of the first reference of each image."""
+    pairs = zip(examples_of(dataset), dataset, strict=True)
+    return [replace(example, caption=image.references[0]) for example, image in pairs]
 
 
 def constant(grid: np.ndarray):
@@ -84,6 +80,8 @@ def test_pointing_is_exact_for_known_maps(captioner, example):
     assert cell(table, "chance", "small").value == pytest.approx(area)
     row = cell(table, "in", "small")
     assert (row.words, row.images, row.low, row.high) == (1, 1, 0, 0)  # the cat has no box
+    with pytest.raises(ValueError, match="no caption names an object"):
+        score_maps(captioner, [replace(example, caption="a cat")], methods)
 
 
 @pytest.mark.parametrize(("row", "hit"), [(4, 1), (5, 0), (6, 1)])
@@ -123,34 +121,23 @@ def test_randomised_weights_change_maps_of_the_model_and_no_others(captioner, ex
 
 def test_scenes_bring_their_boxes(captioner):
     dataset = open_dataset("scenes:test", n=4)
-    examples = []
-    for example, image in zip(examples_of(dataset), dataset, strict=True):
+    examples = captioned_examples(dataset)
+    for example, image in zip(examples, dataset, strict=True):
         boxes = [box for found in example.boxes.values() for box in found]
         assert sorted(boxes) == sorted(thing.box for thing in image.drawing.layout.objects)
         assert set(example.boxes) == image.objects
-        examples.append(replace(example, caption=image.references[0]))
     table = score_maps(captioner, examples, {"maps": composition})
     named = sum(len(i.drawing.layout.groups) for i in dataset)
     assert table[table.measure == "pointing"].groupby("method").words.sum().eq(named).all()
 
 
-def test_nothing_named_is_an_error(captioner, example):
-    with pytest.raises(ValueError, match="no caption names an object"):
-        score_maps(captioner, [replace(example, caption="a cat")], {"maps": composition})
-
-
 def test_on_coco_a_random_model_points_by_chance(captioner, shared):
     """The code runs on photos; a map that knows nothing stays near the share of the boxes."""
     dataset = open_dataset(shared / "coco_mini", n=15)
-    instances = shared / "coco_mini" / "annotations" / "instances_train2017.json"
-    examples = [
-        replace(example, caption=image.references[0])
-        for example, image in zip(examples_of(dataset, instances), dataset, strict=True)
-    ]
+    examples = captioned_examples(dataset)
     table = score_maps(captioner, examples, {"maps": occlusion})
     found, chance = (cell(table, name, "large") for name in ("maps", "chance"))
     assert found.words > 15
     assert found.low - 0.1 < chance.value < found.high + 0.1
-    rows = json.loads(instances.read_text(encoding="utf-8"))["annotations"]
-    there = [row for row in rows if row["image_id"] in dataset.ids]
-    assert sum(len(boxes) for e in examples for boxes in e.boxes.values()) == len(there) > 0
+    there = sum(len(image.boxes) for image in dataset)
+    assert sum(len(boxes) for e in examples for boxes in e.boxes.values()) == there > 15

@@ -1,15 +1,12 @@
-"""What is trained: the original's tensors and gradients, the card's numbers."""
+"""What is trained: the original's tensors, the card's numbers."""
 
 import copy
-import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
-from qvision_lab.model.loading.checkpoint import load_checkpoint
 from qvision_lab.model.loading.published import stored_name
 from qvision_lab.training import freezing
 from qvision_lab.training.freezing import POLICIES, Policy
@@ -26,36 +23,14 @@ def model(tiny) -> QVisionForConditionalGeneration:
     return copy.deepcopy(tiny)
 
 
-@pytest.mark.parametrize("name", ["published_a", "published_b"])
 @pytest.mark.parametrize("policy", ["published", "phase1", "phase2"])
-def test_trained_tensors_are_the_originals(shared, name, policy):
-    folder = shared / "reference" / name
-    expected = json.loads((folder / "expected.json").read_text())["trainable"]
-    model = load_checkpoint(folder).model
+def test_trained_tensors_are_the_originals(reference, policy):
+    model, _, facts = reference
     freezing.apply(model, policy)
     ours = {stored_name(name) for name in trained(model)}
-    theirs = expected[str(POLICIES[policy].freeze_ratio)]
+    model.requires_grad_(True)
+    theirs = facts["trainable"][str(POLICIES[policy].freeze_ratio)]
     assert ours == {name for name in theirs if not name.startswith("query_proj")}
-
-
-@pytest.mark.parametrize("name", ["published_a", "published_b"])
-def test_gradients_are_the_originals(shared, name):
-    folder = shared / "reference" / name
-    expected = json.loads((folder / "expected.json").read_text())["gradient_norms_freeze_0.4"]
-    tensors = load_file(folder / "expected.safetensors")
-    model = load_checkpoint(folder).model
-    freezing.apply(model, "published")
-    ids = tensors["input_ids"]
-    words = (ids != model.config.pad_token_id).long()
-    model(
-        input_ids=ids, pixel_values=tensors["pixel_values"], attention_mask=words, labels=ids
-    ).loss.backward()
-    norms = {stored_name(name): p.grad.norm().item() for name, p in trained(model).items()}
-    assert norms == pytest.approx(
-        {name: norm for name, norm in expected.items() if not name.startswith("query_proj")},
-        rel=1e-4,
-        abs=1e-6,  # a bias of keys moves nothing: its gradient is rounding alone
-    )
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,18 @@
 """The model against the original code's numbers, and one result against itself."""
 
+import copy
 from unittest.mock import Mock
 
+import pandas as pd
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch.testing import assert_close
-from transformers import (
-    AutoModelForImageTextToText,
-    MaxLengthCriteria,
-    StoppingCriteriaList,
-    SuppressTokensLogitsProcessor,
-)
+from transformers import MaxLengthCriteria, StoppingCriteriaList, SuppressTokensLogitsProcessor
 from transformers.generation import BaseStreamer
 
-from qvision_lab.model.captioner import (
-    IGNORED_LABEL,
-    QVisionForConditionalGeneration,
-    generation_preset,
-)
+from qvision_lab.model.captioner import IGNORED_LABEL, generation_preset
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.loading.published import stored_name
 from qvision_lab.model.parameters import PUBLISHED_TOTAL, parameter_table
@@ -36,14 +29,9 @@ def test_forward_equals_the_original(reference, output_attentions):
     model, expected, _ = reference
     ids = expected["input_ids"]
     words = ids != model.config.pad_token_id
-    output = model(
-        input_ids=ids,
-        pixel_values=expected["pixel_values"],
-        attention_mask=words.long(),
-        labels=ids,
-        output_attentions=output_attentions,
-        output_hidden_states=True,
-    )
+    batch = {"input_ids": ids, "labels": ids, "pixel_values": expected["pixel_values"]}
+    extras = {"output_attentions": output_attentions, "output_hidden_states": True}
+    output = model(**batch, attention_mask=words.long(), **extras)
     assert_close(output.image_tokens, expected["image_features"], **TOLERANCE)
     assert_close(output.visual_tokens, expected["visual_tokens"], **TOLERANCE)
     text_states = expected["text_hidden_states"]
@@ -100,22 +88,20 @@ def test_gradients_equal_the_original_with_frozen_blocks(reference, training):
     assert (output.logits is None) == training
     trained = {name: p.grad.norm().item() for name, p in parameters.items() if p.grad is not None}
     model.requires_grad_(True)
+    # The gradient of a bias of keys is rounding alone.
     assert trained == pytest.approx(norms, rel=1e-4, abs=1e-6)
 
 
 def test_parameter_table_equals_the_published_one_to_the_last_parameter(tiny):
-    table = parameter_table(QVisionConfig())
-    groups = {row.group for row in table}
-    total, trained = (
-        {group: sum(getattr(row, n) for row in table if row.group == group) for group in groups}
-        for n in ("total", "trained")
-    )
-    rest = {"Q-Former and bridge": 66_196_481}
-    assert total == {"image encoder": 152_064_769, "GPT-Neo": 355_800_064, **rest}
-    assert trained == {"image encoder": 0, "GPT-Neo": 240_364_544, **rest}
-    assert sum(total.values()) == 574_061_314
-    assert sum(row.total for row in table if row.used) == PUBLISHED_TOTAL == 509_190_401
-    assert {row.part: row.total for row in table if not row.used}["query_proj"] == 1_049_600
+    table = pd.DataFrame(parameter_table(QVisionConfig()))
+    groups, rest = table.groupby("group"), {"Q-Former and bridge": 66_196_481}
+    total = {"image encoder": 152_064_769, "GPT-Neo": 355_800_064, **rest}
+    assert groups.total.sum().to_dict() == total
+    trained = {"image encoder": 0, "GPT-Neo": 240_364_544, **rest}
+    assert groups.trained.sum().to_dict() == trained
+    assert table.total.sum() == 574_061_314
+    assert table.total[table.used].sum() == PUBLISHED_TOTAL == 509_190_401
+    assert table.set_index("part").total["query_proj"] == 1_049_600
     assert sum(row.total for row in parameter_table(tiny.config)) == tiny.num_parameters()
 
 
@@ -161,18 +147,6 @@ def test_each_image_is_encoded_once(byte_captioner, pixels, settings, monkeypatc
     assert encoded == [4, 4, 3, 3]
 
 
-def test_attention_maps_are_distributions_and_change_nothing(tiny, pixels, captions):
-    fused = tiny(input_ids=captions, pixel_values=pixels)
-    shown = tiny(input_ids=captions, pixel_values=pixels, output_attentions=True)
-    assert_close(shown.logits, fused.logits, **TOLERANCE)
-    assert [tuple(m.shape) for m in shown.qformer_cross_attentions] == [(4, 8, 5, 4)] * 2
-    assert [tuple(m.shape) for m in shown.qformer_self_attentions] == [(4, 8, 5, 5)] * 2
-    assert shown.decoder_cross_attentions.shape == (4, 8, 9, 5)
-    assert [tuple(m.shape) for m in shown.attentions] == [(4, 4, 9, 9)] * 2
-    for attention in (*shown.qformer_cross_attentions, shown.decoder_cross_attentions):
-        assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
-
-
 # --- the loss ------------------------------------------------------------------------------------
 
 
@@ -199,7 +173,7 @@ def test_accumulation_changes_neither_loss_nor_gradients(tiny, pixels, captions)
     assert torch.equal(tiny(input_ids=captions, pixel_values=pixels, labels=ignored).loss, mean)
 
 
-def test_bfloat16_has_the_same_loss_with_and_without_a_gradient(tiny, pixels, captions):
+def test_bfloat16_is_near_with_and_without_a_gradient(tiny, pixels, captions):
     """On a CPU the first takes the eager attention, the second the fused kernel."""
     batch = {"input_ids": captions, "labels": captions, "pixel_values": pixels}
     with torch.autocast("cpu", torch.bfloat16):
@@ -209,23 +183,12 @@ def test_bfloat16_has_the_same_loss_with_and_without_a_gradient(tiny, pixels, ca
     assert output.loss.requires_grad
     assert output.qformer_cross_attentions is None
     assert_close(output.loss.detach(), fused.loss, rtol=1e-2, atol=0)
+    half, exact = copy.deepcopy(tiny).bfloat16()(**batch).logits, tiny(**batch).logits
+    assert half.dtype == torch.bfloat16
+    assert torch.corrcoef(torch.stack([half.float().flatten(), exact.flatten()]))[0, 1] > 0.99
 
 
 # --- a transformers model ------------------------------------------------------------------------
-
-
-def test_saved_weights_load_through_transformers(tiny, pixels, captions, tmp_path):
-    tiny.save_pretrained(tmp_path)
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert type(loaded) is QVisionForConditionalGeneration
-    assert loaded.generation_config.repetition_penalty == 1.8
-    assert loaded.decoder.lm_head.weight is loaded.decoder.language_model.wte.weight
-    logits = tiny(input_ids=captions, pixel_values=pixels).logits
-    assert torch.equal(loaded(input_ids=captions, pixel_values=pixels).logits, logits)
-    half = QVisionForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    near = half(input_ids=captions, pixel_values=pixels).logits
-    assert near.dtype == torch.bfloat16
-    assert torch.corrcoef(torch.stack([near.float().flatten(), logits.flatten()]))[0, 1] > 0.99
 
 
 def test_processors_criteria_streamers_and_maps_work(tiny, pixels):

@@ -1,7 +1,6 @@
 """Every notebook runs from top to bottom, and stores only outputs that are compared."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,10 +38,3 @@ def test_stored_outputs_are_those_that_are_compared(path):
             compared = "NBVAL_CHECK_OUTPUT" in cell.source
             assert bool(cell.outputs) == compared, f"store or clear the output of {cell.id}"
             assert bool(cell.execution_count) == compared, f"store or clear its count: {cell.id}"
-
-
-def test_names_are_numbered():
-    numbers = [re.match(r"(\d\d)_[a-z_]+$", path.stem) for path in NOTEBOOKS]
-    assert NOTEBOOKS
-    assert all(numbers), "a notebook is called 01_what_it_shows"
-    assert len({match[1] for match in numbers}) == len(NOTEBOOKS)

@@ -1,6 +1,5 @@
 """Plots show the values that they are given."""
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -11,11 +10,7 @@ from PIL import Image
 
 from qvision_lab import plots
 
-
-@dataclass
-class Caption:
-    text: str
-    source: str = "nowhere.png"
+CAPTIONS = [SimpleNamespace(text=text) for text in ("a dog", "a cat", "a cup")]
 
 
 @pytest.fixture(autouse=True)
@@ -27,16 +22,12 @@ def no_figures_left():
 def test_caption_sheet_shows_images_captions_and_marks(tmp_path):
     Image.new("L", (30, 20)).save(tmp_path / "cup.png")
     images = [np.zeros((20, 30, 3), np.uint8), Image.new("P", (30, 20)), tmp_path / "cup.png"]
-    captions = [Caption("a dog"), Caption("a cat"), Caption("a cup")]
-    figure = plots.caption_sheet(captions, images, 2, [1, 0, 1])
+    figure = plots.caption_sheet(CAPTIONS, images, 2, [1, 0, 1])
     texts = [[text.get_text() for text in ax.texts] for ax in figure.axes]
     assert texts == [["a dog", "✓"], ["a cat", "✗"], ["a cup", "✓"], []]
     assert [len(ax.images) for ax in figure.axes] == [1, 1, 1, 0]
-
-
-def test_caption_sheet_wants_one_of_each():
-    with pytest.raises(ValueError, match="1 marks for 2 captions"):
-        plots.caption_sheet([Caption("a dog")] * 2, marks=[True])
+    with pytest.raises(ValueError, match="1 marks for 3 captions"):
+        plots.caption_sheet(CAPTIONS, marks=[True])
     with pytest.raises(ValueError, match="no caption"):
         plots.caption_sheet([])
 
@@ -49,20 +40,13 @@ def test_training_curves_draw_every_column():
     np.testing.assert_array_equal(shares.lines[0].get_ydata(), [0.5])
 
 
-@dataclass
-class Map:
-    values: np.ndarray
-    label: str = "dog"
-    method: str = "attention"
-
-
 PHOTO = np.full((28, 56, 3), 128, np.uint8)  # twice as wide as high
 
 
-def peaked(row, column, height=1.0, **named):
+def peaked(row, column, height=1.0, method="attention"):
     values = np.zeros((7, 7))
     values[row, column] = height
-    return Map(values, **named)
+    return SimpleNamespace(values=values, label="dog", method=method)
 
 
 def test_patch_maps_lie_flat_on_the_patches_of_a_grey_photo():
@@ -81,11 +65,8 @@ def test_patch_maps_lie_flat_on_the_patches_of_a_grey_photo():
     x, y = ax.transData.transform((5.5 * 8, 1.5 * 4)).astype(int)  # the middle of the peak
     elsewhere = ax.transData.transform((1.5 * 8, 1.5 * 4)).astype(int)
     assert pixels[y, x, :3].sum() > pixels[elsewhere[1], elsewhere[0], :3].sum() + 200
-
-
-def test_maps_without_a_photo_are_opaque():
     (heat,) = plots.plot_patch_map(None, peaked(0, 0), vmax=4.0).images
-    assert heat.get_alpha() is None
+    assert heat.get_alpha() is None  # opaque
     assert heat.get_clim() == (0, 4)
 
 
@@ -102,13 +83,6 @@ def test_sheets_share_a_scale_within_a_method():
         plots.map_sheet(PHOTO, {"empty": []})
 
 
-@pytest.mark.parametrize("suffix", ["pdf", "svg", "png"])
-def test_sheets_are_written_in_every_format(suffix, tmp_path):
-    file = tmp_path / f"sheet.{suffix}"
-    plots.map_sheet(PHOTO, {"block 0": [peaked(0, 0)]}, grid=True).savefig(file)
-    assert file.stat().st_size > 1000
-
-
 def test_query_sheet_names_the_words_that_read_a_query():
     profiles = [SimpleNamespace(map=peaked(0, i), words=("dog", "red"), cost=i) for i in range(3)]
     texts = [[t.get_text() for t in ax.texts] for ax in plots.query_sheet(profiles, PHOTO).axes]
@@ -117,15 +91,14 @@ def test_query_sheet_names_the_words_that_read_a_query():
 
 def test_removal_curves_are_means_with_their_area():
     kept = np.array([0.0, 0.5, 1.0])
-    ax = plots.plot_removal_curves(
-        kept, {"by_chance": np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0]])}
-    )
+    curves = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
+    ax = plots.plot_removal_curves(kept, {"by_chance": curves})
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), [0, 0.5, 1])
     assert ax.get_legend().texts[0].get_text() == "by chance (0.50)"
 
 
 def test_effects_stand_side_by_side_at_their_words():
-    words = [Caption("a"), Caption("dog")]
+    words = [SimpleNamespace(text=text) for text in ("a", "dog")]
     both = [SimpleNamespace(label=name, words=words, change=[-1, i]) for i, name in enumerate("xy")]
     ax = plots.plot_effects(both)
     assert [[bar.get_height() for bar in bars] for bars in ax.containers] == [[-1, 0], [-1, 1]]

@@ -1,4 +1,4 @@
-"""Images become the original pixels, text the original ids, and patches keep their place."""
+"""Images become the original pixels, and text the original ids."""
 
 import numpy as np
 import pytest
@@ -13,8 +13,8 @@ from qvision_lab.model.processor import IMAGE_PRESETS, QVisionProcessor, image_p
 
 
 @pytest.fixture
-def processor(tiny, byte_tokenizer) -> QVisionProcessor:
-    return QVisionProcessor.from_config(tiny.config, byte_tokenizer)
+def processor(byte_captioner) -> QVisionProcessor:
+    return byte_captioner.processor
 
 
 def test_presets_equal_the_original_pixels(shared):
@@ -36,13 +36,6 @@ def test_pixels_are_those_of_transformers_to_the_bit(processor, preset, size):
     theirs = processor.image_processor(noise, return_tensors="pt", **image_preset(preset, 32))
     ours = processor(images=Image.fromarray(noise), preset=preset)["pixel_values"]
     assert torch.equal(ours, theirs["pixel_values"])
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_any_mode_becomes_three_channels(processor, mode):
-    pixels = processor(images=[Image.new(mode, (50, 20))])["pixel_values"]
-    assert pixels.shape == (1, 3, 32, 32)
-    assert pixels.dtype == torch.float32
 
 
 def test_a_strip_is_cropped_before_it_is_resized(processor):
@@ -91,7 +84,8 @@ def test_auto_processor_reads_what_was_saved(processor, tiny, tmp_path):
 def test_without_a_tokenizer_images_work_and_text_raises(tiny, tmp_path):
     QVisionProcessor.from_config(tiny.config).save_pretrained(tmp_path)
     processor = QVisionProcessor.from_pretrained(tmp_path)
-    assert processor(images=Image.new("RGB", (9, 9)))["pixel_values"].shape == (1, 3, 32, 32)
+    images = [Image.new(mode, (9, 9)) for mode in ("RGB", "L", "P", "RGBA", "CMYK", "1")]
+    assert processor(images=images)["pixel_values"].shape == (6, 3, 32, 32)
     for ask in (lambda: processor(text="a dog"), lambda: processor.decode([1, 2])):
         with pytest.raises(ValueError, match="no tokenizer, so the model works on token ids only"):
             ask()

@@ -7,13 +7,11 @@ from PIL import Image
 
 from qvision_lab.captioning.images import ImageError
 from qvision_lab.captioning.reading import Batch, Item, Reader, read_batches
-from qvision_lab.model.processor import QVisionProcessor
 
 
 @pytest.fixture
-def reader(tiny, byte_tokenizer) -> Reader:
-    processor = QVisionProcessor.from_config(tiny.config, byte_tokenizer)
-    return Reader(processor, "training", torch.device("cpu"))
+def reader(byte_captioner) -> Reader:
+    return Reader(byte_captioner.processor, "training", torch.device("cpu"))
 
 
 @pytest.fixture

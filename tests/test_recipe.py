@@ -5,8 +5,15 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from qvision_lab.training.recipe import RECIPES, Recipe, load_recipe
-from qvision_lab.training.settings import override, parse_overrides, parse_yaml, read_yaml
+from qvision_lab.training.recipe import (
+    RECIPES,
+    Recipe,
+    load_recipe,
+    override,
+    parse_overrides,
+    parse_yaml,
+    read_yaml,
+)
 
 MINIMAL = {
     "name": "minimal",

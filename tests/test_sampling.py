@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from qvision_lab.captioning.sampling import Sampling, random_integers, row_keys
+from qvision_lab.captioning.sampling import Choice, random_integers, row_keys
 
 
 def test_random_integers_are_pinned():
@@ -58,10 +58,8 @@ def test_random_integers_are_uniform_and_neighbours_independent(keys):
 def test_sampling_draws_from_the_softmax():
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0, -torch.inf])
     keys = row_keys([str(i) for i in range(20_000)])
-    sampling = Sampling({"temperature": 0.8, "top_k": 3})
-    drawn = sampling.next_tokens(
-        torch.zeros(len(keys), 1).long(), logits.expand(len(keys), -1), keys, 1
-    )
+    choice, ids = Choice(sampling=(("temperature", 0.8), ("top_k", 3))), torch.zeros(20_000, 1)
+    drawn = choice.next_tokens(logits.expand(len(keys), -1), ids.long(), 1, 4, keys)
     shares = drawn.bincount(minlength=5) / len(keys)
     expected = torch.tensor([1.0, 0.0, -torch.inf, 2.0, -torch.inf]).div(0.8).softmax(-1)
     torch.testing.assert_close(shares, expected, atol=0.015, rtol=0)
@@ -78,5 +76,6 @@ def test_sampling_draws_from_the_softmax():
 def test_sampling_applies_every_warper(setting, value, kept):
     scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(300, -1)
     keys = row_keys([str(i) for i in range(300)])
-    drawn = Sampling({setting: value}).next_tokens(torch.zeros(300, 1).long(), scores, keys, 1)
+    ids, choice = torch.zeros(300, 1).long(), Choice(sampling=((setting, value),))
+    drawn = choice.next_tokens(scores, ids, 1, 4, keys)
     assert drawn.unique().tolist() == list(range(kept))

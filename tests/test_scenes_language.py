@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
+import yaml
 
 from qvision_lab.scenes.captions import PLACES, caption_scene, relation
 from qvision_lab.scenes.checker import RATES, Rate, check, score
-from qvision_lab.scenes.layout import (
-    CATEGORIES,
-    COLORS,
-    SPLITS,
-    Layout,
-    SceneObject,
-    layout,
-)
+from qvision_lab.scenes.layout import CATEGORIES, COLORS, SPLITS, Layout, SceneObject, layout
+
+CASES = yaml.safe_load(Path(__file__).with_name("scene_captions.yaml").read_text())
 
 
 def scene(*things: tuple[str, str, int, int], background: str = "beach", sky=None) -> Layout:
@@ -90,66 +87,26 @@ def test_a_relation_is_stated_only_where_it_is_clear(a, b, stated):
     assert all(stated.lower() in caption.lower() for caption in joined)
 
 
-@pytest.mark.parametrize(
-    ("truth", "caption"),
-    [
-        (CAR_AND_DOGS, "a red car and two blue dogs on a beach"),
-        (CAR_AND_DOGS, "  TWO  blue dogs, and a red car by the  sea in the sun . "),
-        (CAR_AND_DOGS, "Two blue dogs to the right of a red car."),
-        (CAR_AND_DOGS, "One car and dogs with the sun in the sky."),
-        (CAR_AND_DOGS, "On the sand, there are blue dogs."),
-        (CAT_AND_CUP, "A photo of an orange cup on the right of a cat indoors."),
-    ],
-)
-def test_the_language_is_wider_than_the_grammar(truth, caption):
-    assert check(caption, truth).true
+@pytest.mark.parametrize("caption", CASES["true"])
+def test_the_language_is_wider_than_the_grammar(caption):
+    assert check(caption, CAT_AND_CUP if "cup" in caption else CAR_AND_DOGS).true
 
 
-@pytest.mark.parametrize(
-    ("caption", "kind", "text"),
-    [
-        ("A red boat on a beach.", "object", "boat"),
-        ("A red car and a red car.", "object", "car"),  # there is no other one
-        ("Cars on a beach.", "object", "Cars"),  # there are not two
-        ("A blue car.", "color", "blue car"),
-        ("Two red cars.", "count", "Two red cars"),
-        ("A blue dog.", "count", "A blue dog"),
-        ("A red car to the right of two blue dogs.", "relation", None),
-        ("A red car above two blue dogs.", "relation", None),
-        ("A white car to the left of two blue dogs.", "relation", None),  # none is white
-        ("A field with a red car.", "background", "A field"),
-        ("A red car at night.", "background", "at night"),
-        ("A red car under the moon.", "sky", "under the moon"),
-    ],
-)
-def test_a_false_claim_is_wrong(caption, kind, text):
+@pytest.mark.parametrize("caption", CASES["wrong"])
+def test_a_false_claim_is_wrong(caption):
     judged = check(caption, CAR_AND_DOGS)
+    kind, text = CASES["wrong"][caption]
     wrong = [claim for claim in judged.claims if not claim.right and claim.kind == kind]
-    assert [claim.text for claim in wrong] == [text or caption.removesuffix(".")]
+    assert [claim.text for claim in wrong] == [text]
     assert all(caption[slice(*claim.span)] == claim.text for claim in judged.claims)
     assert judged.outside == ()
     assert not judged.true
 
 
-@pytest.mark.parametrize(
-    ("caption", "outside"),
-    [
-        ("A red car driving fast on a beach.", ("driving", "fast")),
-        ("A red carpet on a beach.", ("A", "red", "carpet")),
-        ("The red car.", ("The",)),
-        ("Two red car.", ("Two red car",)),
-        ("An red car.", ("An",)),
-        ("A red car red.", ("red",)),
-        ("A red car and and two blue dogs.", ("A red car and and two blue dogs.",)),
-        ("A red car to the left of.", ("A red car to the left of.",)),
-        ("A red car on a beach on a beach.", ("A red car on a beach on a beach.",)),
-        ("On a beach.", ("On a beach.",)),
-        ("", ("",)),
-    ],
-)
-def test_nonsense_is_outside_the_language(caption, outside):
+@pytest.mark.parametrize("caption", CASES["outside"])
+def test_nonsense_is_outside_the_language(caption):
     judged = check(caption, CAR_AND_DOGS)
-    assert judged.outside == outside
+    assert list(judged.outside) == CASES["outside"][caption]
     assert not judged.true
 
 
@@ -191,23 +148,7 @@ def test_every_rate_on_counted_examples():
         # A wrong count, in the wrong order: only the count is held against it.
         check("Three blue dogs and a red car.", CAR_AND_DOGS),
     ]
-    assert score(judged) == {
-        "pairs right": Rate(3, 6),
-        "object recall": Rate(10, 12),
-        "object precision": Rate(10, 11),
-        "hallucination": Rate(1, 6),
-        "count stated": Rate(1, 4),
-        "count right": Rate(0, 1),
-        "relation stated": Rate(2, 2),
-        "relation right": Rate(1, 2),
-        "background right": Rate(1, 2),
-        "sky right": Rate(1, 2),
-        "true": Rate(2, 6),
-        "outside": Rate(1, 6),
-    }
-
-
-def test_rates_are_printed_with_their_denominators():
-    assert str(Rate(1904, 2000)) == "95.2% (1904/2000)"
+    assert score(judged) == {name: Rate(*counts) for name, counts in CASES["rates"].items()}
     assert list(score([])) == list(RATES)
+    assert str(Rate(1904, 2000)) == "95.2% (1904/2000)"
     assert str(score([])["true"]) == "nan% (0/0)"

@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import TrainerCallback, TrainerState
 
 import qvision_lab as ql
+from qvision_lab.data.atomic import locked
 from qvision_lab.data.coco import open_dataset
 from qvision_lab.model.captioner import IGNORED_LABEL, QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
@@ -28,6 +29,7 @@ from qvision_lab.training.memory import estimate_memory
 from qvision_lab.training.optimizers import MuonAdamW
 from qvision_lab.training.recipe import Optimisation, Phase, Training
 from qvision_lab.training.samples import CaptionCollator, CaptionSamples
+from qvision_lab.training.train import open_data
 from qvision_lab.training.trainer import (
     EpochAndPatienceCallback,
     StageTrainer,
@@ -333,6 +335,24 @@ def test_a_finished_run_records_everything_and_is_not_run_again(home, quick, mon
         file.write(json.dumps({"file": "0.png", "caption": "one more"}) + "\n")
     with pytest.raises(ValueError, match=r"settings of data\.train \(\w+, not \w+\)"):
         run(home, "run")
+
+
+def test_two_commands_do_not_write_to_one_folder(home):
+    (home / "run").mkdir()
+    with locked(home / "run"), pytest.raises(ValueError, match="another command is writing to"):
+        run(home, "run")
+    with locked(home / "run"):  # released, also after the error
+        assert not (home / "run/run.yaml").exists()
+
+
+def test_an_image_of_training_and_validation_is_validation_only(home):
+    link = home / "linked"
+    link.symlink_to(home / "pictures")
+    recipe = load_recipe(
+        str(home / "run.yaml"), {"data.train.images": f"{link}/../pictures/../linked"}
+    )
+    data = open_data(recipe.data)
+    assert [len(images) for images in data.values()] == [12, 4]
 
 
 def test_cached_features_train_as_pixels_do(home, quick):

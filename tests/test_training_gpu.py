@@ -167,35 +167,28 @@ def test_a_run_that_holds_them_saves_what_one_without_does(home, monkeypatch, re
         assert torch.equal(frozen, model.vision.get_parameter(name))
 
 
-def test_compiled_steps_train_as_plain_ones_do(home, monkeypatch):
+def test_compiled_steps_train_as_plain_ones_do_also_where_compiling_fails(home, monkeypatch):
     without_dropout(home)
     run(home, "plain")
-    ran = []
+    compiled = []
 
-    def backend(graph, inputs):
-        ran.append(graph)
+    def works(graph, inputs):
+        compiled.append(graph)
         return graph.forward
 
-    compile_with(backend, monkeypatch)
-    run(home, "compiled", "training.compile=true")
-    assert ran
-    assert losses(home / "compiled") == pytest.approx(losses(home / "plain"), abs=1e-5)
-
-
-def test_where_compiling_fails_training_continues(home, monkeypatch):
-    without_dropout(home)
-    run(home, "plain")
-    tried = []
-
-    def backend(graph, inputs):
-        tried.append(graph)
+    def fails(graph, inputs):
         raise OSError("there is no compiler")
 
-    compile_with(backend, monkeypatch)
+    with monkeypatch.context() as patched:
+        compile_with(works, patched)
+        run(home, "compiled", "training.compile=true")
+    assert compiled
+    compile_with(fails, monkeypatch)
     with pytest.warns(UserWarning, match="there is no compiler") as warned:
         run(home, "failed", "training.compile=true")
-    assert sum("not compiled" in str(each.message) for each in warned) == 2  # once a phase
-    assert losses(home / "failed") == pytest.approx(losses(home / "plain"), abs=1e-5)
+    assert sum("not compiled" in str(each.message) for each in warned) == 2  # once per phase
+    for name in ("compiled", "failed"):
+        assert losses(home / name) == pytest.approx(losses(home / "plain"), abs=1e-5)
 
 
 def test_blocks_compile_completely_and_share_their_code(tiny):

@@ -7,6 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from test_model import GREEDY, TOLERANCE
 from torch.testing import assert_close
+from transformers import AutoModelForImageTextToText
 
 from qvision_lab.captioning.compiled import FastDecoding
 from qvision_lab.interpretation.interventions import mute, patch, sweep
@@ -18,6 +19,7 @@ from qvision_lab.training.optimizers import MuonAdamW
 from qvision_lab.widgets import explore, parts
 
 VARIANTS = {
+    "published": {},
     "no global token": {"global_token": "none"},
     "global token added": {"global_token": "added"},
     "image tokens": {"bridge_reads": "image_tokens"},
@@ -36,14 +38,8 @@ def varied(tiny, changes):
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def variant(request, tiny):
-    return with_noise(varied(tiny, VARIANTS[request.param]))
-
-
-@pytest.fixture(scope="module", params=["published", *VARIANTS])
 def model(request, tiny):
-    name = request.param
-    return tiny if name == "published" else with_noise(varied(tiny, VARIANTS[name]))
+    return with_noise(varied(tiny, VARIANTS[request.param]))
 
 
 def test_cached_equals_uncached_and_teacher_forced(model, pixels):
@@ -82,29 +78,29 @@ def test_several_captions_of_an_image_equal_repeated_images(model, pixels, capti
     assert len(grouped.visual_tokens) == 2
 
 
-def test_saved_models_load_the_same(model, pixels, captions, tmp_path):
+def test_saved_models_load_through_transformers(model, pixels, captions, tmp_path):
     model.save_pretrained(tmp_path)
-    loaded = QVisionForConditionalGeneration.from_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(loaded) is QVisionForConditionalGeneration
+    assert loaded.generation_config.repetition_penalty == 1.8
+    assert loaded.decoder.lm_head.weight is loaded.decoder.language_model.wte.weight
     logits = model(input_ids=captions, pixel_values=pixels).logits
     assert torch.equal(loaded(input_ids=captions, pixel_values=pixels).logits, logits)
     for name in ("global_token", "bridge", "bridge_reads"):
         assert getattr(loaded.config, name) == getattr(model.config, name)
 
 
-def test_tensors_have_the_names_of_the_published_architecture(tiny, variant):
-    ours, published = variant.state_dict(), list(tiny.state_dict())
-    absent = ()
-    if variant.config.bridge_reads != "visual_tokens":
-        absent += ("qformer.",)
-    if variant.config.bridge == "prefix":
-        absent += ("decoder.bridge.",)
-    assert list(ours) == [name for name in published if not name.startswith(absent or ("-",))]
-    if variant.config.global_token == "none":
+def test_tensors_have_the_names_of_the_published_architecture(tiny, model):
+    absent = () if model.config.bridge_reads == "visual_tokens" else ("qformer.",)
+    absent += ("decoder.bridge.",) if model.config.bridge == "prefix" else ()
+    ours = model.state_dict()
+    assert list(ours) == [name for name in tiny.state_dict() if not name.startswith(absent)]
+    if model.config.global_token == "none":
         assert ours["qformer.global_token"].shape == (1, 0, 32)
 
 
-def test_all_weights_of_a_variant_are_trained(variant, pixels, captions):
-    model = QVisionForConditionalGeneration(variant.config)
+def test_all_weights_of_a_variant_are_trained(model, pixels, captions):
+    model = QVisionForConditionalGeneration(model.config)
     model.vision.tower.requires_grad_(False)
     optimizer = MuonAdamW(model, 1e-3, 0.02, 0.0)
     model(input_ids=captions, pixel_values=pixels, labels=captions).loss.backward()
@@ -114,19 +110,22 @@ def test_all_weights_of_a_variant_are_trained(variant, pixels, captions):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_variants_have_maps_of_their_visual_tokens(variant, pixels, captions):
-    shown = variant(input_ids=captions, pixel_values=pixels, output_attentions=True)
-    logits = variant(input_ids=captions, pixel_values=pixels).logits
+def test_attention_maps_are_distributions_and_change_nothing(model, pixels, captions):
+    shown = model(input_ids=captions, pixel_values=pixels, output_attentions=True)
+    logits = model(input_ids=captions, pixel_values=pixels).logits
     assert_close(shown.logits, logits, **TOLERANCE)
     count = shown.visual_tokens.shape[1]
-    assert len(variant.config.visual_token_labels) == count
-    for cross in shown.qformer_cross_attentions:
-        assert cross.shape == (4, 8, count, 4)
-        assert_close(cross.sum(-1), torch.ones(cross.shape[:-1]))
-    if variant.config.bridge == "prefix":
-        assert shown.decoder_cross_attentions is None
-    else:
-        assert shown.decoder_cross_attentions.shape == (4, 8, 9, count)
+    assert len(model.config.visual_token_labels) == count
+    blocks, prefix = len(model.qformer.blocks) or 1, model.config.bridge == "prefix"
+    length = 9 + prefix * count
+    bridge = () if prefix else (shown.decoder_cross_attentions,)
+    assert [m.shape for m in bridge] == [(4, 8, 9, count)] * (not prefix)
+    assert [m.shape for m in shown.attentions] == [(4, 4, length, length)] * 2
+    assert [m.shape for m in shown.qformer_self_attentions] == [(4, 8, count, count)] * blocks
+    assert [m.shape for m in shown.qformer_cross_attentions] == [(4, 8, count, 4)] * blocks
+    for attention in (*shown.qformer_cross_attentions, *bridge):
+        assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+    assert not prefix or shown.decoder_cross_attentions is None
 
 
 def test_an_added_global_token_reaches_every_word(tiny, pixels, captions):

@@ -5,6 +5,7 @@ import io
 import re
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,17 +14,10 @@ from PIL import Image
 
 from qvision_lab import scenes
 from qvision_lab.captioning import Captioner, load
+from qvision_lab.captioning.images import open_image
 from qvision_lab.interpretation.interventions import effects, mute
 from qvision_lab.interpretation.maps import word_maps
-from qvision_lab.widgets import (
-    Backend,
-    Explorer,
-    ImageChoice,
-    Request,
-    color_limits,
-    explore,
-    result_html,
-)
+from qvision_lab.widgets import Backend, Explorer, Request, color_limits, result_html
 
 GREEDY = (("preset", "greedy"),)
 
@@ -40,12 +34,12 @@ def backend(captioner) -> Backend:
 
 @pytest.fixture(scope="module")
 def request_() -> Request:
-    return Request(ImageChoice("a scene", scenes.scene("test", 0, 1).image), GREEDY)
+    return Request(partial(open_image, scenes.scene("test", 0, 1).image), GREEDY)
 
 
 @pytest.fixture
 def explorer(captioner):
-    explorer = explore(captioner)
+    explorer = Explorer(captioner)
     explorer.pending.result()
     yield explorer
     explorer.close()
@@ -57,13 +51,8 @@ def drawn(html: str) -> np.ndarray:
 
 
 def upload(explorer: Explorer, name: str, content: bytes) -> None:
-    file = {
-        "name": name,
-        "type": "",
-        "size": len(content),
-        "last_modified": datetime.now(timezone.utc),
-    }
-    explorer.upload.value = ({**file, "content": memoryview(content)},)
+    file = {"name": name, "type": "", "size": len(content), "content": memoryview(content)}
+    explorer.upload.value = ({**file, "last_modified": datetime.now(timezone.utc)},)
     explorer.pending.result()
 
 
@@ -74,7 +63,7 @@ def press(explorer: Explorer, *labels: str) -> None:
 
 
 def test_whole_and_muted_results_are_those_of_the_package(captioner, backend, request_):
-    image, muted = request_.image.image, ("query 3", "block 0, head 1")
+    image, muted = request_.image(), ("query 3", "block 0, head 1")
     results = backend.run(replace(request_, muted=muted, token=4, block=1, head=2))
     whole, ablated = results
     same = mute(captioner.model, queries=[3], heads=[(0, 1)])
@@ -94,14 +83,11 @@ def test_whole_and_muted_results_are_those_of_the_package(captioner, backend, re
     assert color_limits(results)[0] == max(of_word.values.max(), ablated.maps[0].values.max())
 
 
-def test_the_backend_keeps_its_mutes_to_itself_and_shares_the_weights(captioner, backend):
+def test_every_part_can_be_muted_once_in_a_copy_that_shares_the_weights(captioner, backend):
     pairs = zip(backend.captioner.model.parameters(), captioner.model.parameters(), strict=True)
     assert all(mine is other for mine, other in pairs)
     with backend.parts["Whole"]["bridge"]:
         assert not any(module._forward_hooks for module in captioner.model.modules())
-
-
-def test_every_part_can_be_muted_once(captioner, backend):
     config = captioner.model.config
     labels = [part.label for group in backend.parts.values() for part in group.values()]
     heads = (2 * config.num_qformer_blocks + 1) * config.num_attention_heads
@@ -120,10 +106,8 @@ def test_a_compiled_captioner_is_explored_with_its_mutes(captioner, backend, req
 
 def test_a_drawing_follows_its_map_and_has_a_text(backend, request_):
     (default,) = backend.run(request_)
-    first, last = (
-        backend.run(replace(request_, word=(default.caption, i)))[0]
-        for i in (0, len(default.trace.words) - 1)
-    )
+    ends = [(default.caption, i) for i in (0, len(default.trace.words) - 1)]
+    (first,), (last,) = (backend.run(replace(request_, word=word)) for word in ends)
     html = result_html(replace(first, caption="<b>"), [1, 1], "a < b")
     assert "a &lt; b" in html
     assert "&lt;b&gt;" in html
@@ -168,7 +152,7 @@ def test_search_settings_reach_the_captioner(explorer, captioner):
     explorer.pending.result()
     assert (explorer.beams.disabled, explorer.seed.disabled) == (True, False)
     settings = {"temperature": 2.0, "top_p": 0.9, "seed": 7, "repetition_penalty": 1.0}
-    image = explorer.image.value.image
+    image = explorer.image.value()
     assert captioner.caption(image, preset="greedy", **settings).text in explorer.whole.value
 
 

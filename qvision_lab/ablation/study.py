@@ -8,7 +8,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import cached_property, partial
 from importlib.resources import files
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,12 +18,19 @@ from tqdm.auto import tqdm
 
 from qvision_lab.ablation.arm import Run, carry_out
 from qvision_lab.captioning import load
-from qvision_lab.data.atomic import write_atomic
+from qvision_lab.data.atomic import locked, write_atomic
 from qvision_lab.data.coco import open_dataset
 from qvision_lab.training.features import FeatureCache, fingerprint_weights
-from qvision_lab.training.recipe import RECIPES, Count, Recipe
+from qvision_lab.training.recipe import (
+    RECIPES,
+    Count,
+    Recipe,
+    Settings,
+    find_settings,
+    override,
+    read_yaml,
+)
 from qvision_lab.training.results import record_run
-from qvision_lab.training.settings import Settings, find_settings, override, read_yaml
 from qvision_lab.training.train import changed_config, fingerprint, open_data
 
 STUDIES = files("qvision_lab.ablation") / "studies"
@@ -129,29 +136,42 @@ class Study(Settings):
             processes: of those; by default one per core.
 
         Raises:
-            ValueError: as `runs`, or `folder` has results of another base, with the difference.
+            ValueError: as `runs`, or `folder` has results of another base, with the difference, or
+                another command writes to it.
             OSError: the disk is full; finished runs are kept.
         """
         folder = Path(folder or f"runs/{self.name}").absolute()
         base = self.runs[0].recipe.model_dump(mode="json", exclude={"seed"})
         folder.mkdir(parents=True, exist_ok=True)
-        record_run(folder, {"base": base}, {"scenes and tower": self.runs[0].origin})
-        todo = [run for run in self.runs if not (run.folder(folder) / "row.json").exists()]
-        processes = processes or os.cpu_count()
-        self._fill_cache(folder / "features", [run.recipe for run in todo], processes)
+        with locked(folder):
+            record_run(folder, {"base": base}, {"scenes and tower": self.runs[0].origin})
+            todo = [run for run in self.runs if not (run.folder(folder) / "row.json").exists()]
+            processes = processes or os.cpu_count()
+            self._fill_cache(folder / "features", [run.recipe for run in todo], processes)
+            self._carry_out(todo, folder, executor, processes)
+            table = self.table(folder)
+            write_atomic(folder / "table.csv", table.to_csv(index=False))
+            curves = self.curves(folder).to_csv(index=False, float_format="%.6g")
+            write_atomic(folder / "curves.csv", curves)
+        return table
+
+    def _carry_out(
+        self, todo: list[Run], folder: Path, executor: Executor | None, processes: int
+    ) -> None:
         done, total = len(self.runs) - len(todo), len(self.runs)
         # No smoothing: the remaining time comes from the mean of all runs so far.
         bar = tqdm(total=total, initial=done, desc=self.name, unit="run", smoothing=0)
-        spawn = get_context("spawn")
+        spawn, others = get_context("spawn"), set(active_children())
         pool = nullcontext(executor) if executor else ProcessPoolExecutor(processes, spawn)
         with bar, pool as workers:
-            for _ in workers.map(partial(carry_out, study=folder), todo):
-                bar.update()
-        table = self.table(folder)
-        write_atomic(folder / "table.csv", table.to_csv(index=False))
-        curves = self.curves(folder).to_csv(index=False, float_format="%.6g")
-        write_atomic(folder / "curves.csv", curves)
-        return table
+            try:
+                for _ in workers.map(partial(carry_out, study=folder), todo):
+                    bar.update()
+            except KeyboardInterrupt:
+                for process in set(active_children()) - others:
+                    process.terminate()  # else the pool would wait for their runs
+                print(f"interrupted: {bar.n} of {total} runs are in {folder}; run again to resume")
+                raise
 
     def _fill_cache(self, folder: Path, recipes: list[Recipe], workers: int) -> None:
         """Encode the images of all runs once, before they start."""
@@ -161,8 +181,8 @@ class Study(Settings):
         cache = FeatureCache(folder, captioner.model, recipes[0].features.dtype)
         for data in dict.fromkeys(recipe.data for recipe in recipes):
             for images in open_data(data).values():
-                workers = workers if len(images) > 1000 else 0
-                cache.encode(images, captioner.model, captioner.processor, workers=workers)
+                several = workers if len(images) > 1000 else 0
+                cache.encode(images, captioner.model, captioner.processor, workers=several)
 
     def table(self, folder: str | os.PathLike) -> pd.DataFrame:
         """One row per finished run, in the order of `runs`: `variant`, `seed` and its measures.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,20 +21,6 @@ TIMED, ROUNDS = {"cpu": 512, "cuda": 8_192}, {"cpu": 7, "cuda": 3}
 SIZE, NOISE = (640, 480), 6  # pixels, and the deviation of noise like a camera's, of 255
 DRAWN = 64  # distinct images; the others are the same files under other names
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": 30}
-
-
-@dataclass(frozen=True)
-class FolderRow:
-    """`caption_folder`, and the model alone on tensors that are ready."""
-
-    pictures: int
-    early_gigabytes: float  # resident after the first 1,000 images, reading processes included
-    late_gigabytes: float  # and after all
-    pictures_per_second: Spread
-    model_pictures_per_second: Spread
-    share_of_model_rate: Spread
-    seconds: list[float]  # for `settings["timed_pictures"]`, round by round
-    model_seconds: list[float]
 
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
@@ -58,20 +43,26 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
         def caption_files() -> None:
             captioner.caption_folder(paths[:timed], next(outputs), **GREEDY)
 
-        candidates = {"model": caption_tensors, "folder": caption_files}
-        seconds = interleave(candidates, ROUNDS[device], quick)
-        resident: dict[int, int] = {}
-        watched = _record_memory(paths, resident, at=(early, count))
-        captioner.caption_folder(watched, folder / "all.jsonl", **GREEDY)
-    row = FolderRow(
-        count,
-        resident[early] / 1e9,
-        resident[count] / 1e9,
-        *(Spread.of(timed / s for s in seconds[name]) for name in ("folder", "model")),
-        Spread.ratio(seconds["model"], seconds["folder"]),
-        seconds["folder"],
-        seconds["model"],
-    )
+        def watched_paths() -> Iterator[Path]:
+            for number, path in enumerate(paths, start=1):
+                yield path
+                if number in (early, count):
+                    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+                    resident[number] = sum(process.memory_info().rss for process in processes)
+
+        candidates = {"model_seconds": caption_tensors, "seconds": caption_files}
+        seconds = interleave(candidates, ROUNDS[device], quick)  # of `timed_pictures`
+        resident: dict[int, int] = {}  # bytes, by the number of images read
+        captioner.caption_folder(watched_paths(), folder / "all.jsonl", **GREEDY)
+    row = {
+        "pictures": count,
+        "early_gigabytes": resident[early] / 1e9,  # resident after the first 1,000 images,
+        "late_gigabytes": resident[count] / 1e9,  # and after all; reading processes included
+        "pictures_per_second": Spread.of(timed / s for s in seconds["seconds"]),
+        "model_pictures_per_second": Spread.of(timed / s for s in seconds["model_seconds"]),
+        "share_of_model_rate": Spread.ratio(seconds["model_seconds"], seconds["seconds"]),
+        **seconds,
+    }
     settings = {**GREEDY, "format": "JPEG", "size": SIZE, "timed_pictures": timed}
     settings |= {"batch": BATCH_SIZES[device], "parameters": captioner.model.num_parameters()}
     yield Table(name="folder", rows=(row,), quick=quick, settings=settings)
@@ -89,14 +80,3 @@ def write_pictures(folder: Path, count: int) -> list[Path]:
     for i in range(DRAWN, count):
         os.link(paths[i % DRAWN], paths[i])
     return paths
-
-
-def _record_memory(
-    paths: list[Path], resident: dict[int, int], at: tuple[int, ...]
-) -> Iterator[Path]:
-    """The paths, recording bytes of resident memory once so many have been read."""
-    for number, path in enumerate(paths, start=1):
-        yield path
-        if number in at:
-            processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-            resident[number] = sum(process.memory_info().rss for process in processes)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
 
@@ -53,8 +54,7 @@ class Spread:
 def machine(gpu: bool = True) -> dict:
     """Hardware that times depend on, without names of hosts or users.
 
-    Args:
-        gpu: False for what runs on the CPU although CUDA is in use.
+    `gpu` is False for what runs on the CPU although CUDA is in use.
     """
     cpuinfo = Path("/proc/cpuinfo")  # on Linux
     names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
@@ -63,30 +63,26 @@ def machine(gpu: bool = True) -> dict:
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if gpu and _cuda_in_use() else None,
+        "gpu": torch.cuda.get_device_name() if gpu and torch.cuda.max_memory_allocated() else None,
     }
 
 
-def _versions() -> dict[str, str]:
-    cuda = {"cuda": torch.version.cuda} if _cuda_in_use() else {}
-    return {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}, **cuda}
-
-
-def _cuda_in_use() -> bool:
-    return torch.cuda.max_memory_allocated() > 0
+def _versions() -> dict[str, str | None]:
+    packages = {package: version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), **packages, "cuda": torch.version.cuda}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of one kind (small dataclasses) that one run measured, and what they depend on."""
+    """Rows of one kind that one run measured, by field, and what they depend on."""
 
     name: str
     settings: dict = field(default_factory=dict)
     quick: bool = False
     machine: dict = field(default_factory=machine)
-    versions: dict[str, str] = field(default_factory=_versions)
+    versions: dict[str, str | None] = field(default_factory=_versions)
     taken: str = field(default_factory=lambda: f"{datetime.now(timezone.utc):%FT%T+00:00}")
-    rows: tuple
+    rows: tuple[dict, ...]
 
     def save(self, folder: str | Path | None = None) -> Path:
         """Write `<name>.json`, by default to a folder named after the GPU, or `cpu`."""
@@ -97,17 +93,17 @@ class Table:
         return write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
 
     def __str__(self) -> str:
-        """The last row, without lists of samples."""
-        shown = {k: v for k, v in vars(self.rows[-1]).items() if not isinstance(v, list | None)}
+        """The last row; of samples in seconds, their median and quartiles."""
+        row = self.rows[-1]
+        times = {k: Spread.of(v) for k, v in row.items() if isinstance(v, list) and "seconds" in k}
+        shown = {k: v for k, v in (row | times).items() if not isinstance(v, list | None)}
         short = {k: f"{v:.3g}" for k, v in shown.items() if isinstance(v, float | Spread)}
         return ", ".join(f"{name} {value}" for name, value in (shown | short).items())
 
 
-def growing_table(name: str, rows: Iterable, **about) -> Iterator[Table]:
+def growing_table(name: str, rows: Iterable[dict], **about) -> Iterator[Table]:
     """The table after each row, so that a run that stops early has saved what it measured."""
-    measured: tuple = ()
-    for row in rows:
-        measured += (row,)
+    for measured in accumulate((row,) for row in rows):
         yield Table(name=name, rows=measured, **about)
 
 
@@ -136,10 +132,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of callables run in turn; the i-th of each were taken in the same round.
 
-    Each is warmed up once. Where CUDA is in use, it is synchronised before the clock is read.
-
-    Args:
-        rounds: times that each is run; `quick` takes at most two.
+    Each is warmed up once, then run `rounds` times; `quick` takes at most two.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}; a median needs at least 1.")
@@ -148,17 +141,17 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(min(rounds, 2) if quick else rounds):
         for name, run in candidates.items():
-            _synchronise()
-            start = perf_counter()
+            start = clock()
             run()
-            _synchronise()
-            seconds[name].append(perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 
-def _synchronise() -> None:
+def clock() -> float:
+    """Seconds; where CUDA is in use, it is synchronised before the clock is read."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    return perf_counter()
 
 
 def process_bytes(file: str, field: str) -> int:

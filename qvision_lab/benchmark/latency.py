@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from torch._inductor import config as inductor
 
 from qvision_lab.benchmark.harness import Spread, Table, growing_table, interleave
-from qvision_lab.benchmark.original import generate_the_original_way
 from qvision_lab.captioning import Captioner
 from qvision_lab.captioning.compiled import FastDecoding
 from qvision_lab.captioning.decoding_step import Int8Decoder, copy_sharing_weights
@@ -31,25 +31,6 @@ LENGTH = {"max_new_tokens": TOKENS, "min_length": TOKENS + 1}  # and <START>
 GREEDY = {**LENGTH, "do_sample": False, "repetition_penalty": 1.0}
 CHOICE = Choice(repetition_penalty=1.0, min_length=LENGTH["min_length"], sampling=None)
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-@dataclass(frozen=True)
-class LatencyRow:
-    """One method, timed in turn with the original's in the same dtype."""
-
-    mode: str  # original, generate (transformers'), default or compiled
-    dtype: str  # of the weights
-    batch: int
-    seconds_per_image: Spread
-    ratio_to_original: float  # speed-up per image: median over the rounds
-    ratio: Spread
-    times_the_limit: float  # seconds per batch, over those it takes to read the weights per token
-    images_per_second: float
-    same_tokens: float  # share of the new tokens that the original's method finds too
-    compile_seconds: float | None
-    pays_after: float | None  # captions until compiling has paid
-    peak_device_gigabytes: float | None  # on CUDA
-    seconds: list[float]  # per batch, round by round
 
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
@@ -79,13 +60,11 @@ def timed_model(captioner: Captioner, quick: bool) -> QVisionForConditionalGener
 
 def race(
     model: QVisionForConditionalGeneration, bandwidth: float, quick: bool = False
-) -> Iterator[LatencyRow]:
-    """Time methods in turn with the original's, in the dtype of the model.
+) -> Iterator[dict]:
+    """A row for each method, timed in turn with the original's, in the dtype of the model.
 
-    Single images and batches; compiled too, on a CPU in bfloat16 with int8 weights as well.
-
-    Args:
-        bandwidth: bytes per second that can be read, from which the limit follows.
+    Single images and batches; compiled too, on a CPU in bfloat16 with int8 weights as well. The
+    limit follows from `bandwidth`, the bytes per second that can be read.
     """
     device, dtype = model.device.type, DTYPES[model.dtype]
     place = "cpu" if quick else device
@@ -121,28 +100,25 @@ def race(
             torch.cuda.reset_peak_memory_stats()
         same = methods[key]()[:CHECKED].cpu() == expected[:batch].cpu()
         per_image = [taken / batch for taken in samples]
-        spread, ratio = Spread.of(per_image), Spread.ratio(seconds["original", dtype, 1], per_image)
+        spread = Spread.of(per_image)
         limit = TOKENS * _bytes_per_token(decoding.model.decoder) / bandwidth
         compiling = decoding.compile_seconds
         uncompiled = seconds.get(("default", dtype, batch), samples)
         saved = Spread.of(uncompiled).median / batch - spread.median
-        yield LatencyRow(
-            mode,
-            weights,
-            batch,
-            spread,
-            ratio_to_original=ratio.median,
-            ratio=ratio,
-            times_the_limit=spread.median * batch / limit,
-            images_per_second=1 / spread.median,
-            same_tokens=same.float().mean().item(),
-            compile_seconds=compiling,
-            pays_after=compiling / saved if compiling and saved > 0 else None,
-            peak_device_gigabytes=(
-                torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
-            ),
-            seconds=samples,
-        )
+        yield {
+            "mode": mode,  # original, generate (transformers'), default or compiled
+            "dtype": weights,
+            "batch": batch,
+            "seconds_per_image": spread,
+            "ratio": Spread.ratio(seconds["original", dtype, 1], per_image),  # speed-up per image
+            "times_the_limit": spread.median * batch / limit,  # over reading weights for each token
+            "images_per_second": 1 / spread.median,
+            "same_tokens": same.float().mean().item(),  # share equal to the original's
+            "compile_seconds": compiling,
+            "pays_after": compiling / saved if compiling and saved > 0 else None,  # captions
+            "peak_device_gigabytes": torch.cuda.max_memory_allocated() / 1e9 or None,  # on CUDA
+            "seconds": samples,  # per batch, round by round
+        }
 
 
 def _bytes_per_token(decoder: Decoder) -> int:
@@ -156,3 +132,28 @@ def read_bandwidth(device: torch.device, quick: bool = False) -> float:
     """Bytes per second that a sum over a gigabyte reads, the best of five."""
     numbers = torch.ones(2**20 if quick else 2**28, device=device)
     return numbers.nbytes / min(interleave({"sum": numbers.sum}, 5)["sum"])
+
+
+@torch.no_grad()
+def generate_the_original_way(
+    model: QVisionForConditionalGeneration,
+    pixel_values: Float[Tensor, "1 3 H W"],
+    *,
+    max_new_tokens: int = 30,
+    min_length: int = 5,
+) -> Int[Tensor, "1 T"]:
+    """Greedy ids of one image, without any cache, as the published code generates: the baseline.
+
+    CLIP runs once; each step runs the Q-Former and all words so far again, and scores the next
+    word of every one of them. The settings mean what they mean in `generate`.
+    """
+    image_tokens = model.vision(pixel_values)  # [1,P,D]
+    ids = torch.full((1, 1), model.config.start_token_id, device=image_tokens.device)
+    for length in range(1, 1 + max_new_tokens):
+        logits = model(ids, image_tokens=image_tokens).logits[:, -1]  # [1,V]
+        if length < min_length:
+            logits[:, model.config.end_token_id] = -torch.inf
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+        if ids[0, -1] == model.config.end_token_id:
+            break
+    return ids

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,36 +28,9 @@ from qvision_lab.model.processor import QVisionProcessor
 ROUNDS = 3
 CARD, OURS = "the card's snippet", "ql.load"
 NATIVE, TRANSFORMERS = "ql.load, native layout", "from_pretrained, native layout"
-METHODS = (  # with the dtype; the first is the baseline
-    *((CARD, "float32"), (OURS, "float32"), (OURS, "bfloat16")),
-    *((TRANSFORMERS, "float32"), (NATIVE, "float32")),
-    *((TRANSFORMERS, "bfloat16"), (NATIVE, "bfloat16")),
-)
+DTYPES = "float32", "bfloat16"
+METHODS = ((CARD, "float32"), *product((OURS, TRANSFORMERS, NATIVE), DTYPES))  # first the baseline
 FILES = (*published.WEIGHT_FILES, published.THIRD_COPY)
-
-
-@dataclass(frozen=True)
-class Load:
-    """One load in a process of its own; memory is above that before it. Linux alone counts it."""
-
-    seconds: float  # until every weight has been read once
-    gigabytes_read: float  # from the disk
-    resident_gigabytes: float  # with every weight read
-    peak_gigabytes: float
-    captioning_gigabytes: float  # the peak after captions of a batch of 16
-
-
-@dataclass(frozen=True)
-class LoadingRow:
-    """One method of loading, in turn with the others."""
-
-    way: str
-    dtype: str
-    gigabytes_needed: float  # of the weights
-    ratio_to_card: float  # how many times as fast: median over the rounds
-    spread: Spread
-    seconds: list[float]  # with the files in memory
-    loads: list[Load]  # all of them; the first found the files on disk
 
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
@@ -70,9 +43,9 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
     return growing_table("loading", _rows(captioner, quick), **about)
 
 
-def _rows(captioner: Captioner, quick: bool) -> Iterator[LoadingRow]:
+def _rows(captioner: Captioner, quick: bool) -> Iterator[dict]:
     os.environ["HF_HUB_OFFLINE"] = "1"  # the processes shall not download a tokenizer
-    loads: dict[tuple[str, str], list[Load]] = {method: [] for method in METHODS}
+    loads: dict[tuple[str, str], list[dict]] = {method: [] for method in METHODS}
     with TemporaryDirectory() as temporary:
         model, folder = timed_model(captioner, quick), Path(temporary)
         write_published(folder, model)
@@ -85,23 +58,24 @@ def _rows(captioner: Captioner, quick: bool) -> Iterator[LoadingRow]:
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                     run = pool.submit(load_once, folder, *method, cold=number == 0)
                     loads[method].append(run.result())
-    warm = {method: [load.seconds for load in loads[method]][not quick :] for method in METHODS}
     for way, dtype in METHODS:
-        seconds = warm[way, dtype]
-        yield LoadingRow(
-            way,
-            dtype,
-            gigabytes_needed=size * getattr(torch, dtype).itemsize / 1e9,
-            ratio_to_card=Spread.ratio(warm[METHODS[0]], seconds).median,
-            spread=Spread.of(seconds),
-            seconds=seconds,
-            loads=loads[way, dtype],
-        )
+        seconds = [load["seconds"] for load in loads[way, dtype]][not quick :]
+        yield {
+            "way": way,
+            "dtype": dtype,
+            "gigabytes_needed": size * getattr(torch, dtype).itemsize / 1e9,  # of the weights
+            "spread": Spread.of(seconds),
+            "seconds": seconds,  # with the files in memory
+            "loads": loads[way, dtype],  # all of them; the first found the files on disk
+        }
 
 
 @torch.no_grad()
-def load_once(folder: Path, way: str, dtype: str, cold: bool) -> Load:
-    """Load, read every weight, and caption; `cold` drops the files from memory before."""
+def load_once(folder: Path, way: str, dtype: str, cold: bool) -> dict[str, float]:
+    """Load, read every weight, and caption; `cold` drops the files from memory before.
+
+    Memory is above that before the load. Linux alone counts it.
+    """
     for path in folder.rglob("*.safetensors") if cold and hasattr(os, "posix_fadvise") else ():
         with open(path, "rb") as file:
             os.fsync(file)
@@ -117,14 +91,15 @@ def load_once(folder: Path, way: str, dtype: str, cold: bool) -> Load:
         model = load_checkpoint(source, dtype=dtype, device="cpu").model
     for parameter in model.parameters():
         parameter.sum()
-    seconds = perf_counter() - start
-    read = process_bytes("io", "read_bytes") - read
-    resident = process_bytes("status", "VmRSS") - before
-    peak = process_bytes("status", "VmHWM") - before
+    load = {
+        "seconds": perf_counter() - start,  # until every weight has been read once
+        "gigabytes_read": (process_bytes("io", "read_bytes") - read) / 1e9,  # from the disk
+        "resident_gigabytes": (process_bytes("status", "VmRSS") - before) / 1e9,
+        "peak_gigabytes": (process_bytes("status", "VmHWM") - before) / 1e9,
+    }
     side = model.config.vision_config.image_size
     model.generate(pixel_values=torch.randn(BATCH, 3, side, side, dtype=model.dtype), **GREEDY)
-    captioning = process_bytes("status", "VmHWM") - before
-    return Load(seconds, *(count / 1e9 for count in (read, resident, peak, captioning)))
+    return load | {"captioning_gigabytes": (process_bytes("status", "VmHWM") - before) / 1e9}
 
 
 def write_published(folder: Path, model: QVisionForConditionalGeneration) -> None:
@@ -132,26 +107,20 @@ def write_published(folder: Path, model: QVisionForConditionalGeneration) -> Non
     config = model.config
     weights = {published.stored_name(name): w.detach() for name, w in model.named_parameters()}
     weights["gpt_decoder.lm_head.weight"] = model.decoder.lm_head.weight.detach().clone()
-    encoder, decoder, third = {}, {}, {}
-    for name, weight in weights.items():
-        if name.startswith(("vision.", "proj.")):
-            encoder[name] = weight
-            if name.startswith("vision."):
-                encoder[f"clip.vision_model.{name.removeprefix('vision.')}"] = weight.clone()
-            continue
-        decoder[name] = weight
-        if name.startswith("gpt_decoder."):
-            third[name.removeprefix("gpt_decoder.")] = weight
+    encoder = {n: w for n, w in weights.items() if n.startswith(("vision.", "proj."))}
+    decoder = {n: w for n, w in weights.items() if n not in encoder}
     text = _text_tower(config.vision_config.hidden_size).state_dict()
-    encoder |= {f"clip.text_model.{name}": weight for name, weight in text.items()}
+    vision, third = (  # both are copies
+        {n.removeprefix(part): w.clone() for n, w in weights.items() if n.startswith(part)}
+        for part in ("vision.", "gpt_decoder.")
+    )
+    encoder |= {f"clip.vision_model.{n}": w for n, w in vision.items()}
+    encoder |= {f"clip.text_model.{n}": w for n, w in text.items()}
     for name, part in zip(FILES, (encoder, decoder, third), strict=True):
         save_file(part, folder / name)
+    more = config.to_dict() | {"qformer_num_heads": config.num_attention_heads}
     sizes = {"embed_size": config.hidden_size, "vocab_size": config.vocab_size}
-    sizes["num_img_tokens"] = config.num_query_tokens
-    names = ("num_qformer_blocks", "start_token_id", "end_token_id", "pad_token_id")
-    more = {name: getattr(config, name) for name in names}
-    more["qformer_num_heads"] = config.num_attention_heads
-    more |= {name: getattr(config, name).to_dict() for name in ("vision_config", "text_config")}
+    sizes["num_img_tokens"] = more.pop("num_query_tokens")
     (folder / "config.json").write_text(json.dumps(sizes))
     (folder / "architecture.json").write_text(json.dumps(more))
 

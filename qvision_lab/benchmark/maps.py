@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import make_dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +28,5 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
     source = Path(captioner.provenance.source)
     run = source.parent if source.name == "checkpoint" else source  # as recipes write it
     name = "maps" if str(source) == EMBEDDED else f"maps {run.name}"
-    row = make_dataclass("MapRow", table.columns, frozen=True)
-    rows = tuple(row(**record) for record in table.to_dict("records"))
+    rows = tuple(table.to_dict("records"))
     yield Table(name=name, rows=rows, quick=quick, settings={"scenes": scenes})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 
 from qvision_lab.benchmark.harness import Table, growing_table, machine
 from qvision_lab.captioning import Captioner
@@ -12,5 +13,5 @@ from qvision_lab.model.parameters import parameter_table
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
     """Count the published model's parts; no captioner takes part, and nothing is quicker."""
-    parts = parameter_table(QVisionConfig())
+    parts = map(asdict, parameter_table(QVisionConfig()))
     return growing_table("parameters", parts, quick=quick, machine=machine(gpu=False))

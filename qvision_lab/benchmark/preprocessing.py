@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,28 +19,14 @@ from qvision_lab.model.processor import image_preset
 IMAGES, ROUNDS = 64, 15
 
 
-@dataclass(frozen=True)
-class PreprocessingRow:
-    """A method, timed in turn with the others on the same decoded images."""
-
-    method: str
-    size: str  # of the images, in pixels
-    seconds_per_image: Spread
-    share_of_time: Spread  # of the first method's
-    equal_values: float  # share of the pixel values that are the first method's to the bit
-    seconds: list[float]  # of all images in one call, round by round
-
-
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
     """Preprocess scenes, and images as large as photographs, by the preset "training", on a CPU."""
     count = 8 if quick else IMAGES
-    about = {"quick": quick, "settings": {"images": count, "rounds": ROUNDS}}
-    return growing_table(
-        "preprocessing", _rows(captioner, count, quick), machine=machine(gpu=False), **about
-    )
+    about = {"settings": {"images": count, "rounds": ROUNDS}, "machine": machine(gpu=False)}
+    return growing_table("preprocessing", _rows(captioner, count, quick), quick=quick, **about)
 
 
-def _rows(captioner: Captioner, count: int, quick: bool) -> Iterator[PreprocessingRow]:
+def _rows(captioner: Captioner, count: int, quick: bool) -> Iterator[dict]:
     drawn = [scene.image for scene in scenes.generate(count, split="test")]
     with TemporaryDirectory() as folder:
         paths = write_pictures(Path(folder) / "pictures", count)
@@ -57,11 +42,12 @@ def _rows(captioner: Captioner, count: int, quick: bool) -> Iterator[Preprocessi
         methods["QVisionProcessor"] = partial(captioner.processor, images=images)
         seconds = interleave(methods, ROUNDS, quick)
         for name, samples in seconds.items():
-            yield PreprocessingRow(
-                name,
-                "{} x {}".format(*images[0].size),
-                Spread.of(taken / count for taken in samples),
-                Spread.ratio(samples, seconds[first]),
-                (methods[name]()["pixel_values"] == expected).float().mean().item(),
-                samples,
-            )
+            equal = methods[name]()["pixel_values"] == expected  # to the bit
+            yield {
+                "method": name,
+                "size": "{} x {}".format(*images[0].size),  # in pixels
+                "seconds_per_image": Spread.of(taken / count for taken in samples),
+                "share_of_time": Spread.ratio(samples, seconds[first]),  # of the first method's
+                "equal_values": equal.float().mean().item(),  # share of the pixel values
+                "seconds": samples,  # of all images in one call, round by round
+            }

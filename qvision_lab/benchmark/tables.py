@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib.resources import files
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import pandas as pd
@@ -21,17 +22,12 @@ PAGE = RESULTS / "README.md"
 LAYOUT = yaml.safe_load((Path(__file__).parent / "tables.yaml").read_text(encoding="utf-8"))
 COLUMNS, CARD, SCORES = LAYOUT["columns"], LAYOUT["card"], LAYOUT["scores"]
 NOT_MEASURED = "not measured"
-PEER_FIELDS = ("seconds_per_caption", "ratio_to_qvision", "ratio_to_compiled", "not_measured")
 
 Row = dict  # of a result, or of a table by column
 
 
 def read_table(name: str, folder: Path = RESULTS) -> pd.DataFrame:
-    """One of `NAMES`, drawn from result files.
-
-    Args:
-        folder: the files, or a folder of them for each device.
-    """
+    """One of `NAMES`, drawn from result files in the folder, or in its folders by device."""
     rows = TABLES[name](folder) if name in TABLES else _read_rows(name, folder)
     return pd.DataFrame([*rows] or [{"result": NOT_MEASURED}])
 
@@ -52,18 +48,20 @@ def _fill_in(cell: str, values: Row) -> str:
 
 
 def _expand_peers(rows: list[Row]) -> Iterator[Row]:
-    """A row for a peer as it is, and one for a peer compiled by its library where tried."""
-    for row in rows:
-        for method, prefix in {"default": "", "compiled": "fastest_"}.items():
-            measured = {key: row.get(prefix + key) for key in PEER_FIELDS}
-            if spread := measured["seconds_per_caption"]:
-                time = f"{spread:ms} ms"
-            elif reason := measured["not_measured"]:
-                time = f"{NOT_MEASURED} ({reason})"
-            else:
-                continue
+    """A row for a peer as it is, and one for a peer compiled by its library where tried.
+
+    Ratios are its seconds over QVision's, median over the rounds: below 1 the peer is faster.
+    """
+    for row, (method, prefix) in product(rows, {"default": "", "compiled": "fastest_"}.items()):
+        theirs, reason = row.get(f"{prefix}seconds"), row.get(f"{prefix}not_measured")
+        if theirs or reason:
+            time = f"{Spread.of(theirs):ms} ms" if theirs else f"{NOT_MEASURED} ({reason})"
             size = _size(row["parameters"], row["trained"])
-            yield row | measured | {"size": size, "method": method, "time": time}
+            more = {"dtype": row.get("dtype"), "size": size, "method": method, "time": time}
+            for name in ("qvision", "qvision_compiled"):
+                if theirs and (ours := row.get(f"{name}_seconds")):
+                    more[f"ratio_to_{name}"] = Spread.ratio(theirs, ours).median
+            yield {"name": row["name"], **more}
 
 
 def _expand_loading(rows: list[Row]) -> Iterator[Row]:
@@ -110,8 +108,8 @@ def _claims(folder: Path) -> Iterator[Row]:
     parts = next(iter(_read_results("parameters", folder).values()), [])  # on any device
     for group, claimed in CARD["parts"].items():
         sizes = [part for part in parts if group in (part["group"], "all")]
-        measured = _size(*(sum(part[key] for part in sizes) for key in ("total", "trained")))
-        measured = measured if sizes else NOT_MEASURED
+        total, trained = (sum(part[key] for part in sizes) for key in ("total", "trained"))
+        measured = _size(total, trained) if sizes else NOT_MEASURED
         yield line(f"QVision, {group}", claimed, measured, "counted", "parameters")
     timed = [
         (f"{row['ms per image']} ms, {row['method']}", f"{row['dtype']}, {row['device']}")
@@ -128,7 +126,7 @@ def _claims(folder: Path) -> Iterator[Row]:
         measured += " compiled by its library" if row["method"] == "compiled" else ""
         for title in ("times QVision's", "times QVision's, compiled"):
             measured += f", {row[title]} {title}" if row[title] else ""
-        on = ", ".join(filter(None, (row["dtype"], row["device"])))
+        on = f"{row['dtype']}, {row['device']}".removeprefix(", ")
         yield line(row["system"], *(claimed or ["not on the card"]), measured, on, "peers")
     for name, claimed in {} if compared else CARD["peers"].items():
         yield line(name, claimed, NOT_MEASURED, "", "peers")
@@ -186,11 +184,10 @@ TABLES: dict[str, Callable[[Path], Iterator[Row]]] = {
 NAMES = (*COLUMNS, *TABLES)
 
 
-def draw_ratios(folder: Path = RESULTS, ax: Axes | None = None) -> Axes:
+def draw_ratios(folder: Path = RESULTS) -> Axes:
     """Speed over the original's, per image, with quartiles over the rounds, by device.
 
-    Raises:
-        ValueError: if that was not measured.
+    ValueError if that was not measured, as of `draw_recovery`.
     """
     results = _read_results("latency", folder, required=True)
     frames = {}
@@ -198,19 +195,15 @@ def draw_ratios(folder: Path = RESULTS, ax: Axes | None = None) -> Axes:
         names = ["{mode} {dtype}, batch {batch}".format_map(row) for row in rows]
         ratios = pd.DataFrame([vars(row["ratio"]) for row in rows], index=names)
         frames[device] = ratios.set_axis(["score", "low", "high"], axis=1)
-    ax = plots.plot_scores(frames, scale=1, ax=ax)
+    ax = plots.plot_scores(frames, scale=1)
     ax.set(xlabel="times the original's speed, per image", xscale="log")
     if len(frames) == 1:  # more have a legend
         ax.set_title(*frames, fontsize=9)
     return ax
 
 
-def draw_recovery(folder: Path = RESULTS, ax: Axes | None = None) -> Axes:
-    """CIDEr while a Q-Former is retrained, with the checkpoint's, on the first device.
-
-    Raises:
-        ValueError: if that was not measured.
-    """
+def draw_recovery(folder: Path = RESULTS) -> Axes:
+    """CIDEr while a Q-Former is retrained, with the checkpoint's, on the first device."""
     results = _read_results("recovery", folder, required=True)
     device, (whole, *tuned) = next(iter(results.items()))
     curves = pd.DataFrame(
@@ -218,7 +211,7 @@ def draw_recovery(folder: Path = RESULTS, ax: Axes | None = None) -> Axes:
         for row in tuned
         for step, cider in row["curve"].items()
     )
-    ax = plots.plot_curves(curves, "CIDEr", ax=ax)
+    ax = plots.plot_curves(curves, "CIDEr")
     ax.axhline(100 * whole["score"], color="gray", lw=1, ls="--")
     ax.set_title(f"{device}; dashed: the checkpoint as it was, on its test scenes", fontsize=9)
     return ax
@@ -232,36 +225,34 @@ def fill(
 ) -> Path:
     """Redraw a page's tables: everything between `<!-- table NAME -->` and `<!-- end -->`.
 
-    Args:
-        more: tables besides those of `read_table`, such as a study's.
-
-    Raises:
-        ValueError: if there is no such table.
+    `more` are tables besides those of `read_table`, such as a study's. ValueError if a page names
+    any other.
     """
-    names = (*NAMES, *(more or {}))
+    readers = {name: partial(read_table, name, folder) for name in NAMES} | dict(more or {})
 
     def redraw(match: re.Match) -> str:
-        if (name := match[1]) not in names:
-            raise ValueError(f"{page}: no table {name!r}; choose among {', '.join(names)}.")
-        table = read_table(name, folder) if name in NAMES else more[name]()
-        return f"<!-- table {name} -->\n\n{as_markdown(table)}\n\n<!-- end -->"
+        if (name := match[1]) not in readers:
+            raise ValueError(f"{page}: no table {name!r}; choose among {', '.join(readers)}.")
+        table = readers[name]()
+        lines = [[*table.columns], ["---"] * table.shape[1], *table.itertuples(index=False)]
+        markdown = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+        return f"<!-- table {name} -->\n\n{markdown}\n\n<!-- end -->"
 
     text = page.read_text(encoding="utf-8")
     filled = re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", redraw, text, flags=re.DOTALL)
     return write_atomic(page, filled)
 
 
-def as_markdown(table: pd.DataFrame) -> str:
-    lines = [[*table.columns], ["---"] * table.shape[1], *table.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
 def _read_results(name: str, folder: Path, required: bool = False) -> dict[str, list[Row]]:
     """Rows by device, the CPU's first, from folders of devices or from the folder itself."""
+
+    def spreads(values: dict) -> dict | Spread:
+        return Spread(**values) if "median" in values else values
+
     paths = (sorted(Path(folder).glob(f"{place}{name}.json")) for place in ("", "cpu/", "*/"))
     devices: dict[str, list[Row]] = {}
     for path in dict.fromkeys(chain(*paths)):
-        result = json.loads(path.read_text(encoding="utf-8"), object_hook=_as_spread)
+        result = json.loads(path.read_text(encoding="utf-8"), object_hook=spreads)
         machine = result["machine"]
         processor = machine["processor"].replace("(R)", "")
         device = machine["gpu"] or f"CPU, {processor}, {machine['threads']} threads"
@@ -271,10 +262,6 @@ def _read_results(name: str, folder: Path, required: bool = False) -> dict[str, 
     if required and not devices:
         raise ValueError(f"{folder} has no {name}.json: run `qvision bench {name}` first.")
     return devices
-
-
-def _as_spread(values: dict) -> dict | Spread:
-    return Spread(**values) if "median" in values else values
 
 
 def _size(total: int | None, trained: int | None) -> str:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 import math
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers.activations import NewGELUActivation
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from qvision_lab.benchmark.harness import Table, growing_table, interleave, process_bytes
+from qvision_lab.benchmark.harness import Table, clock, growing_table, interleave, process_bytes
 from qvision_lab.captioning import Captioner
 from qvision_lab.model.captioner import IGNORED_LABEL, QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
@@ -38,30 +36,6 @@ LENGTH = 20  # tokens to which the original pads and cuts
 COCO_LENGTH = 14.5, 3.0  # mean and deviation of its captions' tokens, <START>, space and <END> too
 
 
-@dataclass(frozen=True)
-class TrainingRow:
-    """Captions and images per second of one method, and the memory that it needs."""
-
-    way: str
-    precision: str
-    images: int  # per step
-    captions_per_second: float
-    images_per_second: float
-    seconds: list[float]  # per step; on a CPU those of all methods were taken in turn
-    peak_gigabytes: float | None  # of a GPU's memory, or of a process: in the method's first row
-    estimated_gigabytes: float | None = None  # by `estimate_memory`, for a GPU
-    compile_seconds: float | None = None
-
-    @classmethod
-    def of(
-        cls, way: str, precision: str, images: int, seconds: list[float], peak: int | None, **more
-    ) -> TrainingRow:
-        rate = images * len(seconds) / sum(seconds)
-        captions = rate * CAPTIONS[way.partition(",")[0]]
-        peak_gigabytes = None if peak is None else peak / 1e9
-        return cls(way, precision, images, captions, rate, seconds, peak_gigabytes, **more)
-
-
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
     """Compare training steps with random weights, on the captioner's device.
 
@@ -73,8 +47,7 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
     batch is there; ours is captured in graphs, holds frozen matrices in bfloat16 where it computes
     in bfloat16, and is compiled instead of captured in the last row.
 
-    Args:
-        captioner: with `quick`, a few steps of its sizes are taken, instead of the published ones.
+    `quick` takes a few steps of the captioner's sizes, instead of the published ones.
     """
     config = captioner.model.config if quick else QVisionConfig()
     device = captioner.model.device
@@ -83,35 +56,53 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
     return growing_table("training", rows, quick=quick, settings=settings)
 
 
-def _on_cpu(config: QVisionConfig, quick: bool) -> Iterator[TrainingRow]:
-    with _process("original", config) as original, _process("ours", config) as ours:
-        steps = {
-            (way, precision): partial(step, precision)
-            for precision in ("float32", "bfloat16")
-            for way, step in (("original", original), ("ours", ours))
-        }
-        seconds = interleave(steps, ROUNDS, quick)
-        peaks = {("original", "float32"): original("float32"), ("ours", "float32"): ours("float32")}
-    for key, samples in seconds.items():
-        yield TrainingRow.of(*key, IMAGES[0], samples, peaks.get(key))
+def _on_cpu(config: QVisionConfig, quick: bool) -> Iterator[dict]:
+    start = partial(ProcessPoolExecutor, 1, get_context("spawn"), _start_learner)
+    with start(("original", config)) as original, start(("ours", config)) as ours:
+        pools = {"original": original, "ours": ours}
+
+        def step(precision: str, way: str) -> int:
+            return pools[way].submit(_step, precision).result()
+
+        keys = product(("float32", "bfloat16"), pools)
+        seconds = interleave({key: partial(step, *key) for key in keys}, ROUNDS, quick)
+        peaks = {("float32", way): step("float32", way) for way in pools}
+    for (precision, way), samples in seconds.items():
+        yield _row(way, precision, IMAGES[0], samples, peaks.get((precision, way)))
 
 
-def _on_gpu(config: QVisionConfig, device: torch.device, quick: bool) -> Iterator[TrainingRow]:
+def _on_gpu(config: QVisionConfig, device: torch.device, quick: bool) -> Iterator[dict]:
     for way in CAPTIONS:
         learner = Learner(way, config, device)
         for images, precision in product(IMAGES, PRECISIONS):
-            yield _row(learner, images, precision, quick)
+            yield _time_steps(learner, images, precision, quick)
         if way == "ours":
             learner.captured = None
             with gpu.compiled_blocks(learner.model):
-                yield _row(learner, IMAGES[-1], "bfloat16", quick, compiled=True)
+                yield _time_steps(learner, IMAGES[-1], "bfloat16", quick, compiled=True)
         del learner
         gc.collect()
 
 
 def _row(
+    way: str, precision: str, images: int, seconds: list[float], peak: int | None, **more: float
+) -> dict:
+    rate = images * len(seconds) / sum(seconds)
+    return {
+        "way": way,
+        "precision": precision,
+        "images": images,  # per step
+        "captions_per_second": rate * CAPTIONS[way.partition(",")[0]],
+        "images_per_second": rate,
+        "seconds": seconds,  # per step; on a CPU those of all methods were taken in turn
+        "peak_gigabytes": peak and peak / 1e9,  # of a GPU, or of a process in its first row
+        **more,
+    }
+
+
+def _time_steps(
     learner: Learner, images: int, precision: str, quick: bool, compiled: bool = False
-) -> TrainingRow:
+) -> dict:
     """Measure steps of one kind on a GPU; the first of those that are compiled takes longer."""
     model, way = learner.model, learner.way
     multiple = gpu.LENGTHS if way == "ours" else 1
@@ -121,21 +112,19 @@ def _row(
     lengths = (batch["labels"] != IGNORED_LABEL).sum(1) + 1  # <START> too
     estimate = estimate_memory(model, settings, images, lengths.tolist()).peak / 1e9
     batch = {name: values.to(model.device) for name, values in batch.items()}
-    frozen = gpu.frozen_matrices(model) if way == "ours" and precision == "bfloat16" else []
+    frozen = gpu.frozen_matrices(model) if (way, kept) == ("ours", "bfloat16") else []
     with gpu.holding(frozen, [weight.data.bfloat16() for weight in frozen]):
-        start = perf_counter()
-        learner.step(batch, precision)
-        torch.cuda.synchronize()
-        first = perf_counter() - start
+        step, start = partial(learner.step, batch, precision), clock()
+        step()
+        first = clock() - start
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        step = partial(learner.step, batch, precision)
         seconds = interleave({way: step}, ROUNDS, quick)[way]
     peak = torch.cuda.max_memory_reserved()  # graphs keep what a step frees
     ours = {"estimated_gigabytes": estimate} if way == "ours" else {}
     ours |= {"compile_seconds": first} if compiled else {}
     name = f"{way}, compiled" if compiled else way
-    return TrainingRow.of(name, precision, images, seconds, peak, **ours)
+    return _row(name, precision, images, seconds, peak, **ours)
 
 
 class Learner:
@@ -161,8 +150,7 @@ class Learner:
         with nullcontext() if precision == "float32" else gpu.tf32_products():
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                 if self.way == "original":  # the loss of the logits of all positions, padding too
-                    inputs = {name: values for name, values in batch.items() if name != "labels"}
-                    logits = model(**inputs).logits
+                    logits = model(**batch | {"labels": None}).logits
                     loss = ForCausalLMLoss(logits, batch["labels"], model.config.vocab_size)
                 else:
                     loss = self.captured(**batch) if self.captured else model(**batch).loss
@@ -171,19 +159,13 @@ class Learner:
         self.optimizer.step()
 
 
-@contextmanager
-def _process(way: str, config: QVisionConfig) -> Iterator[Callable[[str], int]]:
-    """A function that takes a step in a process of its own and returns its peak bytes."""
-    with ProcessPoolExecutor(1, get_context("spawn"), _start, (way, config)) as pool:
-        yield lambda precision: pool.submit(_step, precision).result()
-
-
-def _start(way: str, config: QVisionConfig) -> None:
+def _start_learner(way: str, config: QVisionConfig) -> None:
     global _learner  # of this process
     _learner = Learner(way, config)
 
 
 def _step(precision: str) -> int:
+    """Take a step in this process; return its peak bytes."""
     _learner.step(random_batch(_learner.way, _learner.model.config), precision)
     # On Linux getrusage begins at the parent's peak; on macOS it counts bytes.
     return process_bytes("status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -301,29 +301,28 @@ class Captioner:
     ) -> Iterator[Captioned]:
         """Captions from the rows of readable images, and the errors of the others."""
         processor, config, settings = self.processor, self.model.config, search.describe()
-        rows = iter(zip(ids.tolist(), logprobs, strict=True))
-
-        def make_caption(item: Item, ids: list[int], logprobs: Float[Tensor, " T"]) -> Caption:
-            if config.end_token_id in ids:
-                ids = ids[: ids.index(config.end_token_id) + 1]
-            else:  # a stopping criterion came first
-                while len(ids) > 1 and ids[-1] == config.pad_token_id:
-                    ids = ids[:-1]
-            logprobs = logprobs[: len(ids)]
-            return Caption(
-                text=processor.decode(ids),
-                tokens=tuple(processor.tokenizer.decode([token]) for token in ids),
-                token_ids=tuple(ids),
-                logprobs=tuple(logprobs.tolist()),
-                score=logprobs.mean().item(),
-                source=item.source,
-                settings=settings,
-                seed=search.seed,
-            )
-
+        rows = zip(ids.tolist(), logprobs, strict=True)
         for item, error in items:
-            own = islice(rows, search.config.num_return_sequences)
-            yield item, error or [make_caption(item, *row) for row in own]
+            captions = []
+            for row, scores in islice(rows, 0 if error else search.config.num_return_sequences):
+                if config.end_token_id in row:
+                    row = row[: row.index(config.end_token_id) + 1]
+                else:  # a stopping criterion came first
+                    while len(row) > 1 and row[-1] == config.pad_token_id:
+                        row = row[:-1]
+                scores = scores[: len(row)]
+                caption = Caption(
+                    text=processor.decode(row),
+                    tokens=tuple(processor.tokenizer.decode([token]) for token in row),
+                    token_ids=tuple(row),
+                    logprobs=tuple(scores.tolist()),
+                    score=scores.mean().item(),
+                    source=item.source,
+                    settings=settings,
+                    seed=search.seed,
+                )
+                captions.append(caption)
+            yield item, error or captions
 
 
 def load(
@@ -335,8 +334,7 @@ def load(
     """Load a captioner: a folder, a Hub id, or (None) the embedded one; see `load_checkpoint`."""
     if device is None and "LOCAL_RANK" in os.environ:  # each process has its own device
         device = _processes().device
-    checkpoint = load_checkpoint(source, revision=revision, dtype=dtype, device=device)
-    return Captioner(checkpoint.model, checkpoint.processor, checkpoint.provenance)
+    return Captioner(**vars(load_checkpoint(source, revision, dtype, device)))
 
 
 def _is_single(images: Picture | Iterable[Picture]) -> bool:

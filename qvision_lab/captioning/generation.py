@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
 
 from qvision_lab.captioning.compiled import FastDecoding
-from qvision_lab.captioning.sampling import NOT_SAMPLING, WARPERS, Choice, Sampling, row_keys
+from qvision_lab.captioning.sampling import NOT_SAMPLING, WARPERS, Choice, row_keys
 from qvision_lab.model.captioner import PLAIN, QVisionForConditionalGeneration, generation_preset
 from qvision_lab.model.processor import image_preset
 
@@ -60,7 +61,7 @@ class Search:
                 "do_sample=False), or call model.generate, which supports beam sampling."
             )
         if config.do_sample:
-            Sampling(config.to_dict())  # raises now, not in a batch, if a value is out of range
+            Choice.sampler(config).warpers()  # raises now, not in a batch
         else:
             config.update(**NOT_SAMPLING)  # transformers warns about a preset's sampling settings
         return cls(config, live, seed if config.do_sample else None, preprocessing)
@@ -104,8 +105,14 @@ class Search:
         _, visual = model.encode(pixel_values.to(model.device))
         visual_tokens = visual.visual_tokens  # [B,1+Q,D]
         if draws is not None:
-            processors = live.get("logits_processor", ())
-            live["logits_processor"] = [*processors, Sampling(config.to_dict(), draws)]
+            sampler, draws = Choice.sampler(config), draws.to(model.device)
+
+            def sample(ids: Int[Tensor, "R T"], scores: Float[Tensor, "R V"]) -> Tensor:
+                end = model.config.end_token_id
+                tokens = sampler.next_tokens(scores.float(), ids, ids.shape[1], end, draws)
+                return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0)
+
+            live["logits_processor"] = [*live.get("logits_processor", ()), sample]
             config.update(**NOT_SAMPLING, num_return_sequences=1)
             visual_tokens = visual_tokens.repeat_interleave(k, dim=0)  # [R,1+Q,D]
         config.update(return_dict_in_generate=True, output_logits=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation import logits_process
 
 from qvision_lab.model.captioner import PLAIN
@@ -63,90 +62,69 @@ def row_keys(names: Sequence[str]) -> Keys:
     return torch.tensor(halves, dtype=torch.int64).reshape(-1, 2)
 
 
-class Sampling(LogitsProcessor):
-    """Batch-invariant sampling: the draws of a row depend on its key, not on other rows.
-
-    The largest of the logits plus Gumbel noise is a draw from their softmax (the Gumbel-max trick;
-    Maddison et al. 2014, arXiv:1411.0030). transformers' warpers for `settings` come first; of more
-    than `top_k` tokens with equal scores, `top_k` are kept. With `keys` of its rows it is a logits
-    processor that makes a greedy search sample.
-
-    Raises:
-        ValueError: for a value out of range.
-    """
-
-    def __init__(self, settings: dict, keys: Keys | None = None):
-        warpers = {
-            name: warper(settings[name])
-            for name, (warper, off) in WARPERS.items()
-            if settings.get(name) not in (None, off)
-        }
-        top_k = warpers.pop("top_k", None)
-        self.keys, self.top_k = keys, top_k and top_k.top_k
-        first = [warpers.pop(name) for name in ("temperature", "top_h") if name in warpers]
-        self.before, self.after = LogitsProcessorList(first), LogitsProcessorList(warpers.values())
-
-    def __call__(self, ids: Int[Tensor, "R T"], scores: Float[Tensor, "R V"]) -> Tensor:
-        keys, step = self.keys.to(scores.device), ids.shape[1]
-        tokens = self.next_tokens(ids, scores.float(), keys, step)
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0)
-
-    def next_tokens(
-        self, ids: Int[Tensor, "R T"], scores: Float[Tensor, "R V"], keys: Keys, step: Step
-    ) -> Int[Tensor, " R"]:
-        """Draw a token for each row."""
-        scores = self.before(ids, scores)
-        tokens = torch.arange(scores.shape[1], device=scores.device)[None]  # [1,V]
-        if self.top_k and self.top_k < scores.shape[1]:
-            scores, tokens = scores.topk(self.top_k)  # [R,K] each: only these need noise
-        # 23 bits and a half are exact in float32, so that none rounds to 0 or 1.
-        uniform = ((random_integers(keys, step, tokens) >> 9).float() + 0.5) * 2.0**-23
-        scores = self.after(ids, scores) - torch.log(-torch.log(uniform))
-        return tokens.expand_as(scores).gather(1, scores.argmax(-1, keepdim=True))[:, 0]
-
-
 @dataclass(frozen=True)
 class Choice:
-    """How the next token is chosen from logits: greedily, or sampled."""
+    """How the next token is chosen from logits: greedily, or by batch-invariant sampling.
+
+    The largest of the logits plus Gumbel noise is a draw from their softmax (the Gumbel-max trick;
+    Maddison et al. 2014, arXiv:1411.0030). Draws of a row depend on its key, not on other rows.
+    transformers' warpers come first; of more than `top_k` tokens with equal scores, `top_k` are
+    kept.
+    """
 
     repetition_penalty: float = 1.0
     min_length: int = 0  # tokens, `<START>` included, before which no caption ends
-    sampling: tuple[tuple[str, float | None], ...] | None = None  # temperature, top_k and top_p
+    sampling: tuple[tuple[str, float | None], ...] | None = None  # values of the `WARPERS`
 
     @classmethod
     def from_config(cls, config: GenerationConfig) -> Choice | None:
         """The choice that settings describe; None where they need transformers' `generate`."""
         off = {name: value for name, (_, value) in WARPERS.items()} | PLAIN
-        for name, value in config.to_diff_dict().items():
-            supported = name in SUPPORTED or name.startswith("_")
-            if not supported and value not in (None, off.get(name)):
-                return None
-        if not config.do_sample and (config.num_return_sequences or 1) > 1:
-            return None  # `generate` raises the error
-        sampling = tuple((n, getattr(config, n)) for n in ("temperature", "top_k", "top_p"))
+        beyond = any(
+            value not in (None, off.get(name))
+            for name, value in config.to_diff_dict().items()
+            if name not in SUPPORTED and not name.startswith("_")
+        )
+        if beyond or (not config.do_sample and (config.num_return_sequences or 1) > 1):
+            return None  # of the latter `generate` raises the error
         penalty, length = config.repetition_penalty or 1.0, config.min_length or 0
-        return cls(penalty, length, sampling if config.do_sample else None)
+        return cls(penalty, length, cls.sampler(config).sampling if config.do_sample else None)
 
-    @cached_property
-    def _parts(self) -> tuple[LogitsProcessorList, Sampling]:
-        penalty = logits_process.RepetitionPenaltyLogitsProcessor
-        penalties = [penalty(self.repetition_penalty)] if self.repetition_penalty != 1 else []
-        return LogitsProcessorList(penalties), Sampling(dict(self.sampling or ()))
+    @classmethod
+    def sampler(cls, config: GenerationConfig) -> Choice:
+        """The choice that samples by the warpers of the settings alone."""
+        return cls(sampling=tuple((name, getattr(config, name, None)) for name in WARPERS))
+
+    def warpers(self) -> dict[str, LogitsProcessor]:
+        """transformers' warpers of the settings; ValueError for a value out of range."""
+        given = [(name, value, *WARPERS[name]) for name, value in self.sampling or ()]
+        return {name: make(value) for name, value, make, off in given if value not in (None, off)}
 
     def next_tokens(
         self,
         logits: Float[Tensor, "R V"],
         ids: Int[Tensor, "R S"],
-        length: Int[Tensor, " 1"],
+        length: Step,
         end_token_id: int,
         keys: Keys,
     ) -> Int[Tensor, " R"]:
         """The next token of each row; `ids` are `length` tokens, then `<START>` as padding."""
-        penalties, sampling = self._parts
-        scores = penalties(ids, logits)
+        scores = logits
+        tokens = torch.arange(scores.shape[1], device=scores.device)[None]  # [1,V]
+        if self.repetition_penalty != 1:
+            penalty = logits_process.RepetitionPenaltyLogitsProcessor(self.repetition_penalty)
+            scores = penalty(ids, scores)
         if self.min_length > 1:
-            ends = torch.arange(scores.shape[1], device=scores.device) == end_token_id  # [V]
-            scores = scores.masked_fill(ends & (length < self.min_length), -torch.inf)
+            ends = (tokens == end_token_id) & (length < self.min_length)  # [1,V]
+            scores = scores.masked_fill(ends, -torch.inf)
         if self.sampling is None:
             return scores.argmax(-1)
-        return sampling.next_tokens(ids, scores, keys, length)
+        for name, warper in self.warpers().items():
+            if name != "top_k":
+                scores = warper(ids, scores)
+            elif warper.top_k < scores.shape[1]:
+                scores, tokens = scores.topk(warper.top_k)  # [R,K] each: only these need noise
+        # 23 bits and a half are exact in float32, so that none rounds to 0 or 1.
+        uniform = ((random_integers(keys, length, tokens) >> 9).float() + 0.5) * 2.0**-23
+        scores = scores - torch.log(-torch.log(uniform))
+        return tokens.expand_as(scores).gather(1, scores.argmax(-1, keepdim=True))[:, 0]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
@@ -23,6 +23,7 @@ POOL = 80_000  # images of train2017, of which a random 80% trained the publishe
 FILE_COLUMNS = ("file", "file_name", "image")  # columns of a table with the image
 NAMES = ("captions.csv", "captions.jsonl", "captions.json", "captions_*.json", "dataset_*.json")
 PLUGINS = "qvision_lab.datasets"  # entry points, called with source, split, n and seed
+DAMAGE = AttributeError, KeyError, TypeError, UnicodeError, csv.Error, json.JSONDecodeError
 
 
 class Drawing(Protocol):
@@ -40,8 +41,14 @@ class CaptionedImage:
     image_id: ImageId
     image: Path | None  # its file, which may be missing; None for a drawing without a file
     references: tuple[str, ...]
-    objects: frozenset[str] | None = None  # names of COCO categories; None where unknown
+    # COCO category and box (x, y, width, height in pixels) of each object; None where unknown
+    boxes: tuple[tuple[str, Sequence[float]], ...] | None = None
     drawing: Drawing | None = None
+
+    @property
+    def objects(self) -> frozenset[str] | None:
+        """Names of the categories in the image; None where unknown."""
+        return None if self.boxes is None else frozenset(name for name, _ in self.boxes)
 
     @property
     def picture(self) -> Path | Image.Image:
@@ -53,8 +60,7 @@ class CaptionedImage:
 class CaptionDataset(Sequence[CaptionedImage]):
     """Captioned images in the order of their file, with distinct ids and captions.
 
-    Raises:
-        ValueError: it is empty, an id is repeated, or an image has no caption but blank ones.
+    ValueError if it is empty, an id is repeated, or an image has no caption but blank ones.
     """
 
     name: str
@@ -66,9 +72,8 @@ class CaptionDataset(Sequence[CaptionedImage]):
             raise ValueError(f"{self.name} has no images")
         if repeated := some("image", [i for i, n in Counter(self.ids).items() if n > 1]):
             raise ValueError(f"{self.name} lists {repeated} more than once: keep one of each")
-        if without := some(
-            "image", [i.image_id for i in self if not "".join(i.references).strip()]
-        ):
+        bare = [i.image_id for i in self if not "".join(i.references).strip()]
+        if without := some("image", bare):
             raise ValueError(f"{self.name} has no caption of {without}: write one, or drop it")
 
     def __len__(self) -> int:
@@ -102,8 +107,7 @@ class CaptionDataset(Sequence[CaptionedImage]):
         return replace(self, name=name, images=tuple(self.images[i] for i in drawn))
 
 
-@dataclass(frozen=True)
-class Contamination:
+class Contamination(NamedTuple):
     """Images of a data set that the published checkpoint may have been trained on."""
 
     images: int
@@ -175,12 +179,12 @@ def open_dataset(
         name, entries, judge = _read(path, split)
     folder = Path(images).expanduser().absolute() if images else _find_folder(path, entries)
     sibling = path.with_name(path.name.replace("captions", "instances", 1))
-    objects = {}
+    boxes = {}
     if instances or (path.suffix == ".json" and sibling != path and sibling.is_file()):
-        objects = _read_objects(Path(instances or sibling).expanduser())
-        if objects.keys().isdisjoint(entry.image_id for entry in entries):
+        boxes = _read_boxes(Path(instances or sibling).expanduser())
+        if boxes.keys().isdisjoint(entry.image_id for entry in entries):
             raise ValueError(f"{instances or sibling} lists none of the images of {path}")
-    found = (replace(e, image=folder / e.image, objects=objects.get(e.image_id)) for e in entries)
+    found = (replace(e, image=folder / e.image, boxes=boxes.get(e.image_id)) for e in entries)
     dataset = CaptionDataset(name, tuple(found), judge)
     return dataset if n is None else dataset.subset(n, seed)
 
@@ -203,12 +207,12 @@ def _read(path: Path, split: str | None) -> tuple[str, list[CaptionedImage], Any
     """Name, images and judge of a captions file, with the images' paths as in the file."""
     name = path.parent.name if path.stem == "captions" else path.stem
     if path.suffix in (".csv", ".jsonl"):
-        _check_split(path, split, [])
+        check_split(path, split, [])
         return name, _from_table(path), None
     content = json.loads(path.read_bytes())
     if any("sentences" in image for image in content["images"]):
         return f"{name} {split}", _from_karpathy(path, content["images"], split), None
-    _check_split(path, split, [path.stem.partition("captions_")[2]])
+    check_split(path, split, [path.stem.partition("captions_")[2]])
     return name, *_from_coco(path, content)
 
 
@@ -232,7 +236,7 @@ def _from_coco(path: Path, content: dict) -> tuple[list[CaptionedImage], Any]:
 
 
 def _from_karpathy(path: Path, images: list[dict], split: str | None) -> list[CaptionedImage]:
-    _check_split(path, split or "", list(dict.fromkeys(image["split"] for image in images)))
+    check_split(path, split or "", list(dict.fromkeys(image["split"] for image in images)))
     return [
         CaptionedImage(
             image["cocoid"] if "cocoid" in image else image["imgid"],
@@ -271,18 +275,19 @@ def _find_folder(path: Path, entries: list[CaptionedImage]) -> Path:
     return next((f for f in folders if any((f / name).is_file() for name in names)), here)
 
 
-def _read_objects(path: Path) -> dict[ImageId, frozenset[str]]:
-    """Names of the categories in each image, from COCO's instances."""
+def _read_boxes(path: Path) -> dict[ImageId, tuple[tuple[str, Sequence[float]], ...]]:
+    """Category and box of each object in each image, from COCO's instances."""
     with _reading(path):
         content = json.loads(path.read_bytes())
         names = {category["id"]: category["name"] for category in content["categories"]}
-        objects = {image["id"]: set() for image in content["images"]}
+        boxes = {image["id"]: [] for image in content["images"]}
         for row in content["annotations"]:
-            objects[row["image_id"]].add(names[row["category_id"]])
-    return {image_id: frozenset(found) for image_id, found in objects.items()}
+            boxes[row["image_id"]].append((names[row["category_id"]], row["bbox"]))
+    return {image_id: tuple(found) for image_id, found in boxes.items()}
 
 
-def _check_split(source: str | Path, split: str | None, there: list[str]) -> None:
+def check_split(source: str | Path, split: str | None, there: list[str]) -> None:
+    """Refuse splits ("a+b") other than those that are there."""
     if split is not None and (unknown := [s for s in split.split("+") if s not in there]):
         choices = ", ".join(filter(None, there)) or "none"
         raise ValueError(f"no split {'+'.join(unknown)!r} in {source}: there is {choices}")
@@ -293,14 +298,7 @@ def _reading(path: Path) -> Iterator[None]:
     """Turn errors from a damaged file into one that names it."""
     try:
         yield
-    except (
-        AttributeError,
-        KeyError,
-        TypeError,
-        UnicodeError,
-        csv.Error,
-        json.JSONDecodeError,
-    ) as error:
+    except DAMAGE as error:
         raise ValueError(
             f"{path} is cut off, or neither COCO's captions or instances, Karpathy's, nor a table "
             f"of captions ({error!r}): check it, or download it again"

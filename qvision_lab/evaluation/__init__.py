@@ -6,8 +6,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "chair": ["chair", "coco_vocabulary"],
-        "report": ["Comparison", "EvaluationReport", "compare", "evaluate"],
-        "results": ["evaluate_dataset", "read_captions", "read_results", "write_results"],
-        "statistics": ["CaptionStatistics", "caption_statistics"],
+        "report": [
+            *("Comparison", "EvaluationReport", "compare", "evaluate", "evaluate_dataset"),
+            *("read_captions", "read_results", "write_results"),
+        ],
+        "statistics": ["caption_statistics"],
     },
 )

@@ -22,10 +22,7 @@ def bootstrap_interval(
     """Percentile interval over images (Efron and Tibshirani 1993; for BLEU, Koehn 2004).
 
     The formula is applied to the summed counts of each resample, so corpus scores such as BLEU are
-    not averaged over images.
-
-    Raises:
-        ValueError: a confidence not between 0 and 1, or no image.
+    not averaged over images. ValueError for a confidence not between 0 and 1, or no image.
     """
     draws = [formula(weights @ counts) for weights in _resample(len(counts), resamples, seed)]
     return _interval(np.concatenate(draws), confidence)
@@ -71,9 +68,8 @@ def _interval(draws: Float[np.ndarray, "R S"], confidence: float) -> Float[np.nd
 def _resample(n: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "R images"]]:
     """Number of draws of each image in each resample."""
     for drawn in _draw(n, n, resamples, seed):
-        rows = len(drawn)
-        drawn += n * np.arange(rows)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(float)
+        cells = (drawn + n * np.arange(len(drawn))[:, None]).ravel()
+        yield np.bincount(cells, minlength=drawn.size).reshape(drawn.shape).astype(float)
 
 
 def _draw(below: int, n: int, resamples: int, seed: int) -> Iterator[Int[np.ndarray, "R images"]]:

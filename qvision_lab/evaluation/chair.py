@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import yaml
@@ -26,8 +27,7 @@ _NO_NOUN = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Mention:
+class Mention(NamedTuple):
     """An object named in a caption."""
 
     category: str
@@ -109,7 +109,6 @@ def chair(
         object recall = sum(recalled) / sum(objects)
 
     Args:
-        predictions: image id -> caption.
         objects: image id -> names of the categories in the image; may have more images.
         vocabulary: by default COCO's.
         references: image id -> captions by people; may have more images.

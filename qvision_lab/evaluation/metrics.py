@@ -35,9 +35,6 @@ class Judge(Protocol):
     def count(self, image_id: ImageId, caption: str) -> Sequence[tuple[int, int]]:
         """Hits and total of each rate."""
 
-    def boxes(self, image_id: ImageId) -> Sequence[tuple[str, Sequence[float]]]:
-        """Category and box (x, y, width, height in pixels) of each object."""
-
 
 @dataclass
 class Evidence:

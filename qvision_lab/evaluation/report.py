@@ -1,11 +1,12 @@
-"""Scores with confidence intervals, of one system and of the difference between two."""
+"""Scores with confidence intervals, of a system and of the difference to another; result files."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from qvision_lab.data.atomic import write_atomic
-from qvision_lab.data.coco import ImageId, some
+from qvision_lab.data.coco import CaptionDataset, ImageId, some
 from qvision_lab.evaluation.bootstrap import bootstrap_interval, paired_difference
 from qvision_lab.evaluation.chair import Vocabulary
 from qvision_lab.evaluation.java import UnavailableError, meteor
@@ -31,6 +32,7 @@ from qvision_lab.evaluation.metrics import (
 )
 
 COCO_METRICS = ("bleu", "meteor", "rouge", "cider")
+PERCENT = [100, 100, 100, 1]  # a score, its interval and its denominator or p-value, as printed
 SETTINGS = ("notes", "confidence", "resamples", "seed")  # fields saved unchanged
 
 
@@ -57,11 +59,10 @@ class EvaluationReport:
         rows, settings = {}, (self.resamples, self.confidence, self.seed)
         for metric in self.metrics.values():
             counts, formula = self.counts_of(metric), metric.formula
-            low, high = bootstrap_interval(counts, formula, *settings)
-            total = counts.sum(0)
-            of = total[1::2] if formula is ratio_formula else [len(counts)] * len(low)
-            columns = zip(metric.scores, formula(total), low, high, of, strict=True)
-            rows |= {name: values for name, *values in columns}
+            interval, total = bootstrap_interval(counts, formula, *settings), counts.sum(0)
+            of = total[1::2] if formula is ratio_formula else [len(counts)] * len(metric.scores)
+            columns = zip(formula(total), *interval, of, strict=True)
+            rows |= zip(metric.scores, columns, strict=True)
         table = pd.DataFrame.from_dict(rows, "index", columns=["score", "low", "high", "of"])
         return table.astype({"of": int})
 
@@ -84,17 +85,14 @@ class EvaluationReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.counts):,} images; times 100, {self.confidence:.0%} intervals"]
-        lines += [
-            f"  {name:<18}{100 * row.score:>8.1f}   "
-            f"{f'[{100 * row.low:.1f}, {100 * row.high:.1f}]':<16} of {int(row.of):,}"
-            for name, row in self.table.iterrows()
-        ]
+        for name, score, low, high, of in (self.table * PERCENT).itertuples():
+            interval = f"[{low:.1f}, {high:.1f}]"
+            lines.append(f"  {name:<18}{score:>8.1f}   {interval:<16} of {int(of):,}")
         return "\n".join(lines + [f"  {name}: {note}" for name, note in self.notes.items()])
 
     def _repr_html_(self) -> str:
-        return (self.table * [100, 100, 100, 1]).round(1).to_html() + "".join(
-            f"<p>{name}: {note}</p>" for name, note in self.notes.items()
-        )
+        notes = "".join(f"<p>{name}: {note}</p>" for name, note in self.notes.items())
+        return (self.table * PERCENT).round(1).to_html() + notes
 
     def save(self, folder: str | Path) -> Path:
         """Write `scores.json` (with the settings) and `images.csv` (captions, scores, counts)."""
@@ -112,12 +110,11 @@ class EvaluationReport:
     def load(cls, folder: str | Path) -> EvaluationReport:
         """Read the files of `save`; scores and intervals are recomputed from the counts."""
         content = json.loads((Path(folder) / "scores.json").read_text(encoding="utf-8"))
-        images = pd.read_csv(
-            Path(folder) / "images.csv", index_col="image_id", keep_default_na=False
-        )
-        known = {name: METRICS[name] for name in content["metrics"] if name in METRICS}
-        others = [s for s in content["scores"] if all(s not in m.scores for m in known.values())]
-        metrics = {name: known.get(name) or judge_metric(others) for name in content["metrics"]}
+        path = Path(folder) / "images.csv"
+        images = pd.read_csv(path, index_col="image_id", keep_default_na=False)
+        known = {score for metric in METRICS.values() for score in metric.scores}
+        judged = judge_metric([score for score in content["scores"] if score not in known])
+        metrics = {name: METRICS.get(name, judged) for name in content["metrics"]}
         counts = images[[name for metric in metrics.values() for name in metric.counts]]
         settings = {name: content[name] for name in SETTINGS}
         return cls(images["caption"].to_dict(), counts.astype(float), metrics, **settings)
@@ -135,29 +132,27 @@ def evaluate(
     resamples: int = 1000,
     seed: int = 0,
 ) -> EvaluationReport:
-    """Score captions against references, objects and the truth of drawn images.
+    """Score one caption per image against references, objects and the truth of drawn images.
 
     "bleu", "meteor", "rouge", "cider" and "spice" equal `COCOEvalCap`'s (Chen et al. 2015,
     arXiv:1504.00325); SPICE needs its jars, which are not downloaded. "chair" counts hallucinated
     objects; the metric of a judge ("scenes") every claim about a drawn image.
 
     Args:
-        predictions: one caption an image.
         references: of the same images, at least one each.
         metrics: keys of `METRICS`, or the judge's name.
         confidence: of the intervals, from a bootstrap over images.
-        objects: the categories in each image, for "chair".
-        vocabulary: of these categories; by default COCO's.
+        objects: the categories in each image, for "chair"; by default named as COCO's.
 
     Raises:
         ValueError: images that differ between the arguments, an image without references, an
             unknown metric or one without its truth.
-        RuntimeError: there is no Java, or one of its programs fails.
+        RuntimeError: a Java program fails.
     """
     known = METRICS | ({judge.name: judge_metric(judge.rates)} if judge else {})
     for name in metrics:
         if name not in known:
-            near = get_close_matches(str(name), known, 1) or [", ".join(known)]
+            near = get_close_matches(name, known, 1) or [", ".join(known)]
             raise ValueError(f"no metric {name!r}; did you mean {near[0]}? A judge= adds its own.")
     if "chair" in metrics and objects is None:
         raise ValueError("the metric 'chair' needs objects=, those in each image.")
@@ -174,13 +169,13 @@ def evaluate(
     evidence = Evidence(captions, references, objects, vocabulary, judge)
     counts, notes = {}, {}
     progress = tqdm(total=len(metrics), desc="tokenizing", unit="metric")
-    with ExitStack() as stack, progress:
+    with ThreadPoolExecutor(1) as pool, progress:
         if any(metric.tokenized for metric in metrics.values()):
             pairs = zip(captions, evidence.words[0], strict=True)
             if empty := some("caption", [i for i, words in pairs if not words]):
                 notes["no words"] = f"{empty}: no overlap with any reference"
         if "meteor" in metrics:
-            evidence.meteor = stack.enter_context(meteor(*evidence.words))
+            evidence.meteor = pool.submit(meteor, *evidence.words)
         for name in sorted(metrics, key="meteor".__eq__):  # last, since it runs in parallel
             progress.set_description(name)
             try:
@@ -195,6 +190,29 @@ def evaluate(
     return EvaluationReport(captions, table, kept, notes, confidence, resamples, seed)
 
 
+def evaluate_dataset(
+    captions: Mapping[ImageId, str],
+    dataset: CaptionDataset,
+    metrics: Sequence[str] | None = None,
+    **settings,
+) -> EvaluationReport:
+    """Score captions of a data set with its references, objects and judge.
+
+    Args:
+        metrics: by default COCO's four and SPICE, "chair" where all objects are known, and that of
+            the data set's judge ("scenes").
+        settings: `confidence`, `resamples` and `seed` of `evaluate`.
+    """
+    judge, objects = dataset.judge, dataset.objects
+    if None in objects.values():
+        objects = None
+    if metrics is None:
+        metrics = (*COCO_METRICS, "spice", *["chair"] * (objects is not None))
+        metrics += (judge.name,) if judge else ()
+    settings |= {"judge": judge, "vocabulary": judge.vocabulary if judge else None}
+    return evaluate(captions, dataset.references, metrics, objects=objects, **settings)
+
+
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """Differences between two reports on the same images; printed as a table."""
@@ -204,23 +222,22 @@ class Comparison:
     confidence: float
 
     def __str__(self) -> str:
-        rows = [
-            f"  {name:<18}{100 * row.difference:>+8.1f}   "
-            f"[{100 * row.low:+.1f}, {100 * row.high:+.1f}]   p = {row.p:.3f}"
-            for name, row in self.table.iterrows()
+        lines = [
+            f"difference on {self.images:,} images; times 100, {self.confidence:.0%} intervals"
         ]
-        title = f"difference on {self.images:,} images; times 100, {self.confidence:.0%} intervals"
-        return "\n".join([title, *rows])
+        for name, score, low, high, p in (self.table * PERCENT).itertuples():
+            interval = f"[{low:+.1f}, {high:+.1f}]"
+            lines.append(f"  {name:<18}{score:>+8.1f}   {interval}   p = {p:.3f}")
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return (self.table * [100, 100, 100, 1]).round(3).to_html()
+        return (self.table * PERCENT).round(3).to_html()
 
 
 def compare(report: EvaluationReport, baseline: EvaluationReport) -> Comparison:
     """Differences `report` - `baseline` of their common metrics, by `paired_difference`.
 
-    Raises:
-        ValueError: the reports are not of the same images, or share no metric.
+    ValueError if the reports are not of the same images, or share no metric.
     """
     _refuse_mismatch(report.captions, baseline.captions, "the baseline")
     shared = [metric for name, metric in report.metrics.items() if name in baseline.metrics]
@@ -230,9 +247,9 @@ def compare(report: EvaluationReport, baseline: EvaluationReport) -> Comparison:
     settings, rows = (report.resamples, report.confidence, report.seed), {}
     for metric in shared:
         both = report.counts_of(metric), other.counts_of(metric)
-        difference, (low, high), p_value = paired_difference(*both, metric.formula, *settings)
-        columns = zip(metric.scores, difference, low, high, p_value, strict=True)
-        rows |= {name: values for name, *values in columns}
+        difference, interval, p_value = paired_difference(*both, metric.formula, *settings)
+        columns = zip(difference, *interval, p_value, strict=True)
+        rows |= zip(metric.scores, columns, strict=True)
     table = pd.DataFrame.from_dict(rows, "index", columns=["difference", "low", "high", "p"])
     return Comparison(table, len(report.counts), report.confidence)
 
@@ -248,3 +265,43 @@ def _refuse_mismatch(
         raise ValueError(f"{unknown} with a caption but not in {name}; give the same images.")
     if missing := some("image", [i for i in others if i not in predictions]):
         raise ValueError(f"{missing} of {name} without a caption; give the same images.")
+
+
+def read_results(path: str | Path) -> dict[ImageId, str]:
+    """Captions by image id, from COCO's results format: `[{"image_id": 1, "caption": "..."}]`.
+
+    ValueError if the file is damaged or of another format, or an image is repeated.
+    """
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        pairs = [(row["image_id"], row["caption"]) for row in rows]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f'{path} is no results file ([{{"image_id": ..., "caption": ...}}, ...]): {error}'
+        ) from error
+    if repeated := some("image", [i for i, n in Counter(i for i, _ in pairs).items() if n > 1]):
+        raise ValueError(f"{path} has several captions for {repeated}; keep one of each.")
+    return dict(pairs)
+
+
+def write_results(captions: Mapping[ImageId, str], path: str | Path) -> Path:
+    """Write captions in COCO's results format, which evaluation servers take."""
+    rows = [{"image_id": image_id, "caption": text} for image_id, text in captions.items()]
+    return write_atomic(Path(path), json.dumps(rows))
+
+
+def read_captions(path: str | Path, dataset: CaptionDataset) -> dict[ImageId, str]:
+    """Captions by image id, from the output of `Captioner.caption_dataset`.
+
+    ValueError if some images could not be captioned; the others stay in the file.
+    """
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    records = {record["source"]: record for record in map(json.loads, filter(None, lines))}
+    captions = {i: records.get(str(i), {}).get("caption") for i in dataset.ids}
+    if failed := [i for i, caption in captions.items() if caption is None]:
+        why = records.get(str(failed[0]), {}).get("error", "not tried")
+        raise ValueError(
+            f"{some('image', failed)} not captioned ({why}); repair them and run this again, which "
+            "resumes, or evaluate the others as a subset."
+        )
+    return captions

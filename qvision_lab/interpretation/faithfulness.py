@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from os import PathLike
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -38,8 +36,7 @@ class Example:
     caption: str | None = None  # None: the model's
 
 
-@dataclass(frozen=True, eq=False)
-class RemovalCurves:
+class RemovalCurves(NamedTuple):
     """Probability of words while a growing share of the patches is kept."""
 
     kept: Float[np.ndarray, " S"]  # shares of the patches, from one patch to all
@@ -47,8 +44,7 @@ class RemovalCurves:
     insertion: Float[np.ndarray, "*M W S"]  # the highest patches of a map are added first
 
 
-@dataclass(frozen=True, eq=False)
-class _Target:
+class _Target(NamedTuple):
     """A word that names an object of the image, and the patches that show it."""
 
     word: Word
@@ -57,22 +53,14 @@ class _Target:
     size: str  # "large", or "small" where every box has a side shorter than a patch
 
 
-def examples_of(
-    dataset: CaptionDataset, instances: str | PathLike | None = None
-) -> Iterator[Example]:
-    """Images with the boxes of the data set's judge, or of COCO's `instances_*.json`."""
-    boxes = defaultdict(list)
-    if instances is not None:
-        content = json.loads(Path(instances).read_text(encoding="utf-8"))
-        names = {category["id"]: category["name"] for category in content["categories"]}
-        for row in content["annotations"]:
-            boxes[row["image_id"]].append((names[row["category_id"]], row["bbox"]))
-    judge = dataset.judge
+def examples_of(dataset: CaptionDataset) -> Iterator[Example]:
+    """Images of a data set with their boxes, which `open_dataset` reads from COCO's instances."""
+    vocabulary = dataset.judge.vocabulary if dataset.judge else coco_vocabulary()
     for image in dataset:
-        pairs = judge.boxes(image.image_id) if judge else boxes[image.image_id]
-        by_category = {name: [box for other, box in pairs if other == name] for name, _ in pairs}
-        vocabulary = judge.vocabulary if judge else coco_vocabulary()
-        yield Example(image.picture, by_category, vocabulary)
+        boxes = defaultdict(list)
+        for category, box in image.boxes or ():
+            boxes[category].append(box)
+        yield Example(image.picture, boxes, vocabulary)
 
 
 def score_maps(
@@ -175,12 +163,13 @@ def _locate(
     examples = list(examples)
     traces = trace_all(captioner, [e.image for e in examples], [e.caption for e in examples])
     for trace, example in zip(traces, examples, strict=True):
-        targets = []
-        for mention in example.vocabulary.mentions(trace.caption):
-            boxes, end = example.boxes.get(mention.category), mention.span[1]
-            word = next((w for w in trace.words if w.span[0] < end <= w.span[1]), None)
-            if boxes and word:
-                targets.append(_target(trace, word, np.array(boxes, float)))
+        targets = [
+            _target(trace, word, np.array(example.boxes[mention.category], float))
+            for mention in example.vocabulary.mentions(trace.caption)
+            if example.boxes.get(mention.category)
+            for word in trace.words
+            if word.span[0] < mention.span[1] <= word.span[1]
+        ]
         if targets:
             yield trace, targets
 
@@ -191,8 +180,9 @@ def _target(trace: Trace, word: Word, boxes: Float[np.ndarray, "n 4"]) -> _Targe
     height, width, _ = trace.image.shape
     boxes = boxes * side / np.array([width, height, width, height])  # in the preprocessed image
     inside = np.zeros((side, side), bool)
-    for x, y, right, bottom in np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]).round():
-        inside[int(y) : int(bottom), int(x) : int(right)] = True
+    corners = np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
+    for x, y, right, bottom in corners.round().astype(int):
+        inside[y:bottom, x:right] = True
     rows, columns = trace.patch_grid
     inside = inside[: rows * patch, : columns * patch]
     centres = inside[patch // 2 :: patch, patch // 2 :: patch].ravel()

@@ -49,11 +49,8 @@ def _skipped(block: nn.Module, change: Change) -> RemovableHandle:
 
 def _heads(attention: MultiHeadAttention, change: Change) -> RemovableHandle:
     """The output of each head [B,T,H,D/H], before the output projection."""
-
-    def hook(_, args):
-        return change(args[0].unflatten(-1, (attention.num_heads, -1))).flatten(-2)
-
-    return attention.out_proj.register_forward_pre_hook(hook)
+    split = (attention.num_heads, -1)
+    return _input(attention.out_proj, lambda x: change(x.unflatten(-1, split)).flatten(-2))
 
 
 def _mask(attention: MultiHeadAttention, change: Change) -> RemovableHandle:
@@ -229,8 +226,7 @@ def patch(
 def stack(interventions: Sequence[Intervention]) -> Intervention:
     """One intervention for a batch of images, of which the i-th gets the i-th of these.
 
-    Raises:
-        ValueError: if they are of different models, or one has rows for several images already.
+    ValueError if they are of different models, or one has rows for several images already.
     """
     edits: dict[tuple[nn.Module, Site], Edit] = {}
     for row, intervention in enumerate(interventions):
@@ -295,11 +291,8 @@ def effects(trace: Trace, interventions: Sequence[Intervention]) -> list[Effect]
     """Effects on each word of a caption: a batch with a row for each intervention, and one without.
 
     Image tokens and GPT-Neo's output, which no intervention changes, are those of the trace. Inside
-    the `with` block of another intervention, that one holds in every row.
-
-    Raises:
-        ValueError: if the caption has no word, the interventions do not `stack`, or the trace was
-            loaded without its captioner.
+    the `with` block of another intervention, that one holds in every row. ValueError if the caption
+    has no word, the interventions do not `stack`, or the trace was loaded without its captioner.
     """
     if not trace.words:
         raise ValueError(f"there is no word in the caption {trace.caption!r}; write one.")

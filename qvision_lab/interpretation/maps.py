@@ -43,9 +43,7 @@ def word_maps(
     """A map for each word (by default all of the caption).
 
     The default method points best, but runs the model again; `composition` and `rollout` do not.
-
-    Raises:
-        ValueError: if `method` is no key of `METHODS`, or needs the captioner of a loaded trace.
+    ValueError if `method` is no key of `METHODS`, or needs the captioner of a loaded trace.
     """
     words = trace.words if words is None else words
     if method not in METHODS:

@@ -122,10 +122,8 @@ def trace(captioner: Captioner, image: Picture, caption: str | None = None) -> T
     """Record one forward pass of a caption; None for the one that greedy search finds.
 
     The image is preprocessed as in training: stretched to a square, so that the patch grid covers
-    all of it. The model is left in evaluation mode. `trace_all` takes several images.
-
-    Raises:
-        ValueError: if the image is invalid, the model has no bridge, or gives no attention maps.
+    all of it. The model is left in evaluation mode. `trace_all` takes several images. ValueError if
+    the image is invalid, the model has no bridge, or gives no attention maps.
     """
     return next(trace_all(captioner, [image], None if caption is None else [caption]))
 
@@ -179,10 +177,9 @@ def _trace_batch(
         "qformer_self_attentions": _stack("Q-Former self", output.qformer_self_attentions),
         "qformer_cross_attentions": _stack("Q-Former cross", output.qformer_cross_attentions),
     }
-    image_stages = {"vision": vision_states, "image tokens": output.image_tokens}
-    image_stages |= {name: outputs[name] for name in blocks}
     text_stages = {f"text layer {i}": states for i, states in enumerate(output.hidden_states)}
-    text_stages["bridge"] = outputs["bridge"]
+    text_stages["bridge"] = outputs.pop("bridge")
+    image_stages = {"vision": vision_states, "image tokens": output.image_tokens, **outputs}
 
     traces = []
     for row, caption in enumerate(captions):

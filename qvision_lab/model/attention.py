@@ -27,13 +27,9 @@ class MultiHeadAttention(nn.Module):
         key: Float[Tensor, "B S D"],
         value: Float[Tensor, "B S D"],
         output_attentions: bool = False,
-        mask: Bool[Tensor, "B #H #T S"] | None = None,
+        mask: Bool[Tensor, "B #H #T S"] | None = None,  # False where a query must not attend
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B H T S"] | None]:
-        """Return the attended values, and on request the attention map; rows of it sum to 1.
-
-        Args:
-            mask: False where a query position must not attend.
-        """
+        """Return the attended values, and on request the attention map; rows of it sum to 1."""
         projections = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
         query, key, value = (
             F.linear(x, weight, bias)
@@ -43,7 +39,9 @@ class MultiHeadAttention(nn.Module):
         )
         dropout = self.dropout if self.training else 0.0
         attention = None
-        if output_attentions or _fused_gradient_is_slow(query):
+        # On a CPU the fused backward pass takes 3 to 10 times as long in bfloat16.
+        slow = query.requires_grad and query.is_cpu and query.dtype == torch.bfloat16
+        if output_attentions or slow:
             scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5  # [B,H,T,S]
             if mask is not None:
                 scores = scores.masked_fill(~mask, -torch.inf)
@@ -53,11 +51,6 @@ class MultiHeadAttention(nn.Module):
             attended = F.scaled_dot_product_attention(query, key, value, mask, dropout)
         attended = self.out_proj(attended.transpose(1, 2).flatten(2))  # [B,T,D]
         return attended, attention if output_attentions else None
-
-
-def _fused_gradient_is_slow(query: Tensor) -> bool:
-    """On a CPU the fused backward pass takes 3 to 10 times as long in bfloat16."""
-    return query.requires_grad and query.is_cpu and query.dtype == torch.bfloat16
 
 
 class FeedForward(nn.Sequential):

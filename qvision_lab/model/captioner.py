@@ -135,13 +135,10 @@ class QVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         visual_tokens: Float[Tensor, "B N D"] | None = None,
         output_attentions: bool = False,
     ) -> tuple[Float[Tensor, "B P D"] | None, QFormerOutput]:
-        """Encode images: from the input that is given to the visual tokens.
+        """Encode images, from the one input that is given (else ValueError) to the visual tokens.
 
         Returns:
             The image tokens (None where visual tokens were given) and the Q-Former's output.
-
-        Raises:
-            ValueError: unless exactly one input is given.
         """
         inputs = {"pixel_values": pixel_values, "vision_states": vision_states}
         inputs |= {"image_tokens": image_tokens, "visual_tokens": visual_tokens}

@@ -1,4 +1,4 @@
-"""Preprocessing: images -> pixel values, text <-> ids, and the place of each patch in the image."""
+"""Preprocessing: images -> pixel values, and text <-> ids."""
 
 from __future__ import annotations
 
@@ -115,7 +115,6 @@ class QVisionProcessor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         *,
         preset: str = "training",
-        max_length: int | None = None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
         """Convert images and captions to the inputs of the model.
@@ -124,7 +123,6 @@ class QVisionProcessor(ProcessorMixin):
             images: PIL images of any size and mode.
             text: captions; start and end tokens are added.
             preset: one of `IMAGE_PRESETS`.
-            max_length: tokens that captions are cut to; the end token stays.
 
         Returns:
             `pixel_values` [B,3,H,W]; `input_ids` and `attention_mask` [R,T], padded on the right.
@@ -140,7 +138,7 @@ class QVisionProcessor(ProcessorMixin):
             features["pixel_values"] = self.normalise(torch.from_numpy(resized), preset)
         if text is not None:
             captions = [text] if isinstance(text, str) else text
-            rows = [self.encode(caption, max_length) for caption in captions]
+            rows = [self.encode(caption) for caption in captions]
             ones = [torch.ones_like(row) for row in rows]
             pad = self.tokenizer.pad_token_id
             features["input_ids"] = pad_sequence(rows, batch_first=True, padding_value=pad)
@@ -150,7 +148,8 @@ class QVisionProcessor(ProcessorMixin):
     def encode(self, caption: str, max_length: int | None = None) -> Int[Tensor, " T"]:
         """Ids of `"<START> " + caption + " <END>"`, the text that the model was trained on.
 
-        Special tokens that are spelled out inside a caption are read as plain characters.
+        Special tokens that are spelled out inside a caption are read as plain characters. Captions
+        are cut to `max_length` tokens; the end token stays.
         """
         tokenizer = self._require_tokenizer()
         words = tokenizer(f" {caption} ", add_special_tokens=False, split_special_tokens=True)
@@ -169,19 +168,17 @@ class QVisionProcessor(ProcessorMixin):
     def resize(self, image: Image.Image, preset: str) -> UInt8[np.ndarray, "H W 3"]:
         """The model's square input, before normalisation."""
         side, settings = self.image_size, image_preset(preset, self.image_size)
+        size = np.array([side, side])
         if settings["do_center_crop"]:  # of a long strip only the middle: resized whole, it is huge
             margin = (np.array(image.size) - 4 * min(image.size)).clip(0) // 2
             image = image.crop((*margin, *(image.size - margin)))
-        size = self._resized(image.size, preset)
+            size = size * image.size // min(image.size)  # the short side becomes `side`
         image = image.convert("RGB").resize(tuple(size.tolist()), settings["resample"])
         left, top = (size - side) // 2
         return np.asarray(image.crop((left, top, left + side, top + side)))
 
     def normalise(self, pixels: UInt8[Tensor, "B H W 3"], preset: str) -> Float[Tensor, "B 3 H W"]:
-        """Pixel values of the output of `resize`, on its device: the same bits on every device.
-
-        Together they give the same bits as transformers' image processor.
-        """
+        """Pixel values of the output of `resize`: on any device transformers' own, bit for bit."""
         mean, deviation = self.image_processor.image_mean, self.image_processor.image_std
         if pixels.is_cpu:  # by numpy: torch's threads would compete with the model
             values = pixels.numpy().transpose(0, 3, 1, 2).astype(np.float32, order="C")
@@ -194,13 +191,6 @@ class QVisionProcessor(ProcessorMixin):
             values -= as_array(mean)[:, None, None]
             values /= as_array(deviation)[:, None, None]
         return torch.from_numpy(values) if pixels.is_cpu else values
-
-    def _resized(self, original_size: tuple[int, int], preset: str) -> Int[np.ndarray, " wh=2"]:
-        """Width and height that a preset resizes to, before it crops the centre."""
-        side, original = self.image_size, np.array(original_size)
-        if image_preset(preset, side)["do_center_crop"]:
-            return side * original // original.min()  # the short side becomes `side`
-        return np.array([side, side])
 
     def _require_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:

@@ -1,8 +1,5 @@
 """Stage 1: pixels [B,3,H,W] -> image tokens [B,P,D]."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.backends import cudnn
@@ -23,8 +20,11 @@ class VisionEncoder(nn.Module):
 
     def encode(self, pixel_values: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P C"]:
         """CLIP's last hidden state of each patch: before the final norm, without the CLS token."""
-        with exact_convolutions():
+        before, cudnn.allow_tf32 = cudnn.allow_tf32, False  # cuDNN's default for float32 is TF32
+        try:
             states = self.tower(pixel_values.to(self.tower.dtype)).last_hidden_state  # [B,1+P,C]
+        finally:
+            cudnn.allow_tf32 = before
         return states[:, 1:]  # [B,P,C]
 
     def project(self, vision_states: Float[Tensor, "B P C"]) -> Float[Tensor, "B P D"]:
@@ -33,14 +33,3 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixel_values: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
         return self.project(self.encode(pixel_values))
-
-
-@contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """Convolutions in float32 on a GPU too, where cuDNN's default is TF32."""
-    before = cudnn.allow_tf32
-    cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32 = before

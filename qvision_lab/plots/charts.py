@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,8 @@ LEGEND = {"frameon": False, "fontsize": 8}
 def plot_training_curves(log: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Loss and measures of a training stage over its steps, from its `curve.csv`.
 
-    Args:
-        log: a row for each logged step; `loss` goes on the left axis, and columns that begin with
-            `eval_` (shares from 0 to 1) on the right one.
+    `loss` goes on the left axis, and columns that begin with `eval_` (shares from 0 to 1) on the
+    right one.
     """
     ax = ax or plt.subplots(layout="constrained")[1]
     loss = log.dropna(subset=["loss"])
@@ -45,8 +43,7 @@ def plot_scores(
 ) -> Axes:
     """Scores, times `scale`, of one or several systems as dots with their intervals.
 
-    Args:
-        tables: by system, a row for each score with `score`, `low` and `high`.
+    Each system's table has a row for each score with `score`, `low` and `high`.
     """
     names = list(dict.fromkeys(name for table in tables.values() for name in table.index))
     ax = ax or plt.subplots(figsize=(6, 1 + 0.3 * len(names)), layout="constrained")[1]
@@ -69,9 +66,7 @@ def plot_differences(
 ) -> Axes:
     """Differences of a study's variants from its base: dots with their intervals, best first.
 
-    Args:
-        differences: a row a variant with `difference`, `low` and `high`, as
-            `ablation.differences` gives; those without an interval are left out.
+    A row a variant, as `ablation.differences` gives; those without an interval are left out.
     """
     rows = differences.dropna(subset=["low", "high"]).sort_values("difference", ascending=False)
     ax = plot_scores({label: rows.rename(columns={"difference": "score"})}, scale=1, ax=ax)
@@ -104,8 +99,7 @@ def plot_removal_curves(
 def plot_effects(effects: Sequence[Any], ax: Axes | None = None) -> Axes:
     """Change of each word's log-probability (nats), with a bar for every intervention.
 
-    Args:
-        effects: with `label`, `words` and `change`, as `interpretation.interventions.Effect`.
+    Effects have `label`, `words` and `change`, as `interpretation.interventions.Effect`.
     """
     words = [word.text for word in effects[0].words]
     ax = ax or plt.subplots(figsize=(1 + 0.7 * len(words), 2.8), layout="constrained")[1]
@@ -123,26 +117,17 @@ def plot_effects(effects: Sequence[Any], ax: Axes | None = None) -> Axes:
 def plot_tradeoff(table: pd.DataFrame, cost: str, quality: str, ax: Axes | None = None) -> Axes:
     """Quality of runs against their cost: a small dot a run, a named one for a variant's mean.
 
-    Args:
-        table: a row a run with `variant` and both columns, as `ablation.Study.table` gives.
+    The table has a row a run with `variant` and both columns, as `ablation.Study.table` gives.
     """
     ax = ax or plt.subplots(figsize=(8, 5), layout="constrained")[1]
     means = table.groupby("variant", sort=False)[[cost, quality]].mean().sort_values(quality)
-    for variant in means.index:
+    line = {"arrowstyle": "-", "lw": 0.4, "color": INK, "relpos": (0, 0.5)}
+    for i, (variant, mean) in enumerate(means.iterrows()):  # names in a column, by quality
         runs = table[table["variant"] == variant]
         dots = ax.scatter(runs[cost], runs[quality], s=8, alpha=0.4)
-        ax.scatter(*means.loc[variant], s=40, color=dots.get_facecolor(), alpha=1)
-    ax.margins(x=0.25)
-    free = defaultdict(float)  # height above the names, in each fifth of the width
-    for variant, mean in means.iterrows():
-        point = ax.transData.transform(mean)  # in pixels
-        fifth = int(5 * ax.transAxes.inverted().transform(point)[0])
-        height = point[1] * 72 / ax.figure.dpi
-        lifted = max(height, free[fifth])
-        place = {"xytext": (14, lifted - height - 3), "textcoords": "offset points"}
-        line = {"arrowstyle": "-", "lw": 0.4, "color": INK, "relpos": (0, 0.5)}
-        ax.annotate(variant, mean, **place, fontsize=8, color=INK, arrowprops=line)
-        free[fifth] = lifted + 10
+        ax.scatter(*mean, s=40, color=dots.get_facecolor(), alpha=1)
+        place = {"xytext": (1.03, (i + 0.5) / len(means)), "textcoords": "axes fraction"}
+        ax.annotate(variant, mean, **place, va="center", fontsize=8, color=INK, arrowprops=line)
     ax.set(xlabel=cost, ylabel=quality)
     ax.grid(alpha=0.3)
     return ax
@@ -151,9 +136,7 @@ def plot_tradeoff(table: pd.DataFrame, cost: str, quality: str, ax: Axes | None 
 def plot_curves(curves: pd.DataFrame, measure: str = "loss", ax: Axes | None = None) -> Axes:
     """Training curves of variants: the mean over their seeds, in a band from least to most.
 
-    Args:
-        curves: a row a logged step with `variant`, `seed`, `step` and the measure, as
-            `ablation.Study.curves` gives.
+    A row a logged step with `variant`, `step` and the measure, as `ablation.Study.curves` gives.
     """
     ax = ax or plt.subplots(layout="constrained")[1]
     for variant, rows in curves.dropna(subset=[measure]).groupby("variant", sort=False):

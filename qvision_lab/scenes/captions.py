@@ -63,9 +63,6 @@ def caption_scene(layout: Layout, n: int = 5) -> tuple[str, ...]:
     """The first `n` (1 to 12) captions of a scene: true, distinct, the same on every machine.
 
     At most 26 words each. The first five are the references; a sixth is a fair "human" baseline.
-
-    Raises:
-        ValueError: `n` is not from 1 to 12.
     """
     if not 1 <= n <= MOST:
         raise ValueError(f"a scene has 1 to {MOST} captions, not {n}")

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from itertools import product
+from typing import NamedTuple
 
 from qvision_lab.scenes.captions import NUMERALS, PLACES, RELATIONS, SCENERY, SKIES
 from qvision_lab.scenes.layout import CATEGORIES, COLORS, Group, Layout
@@ -24,7 +24,7 @@ _PLACE, _SKY, _RELATION = (
 _SCENERY = {phrase: name for name, phrase in SCENERY.items()}
 _SINGULAR = {category.noun: name for name, category in CATEGORIES.items()}
 _PLURAL = {category.plural: name for name, category in CATEGORIES.items()}
-_NOUN = _SINGULAR | _PLURAL
+NOUNS = _SINGULAR | _PLURAL
 _NUMBER = {"a": 1, "an": 1} | {word: i for i, word in enumerate(NUMERALS, start=1)}
 
 
@@ -42,7 +42,7 @@ _CHUNK = re.compile(
     | (?P<relation> {_any(_RELATION)} )
     | (?P<things> (?: (?P<number> {_NUMERAL} ) \s+ )?
                   (?: (?P<color> {_any(COLORS)} ) \s+ )?
-                  (?P<noun> {_any(_NOUN)} ) )
+                  (?P<noun> {_any(NOUNS)} ) )
     | (?P<lead> {_any(("there is", "there are", "a picture of", "a photo of"))} )
     | (?P<verb> {_any(("can be seen",))} )
     | (?P<and> (?: , \s* )? and )
@@ -58,8 +58,7 @@ _LIST, _WHERE = "t(?:[rac]t)*", "(?:ps?|sp?)"
 _SENTENCE = re.compile(f"l?{_LIST}v?{_WHERE}?|{_WHERE}c?l?{_LIST}|l?bs?w{_LIST}|l?bw{_LIST}s")
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """One claim of a caption, and whether it is right."""
 
     kind: str  # 'object', 'color', 'count', 'relation', 'background' or 'sky'
@@ -68,8 +67,7 @@ class Claim:
     right: bool
 
 
-@dataclass(frozen=True)
-class Mention:
+class Mention(NamedTuple):
     """A group as a caption names it; None for what the caption leaves out."""
 
     category: str
@@ -77,8 +75,7 @@ class Mention:
     count: int | None
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """A caption, parsed and judged."""
 
     caption: str
@@ -93,8 +90,7 @@ class Check:
         return bool(self.claims) and not self.outside and all(c.right for c in self.claims)
 
 
-@dataclass(frozen=True)
-class Rate:
+class Rate(NamedTuple):
     """`hits` of `total`; its value is from 0 to 1, or nan where the total is 0."""
 
     hits: int
@@ -124,7 +120,11 @@ def check(caption: str, scene: Layout) -> Check:
     """
     body = caption.rstrip().removesuffix(".")
     chunks = list(_CHUNK.finditer(body))
-    mentions = {i: _mention(c) for i, c in enumerate(chunks) if c.lastgroup == "things"}
+    mentions: dict[int, Mention] = {}  # by index of their chunk
+    for i, chunk in enumerate(chunks):
+        if chunk.lastgroup == "things":
+            number, color, noun = (s and s.lower() for s in chunk.group("number", "color", "noun"))
+            mentions[i] = Mention(NOUNS[noun], color, number and _NUMBER[number])
     alike = {i: [g for g in scene.groups if g.category == m.category] for i, m in mentions.items()}
     fitting = {i: [g for g in alike[i] if m.color in (None, g.color)] for i, m in mentions.items()}
     claims: list[Claim] = []
@@ -167,11 +167,6 @@ def check(caption: str, scene: Layout) -> Check:
     return Check(caption, tuple(claims), tuple(mentions.values()), scene.groups, tuple(outside))
 
 
-def _mention(chunk: re.Match[str]) -> Mention:
-    number, color, noun = (part and part.lower() for part in chunk.group("number", "color", "noun"))
-    return Mention(_NOUN[noun], color, number and _NUMBER[number])
-
-
 # Rates of a set of captions, and the denominator of each.
 RATES: dict[str, str] = {
     "pairs right": "captions; hit: names every group once with its colour, and no other",
@@ -191,38 +186,26 @@ RATES: dict[str, str] = {
 
 def score(checks: Iterable[Check]) -> dict[str, Rate]:
     """Rates over many captions, in the order of `RATES`."""
-    hits, totals = Counter(), Counter()
+    cases: dict[str, list[bool]] = {name: [] for name in RATES}  # hit or not
     for judged in checks:
-        for name, hit in _tally(judged):
-            hits[name] += hit
-            totals[name] += 1
-    return {name: Rate(hits[name], totals[name]) for name in RATES}
-
-
-def _tally(judged: Check) -> Iterator[tuple[str, bool]]:
-    """Every case that counts towards a rate, and whether it is a hit."""
-    named = Counter((mention.category, mention.color) for mention in judged.mentions)
-    there = Counter((group.category, group.color) for group in judged.groups)
-    categories_named, categories_there = {c for c, _ in named}, {c for c, _ in there}
-    yield "pairs right", named == there
-    yield "hallucination", not categories_named <= categories_there
-    for category in categories_there:
-        yield "object recall", category in categories_named
-    for category in categories_named:
-        yield "object precision", category in categories_there
-
-    # By category alone, of which a scene has one group: the colour is counted above.
-    stated = {m.category: m.count for m in reversed(judged.mentions) if m.count is not None}
-    for group in judged.groups:
-        if group.count > 1:
-            yield "count stated", group.category in stated
-            if group.category in stated:
-                yield "count right", stated[group.category] == group.count
-
-    if [group.count for group in judged.groups] == [1, 1]:
-        yield "relation stated", any(claim.kind == "relation" for claim in judged.claims)
-    for claim in judged.claims:
-        if claim.kind in ("relation", "background", "sky"):
-            yield f"{claim.kind} right", claim.right
-    yield "true", judged.true
-    yield "outside", bool(judged.outside)
+        named = Counter((mention.category, mention.color) for mention in judged.mentions)
+        there = Counter((group.category, group.color) for group in judged.groups)
+        categories_named, categories_there = ({c for c, _ in pairs} for pairs in (named, there))
+        # By category alone, of which a scene has one group: the colour is counted in the pairs.
+        stated = {m.category: m.count for m in reversed(judged.mentions) if m.count is not None}
+        several = {group.category: group.count for group in judged.groups if group.count > 1}
+        two_single = [group.count for group in judged.groups] == [1, 1]
+        kinds = [claim.kind for claim in judged.claims]
+        cases["pairs right"].append(named == there)
+        cases["object recall"] += [c in categories_named for c in categories_there]
+        cases["object precision"] += [c in categories_there for c in categories_named]
+        cases["hallucination"].append(not categories_named <= categories_there)
+        cases["count stated"] += [c in stated for c in several]
+        cases["count right"] += [stated[c] == n for c, n in several.items() if c in stated]
+        cases["relation stated"] += ["relation" in kinds] * two_single
+        for claim in judged.claims:
+            if claim.kind in ("relation", "background", "sky"):
+                cases[f"{claim.kind} right"].append(claim.right)
+        cases["true"].append(judged.true)
+        cases["outside"].append(bool(judged.outside))
+    return {name: Rate(sum(hits), len(hits)) for name, hits in cases.items()}

@@ -15,12 +15,12 @@ from pycocotools import mask as rle
 from tqdm import tqdm
 
 from qvision_lab.data.atomic import write_atomic
-from qvision_lab.data.coco import CaptionDataset, CaptionedImage, ImageId
+from qvision_lab.data.coco import CaptionDataset, CaptionedImage, ImageId, check_split
 from qvision_lab.evaluation.chair import Vocabulary
 from qvision_lab.scenes.captions import caption_scene
-from qvision_lab.scenes.checker import RATES, check, score
+from qvision_lab.scenes.checker import NOUNS, RATES, Rate, check, score
 from qvision_lab.scenes.drawing import draw, generate
-from qvision_lab.scenes.layout import CATEGORIES, PICTURE, Box, Layout, layout
+from qvision_lab.scenes.layout import CATEGORIES, PICTURE, Layout, layout
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ def drawing_version() -> str:
     return digest.hexdigest()[:8]
 
 
+@cache
+def scenes_vocabulary() -> Vocabulary:
+    """The categories of Scenes by their noun and plural."""
+    return Vocabulary(NOUNS)
+
+
 @dataclass(frozen=True)
 class SceneJudge:
     """The truth of scenes, as evaluation asks for it; see `evaluation.metrics.Judge`."""
@@ -55,44 +61,25 @@ class SceneJudge:
     truths: Mapping[ImageId, Layout]
     name = "scenes"
     rates = tuple(RATES)
+    vocabulary = scenes_vocabulary()
 
-    @property
-    def vocabulary(self) -> Vocabulary:
-        return scenes_vocabulary()
-
-    def count(self, image_id: ImageId, caption: str) -> list[tuple[int, int]]:
+    def count(self, image_id: ImageId, caption: str) -> list[Rate]:
         """Hits and total of each rate, as `scenes.score` counts them."""
-        rates = score([check(caption, self.truths[image_id])])
-        return [(rate.hits, rate.total) for rate in rates.values()]
-
-    def boxes(self, image_id: ImageId) -> list[tuple[str, Box]]:
-        return [(thing.category, thing.box) for thing in self.truths[image_id].objects]
-
-
-@cache
-def scenes_vocabulary() -> Vocabulary:
-    """The categories of Scenes by their noun and plural."""
-    things = CATEGORIES.items()
-    return Vocabulary({form: name for name, c in things for form in (c.noun, c.plural)})
+        return [*score([check(caption, self.truths[image_id])]).values()]
 
 
 def open_scenes(source: str, split: str | None, n: int | None, seed: int) -> CaptionDataset:
-    """The first `n` scenes of "scenes:SPLIT", for `data.coco.open_dataset`.
-
-    Raises:
-        ValueError: there is no such split, or n is not at least 1.
-    """
+    """The first `n` (at least 1) scenes of "scenes:SPLIT", for `data.coco.open_dataset`."""
     named = source.partition(":")[2]
-    if split not in (None, named):
-        raise ValueError(f"no split {split!r} in {source}: there is {named}")
+    check_split(source, split, [named])
     if n is None or n < 1:
         raise ValueError(f"{source} has no end: ask for n of at least 1, not {n}")
     truths = {index: layout(named, seed, index) for index in range(n)}
     images = []
     for index, truth in truths.items():
-        objects = frozenset(thing.category for thing in truth.objects)
+        boxes = tuple((thing.category, thing.box) for thing in truth.objects)
         drawing = SceneDrawing(truth)
-        images.append(CaptionedImage(index, None, caption_scene(truth), objects, drawing))
+        images.append(CaptionedImage(index, None, caption_scene(truth), boxes, drawing))
     name = f"{source}, the first {n:,} (seed {seed})"
     return CaptionDataset(name, tuple(images), SceneJudge(truths))
 
@@ -104,9 +91,7 @@ def write_coco(
 
     Existing images are kept, so an interrupted call resumes and a larger n extends the folder.
     `open_dataset` restores drawings and judge. Ids of annotations count from 1, ten an image.
-
-    Raises:
-        ValueError: the folder already holds other images, such as those of another split.
+    ValueError if the folder already holds other images, such as those of another split.
     """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -137,11 +122,9 @@ def write_coco(
     drawn_by = {"source": f"scenes:{split}", "seed": seed}  # what `open_dataset` restores
     info = {"description": "Scenes, a drawn world", "drawn": drawn_by}
     content = {"info": info, "licenses": [], "images": images}
-    categories = [
-        {"id": category.coco_id, "name": category.name, "supercategory": category.zone}
-        for category in CATEGORIES.values()
-    ]
-    objects = {"annotations": instances, "categories": categories}
     write_atomic(folder / "captions.json", json.dumps(content | {"annotations": captions}))
-    write_atomic(folder / "instances.json", json.dumps(content | objects))
+    kinds = CATEGORIES.values()
+    categories = [{"id": c.coco_id, "name": c.name, "supercategory": c.zone} for c in kinds]
+    content |= {"annotations": instances, "categories": categories}
+    write_atomic(folder / "instances.json", json.dumps(content))
     return folder

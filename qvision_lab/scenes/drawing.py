@@ -19,10 +19,11 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image, ImageChops
 
-from qvision_lab.scenes import backdrops, sketches
+from qvision_lab.scenes.backdrops import Backdrops
 from qvision_lab.scenes.captions import caption_scene
 from qvision_lab.scenes.layout import CATEGORIES, PICTURE, Layout, SceneObject, layout
-from qvision_lab.scenes.pen import DARK, Pen
+from qvision_lab.scenes.pen import DARK
+from qvision_lab.scenes.sketches import Sketches
 
 # Opacity, 0 to 255, of the shadow on an object (light falls from the upper left) and at its foot;
 # and the grain of the film.
@@ -77,11 +78,11 @@ def draw(truth: Layout) -> Scene:
     """Draw and caption a layout; pixels depend on it and the versions of Pillow and numpy alone."""
     rng = random.Random(f"drawing/{truth.split}/{truth.seed}/{truth.index}")
     canvas = Image.new("RGB", (2 * PICTURE, 2 * PICTURE))
-    horizon = getattr(backdrops, truth.background)(Pen(canvas, rng))
+    horizon = getattr(Backdrops(canvas, rng), truth.background)()
     if truth.sky_box is not None:
         x, y, width, height = truth.sky_box
         tile = Image.new("RGBA", (2 * width, 2 * height))
-        getattr(backdrops, truth.sky)(Pen(tile, rng))
+        getattr(Backdrops(tile, rng), truth.sky)()
         canvas.paste(tile, (2 * x, 2 * y), tile)
     owner = np.zeros((PICTURE, PICTURE), np.uint8)  # 1 + the index of the visible object
     for i, thing in enumerate(truth.objects):
@@ -96,21 +97,18 @@ def draw(truth: Layout) -> Scene:
         canvas.paste(DARK, corner, ImageChops.multiply(alpha, SHADE.resize(tile.size)))
         owner[y : y + height, x : x + width][np.asarray(alpha.reduce(2)) >= 128] = i + 1
     masks = owner == np.arange(1, len(truth.objects) + 1, dtype=np.uint8)[:, None, None]
+    # Film grain and up to 10% more or less light, so that no surface is flat.
+    x, y = rng.randrange(PICTURE), rng.randrange(PICTURE)
+    pixels = np.asarray(canvas.reduce(2)) * np.float32(rng.uniform(0.9, 1.1))
+    pixels += GRAIN[y : y + PICTURE, x : x + PICTURE]
+    image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     known = [getattr(truth, field.name) for field in fields(Layout)]
-    return Scene(*known, masks, _develop(canvas.reduce(2), rng), caption_scene(truth))
+    return Scene(*known, masks, image, caption_scene(truth))
 
 
 def sketch(thing: SceneObject) -> Image.Image:
     """One object alone: an RGBA tile of twice its box."""
     rng = random.Random(thing.pose)
     tile = Image.new("RGBA", (2 * thing.box[2], 2 * thing.box[3]))
-    getattr(sketches, CATEGORIES[thing.category].noun)(Pen(tile, rng, thing.color))
+    getattr(Sketches(tile, rng, thing.color), CATEGORIES[thing.category].noun)()
     return tile.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else tile
-
-
-def _develop(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Add film grain and up to 10% more or less light, so that no surface is flat."""
-    x, y = rng.randrange(PICTURE), rng.randrange(PICTURE)
-    pixels = np.asarray(image) * np.float32(rng.uniform(0.9, 1.1))
-    pixels += GRAIN[y : y + PICTURE, x : x + PICTURE]
-    return Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
@@ -148,8 +147,8 @@ class Layout:
             groups.append(Group(category, color, tuple(indices), center))
         axis = 0
         if len(groups) == 2:
-            across, down = (abs(a - b) for a, b in zip(*(g.center for g in groups), strict=True))
-            axis = int(down > across)
+            (ax, ay), (bx, by) = (group.center for group in groups)
+            axis = int(abs(by - ay) > abs(bx - ax))
         return tuple(sorted(groups, key=lambda group: group.center[axis]))
 
     @cached_property
@@ -200,7 +199,8 @@ def _groups(rng: random.Random, split: str) -> list[tuple[str, str, int]]:
         for _ in range(rng.randint(5, 8) - len(counts)):
             counts[rng.randrange(len(counts))] += 1
     else:
-        counts = list(_choose(rng, GROUPINGS[_choose(rng, NUMBERS)]))
+        groupings = GROUPINGS[rng.choices(tuple(NUMBERS), NUMBERS.values())[0]]
+        counts = list(rng.choices(tuple(groupings), groupings.values())[0])
         rng.shuffle(counts)
     groups = []
     for category, count in zip(rng.sample(tuple(CATEGORIES), len(counts)), counts, strict=True):
@@ -252,18 +252,13 @@ def _sky(
     rng: random.Random, background: str, objects: tuple[SceneObject, ...]
 ) -> tuple[str, Box] | tuple[None, None]:
     """Sun by day or moon by night, outdoors, where no object covers it; or neither."""
-    if background == "room" or rng.random() < 0.55:
-        return None, None
-    for _ in range(20):
+    tries = 0 if background == "room" or rng.random() < 0.55 else 20
+    for _ in range(tries):
         side = rng.randint(30, 40)
         box = (rng.randint(4, PICTURE - side - 4), rng.randint(4, 24), side, side)
         if all(overlap(box, thing.box) == 0 for thing in objects):
             return ("moon" if background == "night" else "sun"), box
     return None, None
-
-
-def _choose(rng: random.Random, weights: Mapping) -> int | tuple[int, ...]:
-    return rng.choices(tuple(weights), weights.values())[0]
 
 
 def describe(split: str, n: int = 2000, seed: int = 0) -> dict[str, float | dict[str, float]]:
@@ -276,17 +271,14 @@ def describe(split: str, n: int = 2000, seed: int = 0) -> dict[str, float | dict
     values = {
         "number of objects": [len(truth.objects) for truth in layouts],
         "group size": [group.count for truth in layouts for group in truth.groups],
-        "category": [thing.category for thing in things],
-        "color": [thing.color for thing in things],
-        "size": [thing.size for thing in things],
+        **{key: [getattr(thing, key) for thing in things] for key in ("category", "color", "size")},
         "background": [truth.background for truth in layouts],
         "sky": [truth.sky or "neither" for truth in layouts],
     }
+    counts = {title: sorted(Counter(found).items()) for title, found in values.items()}
     return {
         "objects per picture": len(things) / n,
         "shorter side, median px": median(sides),
         "shorter side under 34 px": mean(side < 34 for side in sides),
-    } | {
-        title: {str(name): count / len(found) for name, count in sorted(Counter(found).items())}
-        for title, found in values.items()
+        **{t: {str(name): c / len(values[t]) for name, c in found} for t, found in counts.items()},
     }

@@ -44,6 +44,7 @@ class Pen:
 
     def __init__(self, tile: Image.Image, rng: random.Random, color: str | None = None) -> None:
         self.tile, self.rng, self.draw = tile, rng, ImageDraw.Draw(tile)
+        self.random, self.uniform, self.choice = rng.random, rng.uniform, rng.choice
         self.right, self.bottom = tile.width - 1, tile.height - 1
         self.width = max(2, round(min(tile.size) * 0.023))  # of outlines, in tile pixels
         self.ink = None

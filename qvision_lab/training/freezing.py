@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
 import pandas as pd
 
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
-from qvision_lab.training.settings import suggest
 
 PARTS = {  # of the model, in the counts
     "CLIP vision tower": "vision.tower",
@@ -43,6 +44,13 @@ POLICIES = {
     "captioner": Policy(("vision.projection", "qformer", "decoder")),  # all but the tower
     "everything": Policy(("vision", "qformer", "decoder")),
 }
+
+
+def suggest(name: object, known: Iterable[str]) -> str:
+    """The nearest of the known names, as a question, and all of them."""
+    known = list(known)
+    near = get_close_matches(str(name), known, n=1, cutoff=0)[0]
+    return f"did you mean {near!r}? Known are {', '.join(known)}."
 
 
 def find_policy(policy: str | float | Policy) -> Policy:

@@ -1,23 +1,52 @@
-"""Recipes: every setting of a training run, with its meaning, type, bounds and default."""
+"""Recipes: every setting of a training run with its type, bounds and default, read from YAML."""
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
-from typing import Annotated, Any, Literal
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import Field, Strict, field_validator, model_validator
-
-from qvision_lab.training.freezing import find_policy
-from qvision_lab.training.settings import (
-    Settings,
-    find_settings,
-    override,
-    parse_overrides,
-    read_yaml,
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    field_validator,
+    model_validator,
 )
 
+from qvision_lab.training.freezing import find_policy, suggest
+
 RECIPES = files("qvision_lab.training") / "recipes"
+T = TypeVar("T", bound="Settings")
+
+
+class Settings(BaseModel):
+    """Base of all settings: types are strict, unknown names are errors, instances do not change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+    @classmethod
+    def parse(cls: type[T], values: Mapping[str, Any], source: str = "the recipe") -> T:
+        """Validate the values of a YAML file.
+
+        Raises:
+            ValueError: for an unknown name, with the nearest known one, a missing name, or a value
+                that is not allowed; `source` and the dotted name are in the message.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            unknown_first = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
+            problems = (_describe(cls, problem) for problem in unknown_first[:3])
+            raise ValueError(f"{source}: {'; '.join(problems)}") from None
+
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -181,3 +210,101 @@ def load_recipe(name: str, changes: Iterable[str] | Mapping[str, Any] = ()) -> R
     values = read_yaml(find_settings(name, RECIPES, "recipe"))
     changes = changes if isinstance(changes, Mapping) else parse_overrides(changes)
     return Recipe.parse(override(values, changes))
+
+
+def _describe(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
+    *parents, name = problem["loc"] or ("settings",)
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"there is no setting {where}; {suggest(name, _fields(kind, parents))}"
+    if problem["type"] == "missing":
+        return f"the setting {where} is missing."
+    reason = problem["msg"].removeprefix("Value error, ").removesuffix(".")
+    if problem["type"] == "value_error":
+        return f"{where}: {reason}." if problem["loc"] else f"{reason}."
+    return f"{where}={problem['input']!r}: {reason[0].lower()}{reason[1:]}."
+
+
+def _fields(kind: type[BaseModel], path: Iterable[str | int]) -> list[str]:
+    """Names of the settings at a place of a nested model."""
+    for part in path:
+        if part in kind.model_fields:
+            kind = _model_in(kind.model_fields[part].annotation) or kind
+    return list(kind.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, except that `1e-4` is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """A value in YAML, without Python tags; ValueError with source and line if it is not valid."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
+        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path: Path | Traversable) -> dict[str, Any]:
+    """Read a YAML file; ValueError if it is not in UTF-8, not valid YAML, or not a mapping."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}): save it so.") from None
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, not `name: value` settings.")
+    return values
+
+
+def find_settings(name: str, folder: Traversable, kind: str) -> Path | Traversable:
+    """The file of a recipe or study, by a path that ends in .yaml or a shipped one's name."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(Path(str(file)).stem for file in folder.iterdir()))
+        raise ValueError(f"no {kind} {name!r}: give a YAML file, or one of {known}.")
+    return path
+
+
+def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with changed values, by dotted names; numbers index lists (`phases.0.epochs`).
+
+    Unknown names are errors when the result is parsed; here, names of parts of a plain value.
+    """
+    result = copy.deepcopy(dict(values))
+    for key, value in changes.items():
+        *parents, last = (int(part) if part.isdigit() else part for part in str(key).split("."))
+        place: Any = result
+        try:
+            for part in parents:
+                if isinstance(place, dict) and place.get(part) is None:
+                    place[part] = {}
+                place = place[part]
+            place[last] = copy.deepcopy(value)
+        except (TypeError, IndexError):
+            raise ValueError(f"cannot set {key}: it leads into a value without parts.") from None
+    return result
+
+
+def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
+    """Changes given as `name.name=value`, with values in YAML; ValueError for other arguments."""
+    changes = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise ValueError(f"cannot set {argument!r}: write name=value.")
+        changes[key] = parse_yaml(value, argument)
+    return changes

@@ -16,7 +16,6 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
-from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -28,8 +27,7 @@ from qvision_lab.evaluation import EvaluationReport, evaluate_dataset
 from qvision_lab.model.loading.checkpoint import Checkpoint, Provenance, save_checkpoint
 from qvision_lab.scenes.captions import caption_scene
 from qvision_lab.scenes.checker import RATES
-from qvision_lab.training.recipe import Recipe
-from qvision_lab.training.settings import read_yaml
+from qvision_lab.training.recipe import Recipe, read_yaml
 
 CARDS = files("qvision_lab.training") / "cards"
 METRICS = ("bleu", "meteor", "rouge", "cider")
@@ -136,10 +134,7 @@ def save_result(
     if recipe.tower is not None:
         companions["vision.csv"] = (output / "vision" / "curve.csv").read_text(encoding="utf-8")
     checkpoint.model.to(dtype)
-    save_checkpoint(checkpoint, output / "checkpoint", companions)
-    if recipe.push_to is not None:
-        HfApi().create_repo(recipe.push_to, exist_ok=True)
-        HfApi().upload_folder(repo_id=recipe.push_to, folder_path=output / "checkpoint")
+    save_checkpoint(checkpoint, output / "checkpoint", companions, recipe.push_to)
 
 
 def score_on_scenes(captioner: Captioner, split: str, n: int) -> dict[str, dict]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -16,7 +17,8 @@ from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 
-from qvision_lab.data.coco import CaptionDataset, open_dataset
+from qvision_lab.data.atomic import locked
+from qvision_lab.data.coco import CaptionDataset, CaptionedImage, open_dataset
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.loading.checkpoint import Checkpoint, load_checkpoint
@@ -26,7 +28,6 @@ from qvision_lab.training.memory import estimate_memory
 from qvision_lab.training.recipe import Data, DataSource, Phase, Recipe, Training
 from qvision_lab.training.results import describe, record_run, save_result
 from qvision_lab.training.samples import CaptionCollator, CaptionSamples
-from qvision_lab.training.settings import suggest
 from qvision_lab.training.tower import train_tower
 from qvision_lab.training.trainer import Validation, batch_share, train_stage
 
@@ -41,8 +42,9 @@ def train_captioner(recipe: Recipe, output: str | Path) -> Path:
         The folder of the finished checkpoint, which `qvision_lab.load` takes.
 
     Raises:
-        ValueError: for settings that do not fit the model, an `output` with a run of another recipe
-            or other data, images that cannot be read, a loss that is not finite.
+        ValueError: for settings that do not fit the model, an `output` that another command writes
+            to or that has a run of another recipe or other data, images that cannot be read, a loss
+            that is not finite.
         OSError: if the disk is full; what was saved before stays complete.
     """
     output, state = Path(output), PartialState(cpu=not torch.cuda.is_available())
@@ -52,6 +54,13 @@ def train_captioner(recipe: Recipe, output: str | Path) -> Path:
     batch_share(settings.batch_size)  # an error before the work, if any
     data = open_data(recipe.data)
     output.mkdir(parents=True, exist_ok=True)
+    with locked(output) if state.is_main_process else nullcontext():
+        return _train(recipe, output, data, state)
+
+
+def _train(
+    recipe: Recipe, output: Path, data: dict[str, CaptionDataset], state: PartialState
+) -> Path:
     with state.main_process_first():
         fingerprints = {name: fingerprint(images) for name, images in data.items()}
         record_run(output, recipe.model_dump(mode="json"), fingerprints)
@@ -61,9 +70,9 @@ def train_captioner(recipe: Recipe, output: str | Path) -> Path:
     checkpoint = load_checkpoint(start, recipe.revision, device=state.device)
     checkpoint = replace(checkpoint, model=start_model(checkpoint.model, recipe))
     samples = prepare_samples(recipe, checkpoint, data, output)
-    for number, phase in enumerate(settings.phases, start=1):
+    for number, phase in enumerate(recipe.training.phases, start=1):
         seed, folder = recipe.seed + number, output / f"phase-{number}"
-        best = train_phase(settings, phase, seed, checkpoint, samples, folder)
+        best = train_phase(recipe.training, phase, seed, checkpoint, samples, folder)
         checkpoint = load_checkpoint(best, device=state.device)
     if state.is_main_process:
         images = {name: part.images for name, part in samples.items()}
@@ -73,7 +82,7 @@ def train_captioner(recipe: Recipe, output: str | Path) -> Path:
 
 
 def open_data(data: Data) -> dict[str, CaptionDataset]:
-    """Training and validation images, which never overlap.
+    """Training and validation images; an image file or drawing in both is validation only.
 
     Raises:
         ValueError: validation has a single image.
@@ -81,8 +90,12 @@ def open_data(data: Data) -> dict[str, CaptionDataset]:
     train, validation = _open(data.train), _open(data.validation)
     if len(validation) < 2:
         raise ValueError(f"{validation.name} has one image; CIDEr needs two to validate on.")
-    held_out = {image.image or image.drawing.name for image in validation}
-    kept = tuple(i for i in train if (i.image or i.drawing.name) not in held_out)
+
+    def source(image: CaptionedImage) -> Path | str:  # links and other spellings resolved
+        return image.image.resolve() if image.image else image.drawing.name
+
+    held_out = set(map(source, validation))
+    kept = tuple(image for image in train if source(image) not in held_out)
     return {"train": replace(train, images=kept), "validation": validation}
 
 
@@ -141,7 +154,9 @@ def reinitialise(model: QVisionForConditionalGeneration, modules: Sequence[str],
     set_seed(seed)
     for name in modules:
         if name not in known:
-            near = suggest(name, [module for module in known if module and module.count(".") < 2])
+            near = freezing.suggest(
+                name, [module for module in known if module and module.count(".") < 2]
+            )
             raise ValueError(f"reinitialise: there is no module {name!r}; {near}")
         known[name].apply(model._init_weights)
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -61,15 +62,12 @@ def lab(tmp_path_factory) -> str:
             **{"cwd": folder, "env": {**os.environ, **own}, "stdout": log, "stderr": log},
         )
     try:
-        until = time.monotonic() + PATIENCE
-        while True:
-            try:
+        for _ in range(PATIENCE):
+            assert server.poll() is None, (folder / "log").read_text()
+            with suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=5).close()
                 break
-            except OSError:
-                running = server.poll() is None and time.monotonic() < until
-                assert running, (folder / "log").read_text()
-                time.sleep(0.2)
+            time.sleep(1)
         yield f"http://127.0.0.1:{port}/lab/tree/x.ipynb?token={TOKEN}"
     finally:
         server.terminate()

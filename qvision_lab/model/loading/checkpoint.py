@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -71,14 +70,17 @@ def load_checkpoint(
     Raises:
         CheckpointError: naming the file, tensor or value that is wrong, and the remedy.
     """
-    device, dtype = _find_device(device), _find_dtype(dtype)
+    known = {**DTYPES, None: torch.float32, "auto": None}
+    device, dtype = _find_device(device), known.get(dtype, dtype)
+    if dtype not in known.values():
+        raise CheckpointError(f"dtype={dtype!r} is unknown; use {', '.join(DTYPES)} or auto.")
     folder, commit = storage.locate(source, revision, NEEDED_FILES)
     layout, weight_files = _layout(folder)
     config, processor = _read_configs(folder, layout)
     with torch.device("meta"):
         model = QVisionForConditionalGeneration(config)
     stored = _match(model, storage.read_headers(weight_files), layout)
-    if dtype is None:
+    if dtype is None:  # auto
         found = {tensor.dtype for tensor in stored.values()}
         if len(found) > 1:
             raise CheckpointError(f"dtype='auto', but the files have {len(found)}; choose one.")
@@ -93,7 +95,10 @@ def load_checkpoint(
 
 
 def save_checkpoint(
-    checkpoint: Checkpoint, dest: str | os.PathLike, companions: Mapping[str, str] | None = None
+    checkpoint: Checkpoint,
+    dest: str | os.PathLike,
+    companions: Mapping[str, str] | None = None,
+    push_to: str | None = None,
 ) -> Path:
     """Write the native layout, which `ql.load` and transformers' `from_pretrained` read.
 
@@ -102,16 +107,37 @@ def save_checkpoint(
 
     Args:
         companions: texts by file name, such as scores; README.md has the provenance by default.
+        push_to: Hub id to upload the folder to.
     """
-    with _replacing(Path(dest)) as folder:
-        checkpoint.model.save_pretrained(folder)
-        checkpoint.processor.save_pretrained(folder)
-        texts = {"README.md": _model_card(checkpoint.provenance), **(companions or {})}
+    dest = Path(dest)
+    if dest.exists() and not dest.is_dir():
+        raise CheckpointError(f"{dest} is a file; give a folder to write to.")
+    present = {path.name for path in dest.iterdir()} if dest.exists() else set()
+    foreign = {name for name in present if name not in COMPANIONS and not _is_needed(name)}
+    if foreign or (present and "config.json" not in present):
+        raise CheckpointError(
+            f"{dest} holds {min(foreign or present)}, so it is no checkpoint; give another folder."
+        )
+    new, old = (dest.with_name(f".{dest.name}.{age}-{os.getpid()}") for age in ("new", "old"))
+    texts = {"README.md": _model_card(checkpoint.provenance), **(companions or {})}
+    try:
+        new.mkdir(parents=True)
+        checkpoint.model.save_pretrained(new)
+        checkpoint.processor.save_pretrained(new)
         for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        for weights in folder.glob("*.safetensors"):  # safetensors makes them private
-            shutil.copymode(folder / "README.md", weights)
-    return Path(dest)
+            (new / name).write_text(text, encoding="utf-8")
+        for weights in new.glob("*.safetensors"):  # safetensors makes them private
+            shutil.copymode(new / "README.md", weights)
+        if present:
+            dest.rename(old)
+        new.replace(dest)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    if push_to is not None:
+        HfApi().create_repo(push_to, exist_ok=True)
+        HfApi().upload_folder(repo_id=push_to, folder_path=dest)
+    return dest
 
 
 def convert(
@@ -128,7 +154,7 @@ def convert(
     Args:
         dest: a new or empty folder, or `source` itself.
         dtype: as in `load_checkpoint`, but as stored by default.
-        push_to: Hub id to upload the result to.
+        push_to: as in `save_checkpoint`.
     """
     wanted = (*NEEDED_FILES, *COMPANIONS, published.THIRD_COPY)
     folder, commit = storage.locate(source, revision, wanted)
@@ -141,11 +167,7 @@ def convert(
         present = [folder / name for name in COMPANIONS if (folder / name).exists()]
         companions = {path.name: path.read_text(encoding="utf-8") for path in present}
     checkpoint = load_checkpoint(source, commit, dtype or "auto", device="cpu")
-    dest = save_checkpoint(checkpoint, dest, companions)
-    if push_to is not None:
-        HfApi().create_repo(push_to, exist_ok=True)
-        HfApi().upload_folder(repo_id=push_to, folder_path=dest)
-    return dest
+    return save_checkpoint(checkpoint, dest, companions, push_to)
 
 
 def _find_device(device: str | torch.device | None) -> torch.device:
@@ -157,15 +179,6 @@ def _find_device(device: str | torch.device | None) -> torch.device:
             f"device={str(device)!r} is not available ({str(error).splitlines()[0]}); use cpu, or "
             "cuda, cuda:N or mps with a PyTorch that was built for it."
         ) from error
-
-
-def _find_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A torch dtype; None for "auto"."""
-    known = {**DTYPES, None: torch.float32, "auto": None}
-    parsed = known.get(dtype, dtype)
-    if parsed not in known.values():
-        raise CheckpointError(f"dtype={dtype!r} is unknown; use {', '.join(DTYPES)} or auto.")
-    return parsed
 
 
 def _layout(folder: Path) -> tuple[str, list[Path]]:
@@ -245,29 +258,6 @@ def _assign(model: QVisionForConditionalGeneration, weights: dict[str, Tensor]) 
     masks = {"global": causal, "local": causal.triu(1 - text.window_size)}
     for block in model.decoder.language_model.h:
         block.attn.attention.bias = masks[block.attn.attention_type]
-
-
-@contextmanager
-def _replacing(dest: Path) -> Iterator[Path]:
-    """A new folder to write to, which replaces `dest` at the end."""
-    if dest.exists() and not dest.is_dir():
-        raise CheckpointError(f"{dest} is a file; give a folder to write to.")
-    present = {path.name for path in dest.iterdir()} if dest.exists() else set()
-    foreign = {name for name in present if name not in COMPANIONS and not _is_needed(name)}
-    if foreign or (present and "config.json" not in present):
-        raise CheckpointError(
-            f"{dest} holds {min(foreign or present)}, so it is no checkpoint; give another folder."
-        )
-    new, old = (dest.with_name(f".{dest.name}.{age}-{os.getpid()}") for age in ("new", "old"))
-    try:
-        new.mkdir(parents=True)
-        yield new
-        if present:
-            dest.rename(old)
-        new.replace(dest)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _is_needed(name: str) -> bool:
