@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,6 +213,25 @@ def test_files_of_other_settings_and_foreign_files_are_refused(captioner, folder
         with pytest.raises(ValueError, match=r"line 1 of .* is no caption record"):
             captioner.caption_folder(folder, output, **SAMPLED)
         assert output.read_text() == foreign
+
+
+def test_changed_images_are_captioned_again_and_other_weights_refused(
+    captioner, folder, pictures, output
+):
+    captioner.caption_folder(folder, output, **GREEDY)
+    before = read(output)
+    pictures[3].save(folder / "0.png")
+    assert counts(captioner.caption_folder(folder, output, **GREEDY)) == (1, 3, 1)
+    records = {Path(record["source"]).name: record for record in read(output)}
+    assert len(records) == len(before) == len(read(output))
+    assert records["0.png"]["image"] != before[0]["image"]
+    assert records["0.png"]["caption"] == captioner.caption(pictures[3], **GREEDY).text
+    assert records["1.png"] == before[1]
+    other = copy.deepcopy(captioner.model)
+    with torch.no_grad():
+        other.decoder.bridge.scale += 1e-3
+    with pytest.raises(ValueError, match=r"weights was '\w+', now '\w+'"):
+        Captioner(other, captioner.processor).caption_folder(folder, output, **GREEDY)
 
 
 def test_several_captions_in_one_record(captioner, folder, output):

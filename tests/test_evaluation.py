@@ -288,6 +288,11 @@ def test_a_dataset_is_captioned_resumed_and_scored(tmp_path):
     ]
     report = evaluate_dataset(captions, dataset, ("scenes", "chair"), resamples=10)
     assert report.table.loc["true", "of"] == 6
+    other = coco.open_dataset("scenes:crowd", n=6)  # the same ids, other images
+    assert captioner.caption_dataset(other, half.output).captioned == 6
+    assert list(read_captions(half.output, other).values()) == [
+        caption.text for caption in captioner.caption(image.picture for image in other)
+    ]
     with pytest.raises(ValueError, match=r"1 image \(6\) not captioned"):
         read_captions(whole.output, coco.open_dataset("scenes:val", n=7))
 

@@ -32,11 +32,13 @@ def test_caption_sheet_shows_images_captions_and_marks(tmp_path):
         plots.caption_sheet([])
 
 
-def test_training_curves_draw_every_column():
+def test_training_curves_draw_losses_and_shares():
     log = pd.DataFrame({"step": [1, 2, 2], "loss": [3.0, 2.0, None]})
-    ax = plots.plot_training_curves(log.assign(eval_true=[None, None, 0.5]))
+    others = {"eval_loss": [None, None, 0.4], "eval_cider": [None, None, 300.0]}
+    ax = plots.plot_training_curves(log.assign(eval_true=[None, None, 0.5], **others))
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), [3.0, 2.0])
     _, shares = ax.figure.axes
+    assert len(shares.lines) == 1
     np.testing.assert_array_equal(shares.lines[0].get_ydata(), [0.5])
 
 

@@ -20,7 +20,8 @@ from qvision_lab.ablation.arm import Run, carry_out
 from qvision_lab.captioning import load
 from qvision_lab.data.atomic import locked, write_atomic
 from qvision_lab.data.coco import open_dataset
-from qvision_lab.training.features import FeatureCache, fingerprint_weights
+from qvision_lab.model.parameters import fingerprint_weights
+from qvision_lab.training.features import FeatureCache
 from qvision_lab.training.recipe import (
     RECIPES,
     Count,

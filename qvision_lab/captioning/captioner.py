@@ -28,12 +28,19 @@ from qvision_lab.captioning import reading, records
 from qvision_lab.captioning.compiled import FastDecoding
 from qvision_lab.captioning.decoding_step import Int8Decoder, copy_sharing_weights
 from qvision_lab.captioning.generation import Search
-from qvision_lab.captioning.images import ImageError, Picture, picture_name, walk_pictures
+from qvision_lab.captioning.images import (
+    ImageError,
+    Picture,
+    file_identity,
+    picture_name,
+    walk_pictures,
+)
 from qvision_lab.captioning.reading import Batch, Item
 from qvision_lab.captioning.records import Caption, digest
 from qvision_lab.data.coco import CaptionedImage
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.loading.checkpoint import Provenance, load_checkpoint
+from qvision_lab.model.parameters import fingerprint_weights
 from qvision_lab.model.processor import QVisionProcessor
 
 BATCH_SIZES = {"cpu": 16, "cuda": 256}  # defaults; on CUDA, what fills a card
@@ -120,10 +127,11 @@ class Captioner:
     ) -> FolderReport:
         """Caption the images of folders into a JSON Lines file; a later call resumes.
 
-        Each image has a record: `source`, `caption`, `score` and `settings`, with k > 1 captions
-        `captions` and `scores` too; or `source`, `error` and `settings`. They are written batch by
-        batch in the order of `walk_pictures`. Images are streamed: memory holds a few batches, and
-        some 130 bytes for each name. Resuming skips what is captioned and retries what failed.
+        Each image has a record: `source`, `image` (size and time of its file), `caption`, `score`
+        and `settings`, with k > 1 captions `captions` and `scores` too; or `error` in their place.
+        They are written batch by batch in the order of `walk_pictures`. Images are streamed: memory
+        holds a few batches, and some 250 bytes for each name. Resuming skips what is captioned,
+        retries what failed, and captions again what has changed.
         Draws for an image depend on `seed` and its path inside the folder, so other images, batch
         sizes and interruptions change nothing.
 
@@ -136,19 +144,27 @@ class Captioner:
             how: `batch_size`, `preset`, `preprocessing`, `seed` and settings, as in `caption`.
 
         Raises:
-            ValueError: if there is no image, or `output` was made with other settings.
+            ValueError: if there is no image, or `output` was made with other settings or weights.
         """
         known = not isinstance(paths, Iterator)
         total = sum(1 for _ in walk_pictures(paths, recursive)) if known else None
-        items = (Item(path, path, name) for path, name in walk_pictures(paths, recursive))
+        found = walk_pictures(paths, recursive)
+        items = (Item(path, path, name, file_identity(path)) for path, name in found)
         return self._caption_to_file(items, total, output, **how)
 
     def caption_dataset(
         self, images: Iterable[CaptionedImage], output: str | os.PathLike, **how
     ) -> FolderReport:
         """Caption a data set as `caption_folder` does a folder, with its ids as names."""
-        pairs = ((partial(getattr, image, "picture"), str(image.image_id)) for image in images)
-        items = (Item(picture, name, name) for picture, name in pairs)
+        items = (
+            Item(
+                partial(getattr, image, "picture"),
+                str(image.image_id),
+                str(image.image_id),
+                file_identity(image.image) if image.image else image.drawing.name,
+            )
+            for image in images
+        )
         total = len(images) if isinstance(images, Sized) else None
         return self._caption_to_file(items, total, output, **how)
 
@@ -187,6 +203,7 @@ class Captioner:
     ) -> FolderReport:
         search = Search.from_settings(self.model, **settings)
         recorded = search.describe()  # and all else that a caption depends on, but its image
+        recorded["weights"] = fingerprint_weights(self.model)
         if (origin := self.provenance) is not None:
             recorded |= {"model": origin.source, "revision": origin.revision, "dtype": origin.dtype}
         if search.seed is not None:
@@ -198,13 +215,15 @@ class Captioner:
         with processes.main_process_first():
             if processes.is_main_process:
                 records.gather_records(output, recorded, keep_failures=False)
-        known = {digest(record["source"]) for record, _ in records.read_records(output, recorded)}
+        old = (record for record, _ in records.read_records(output, recorded))
+        known = {digest(f"{record['source']}\0{record.get('image')}") for record in old}
+        resumed = bool(known)
         counts, quiet = Counter(), total == 1 or index > 0
         progress = tqdm(total=total, unit="picture", disable=quiet)
 
         def new_items() -> Iterator[Item]:
             for item in items:
-                if (name := digest(item.source)) not in known:
+                if (name := digest(f"{item.source}\0{item.content}")) not in known:
                     known.add(name)
                     yield item
                 else:
@@ -214,7 +233,8 @@ class Captioner:
         def write(batch: Iterable[Captioned]) -> None:
             for item, captions in batch:
                 found = records.make_record(captions)
-                record = {"source": item.source, **found, "settings": recorded}
+                record = {"source": item.source, "image": item.content, **found}
+                record["settings"] = recorded
                 file.write(json.dumps(record) + "\n")
                 counts["failed" if isinstance(captions, ImageError) else "captioned"] += 1
                 progress.update(count)
@@ -234,7 +254,7 @@ class Captioner:
                     written = writer.submit(write, batch)
             written.result()
         everyones = gather_object([counts])  # waits for all processes
-        if count > 1 and processes.is_main_process:
+        if (count > 1 or resumed) and processes.is_main_process:
             records.gather_records(output, recorded, keep_failures=True)
         processes.wait_for_everyone()
         captioned, failed = (sum(c[name] for c in everyones) for name in ("captioned", "failed"))

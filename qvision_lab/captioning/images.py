@@ -108,6 +108,15 @@ def picture_name(picture: Picture) -> str | None:
     return os.fspath(picture) if isinstance(picture, str | os.PathLike) else None
 
 
+def file_identity(path: str | os.PathLike) -> str | None:
+    """Size and time of a file, which change with its content; None for what is not there."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # a URL; a name that no file can have
+        return None
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
 def _is_url(path: str | os.PathLike) -> bool:
     return str(path).startswith(("http://", "https://"))
 

@@ -27,6 +27,7 @@ class Item:
     picture: Picture | Callable[[], Picture]  # a callable is called when the image is read
     source: str
     key: str
+    content: str | None = None  # identifies its content: a drawing's name, a file's size and time
 
 
 @dataclass

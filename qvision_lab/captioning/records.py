@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 
 from qvision_lab.captioning.images import ImageError
@@ -42,16 +43,19 @@ def digest(name: str) -> bytes:
 
 
 def gather_records(output: Path, settings: dict, *, keep_failures: bool) -> None:
-    """Merge `output` and the parts of all processes, one record an image, by an atomic rename."""
+    """Merge `output` and the parts of all processes by an atomic rename; the last record counts."""
     parts = sorted(output.parent.glob(f"{glob.escape(output.name)}.part[0-9]*"))
-    merged, known = output.with_name(output.name + ".partial"), set()
+
+    def kept() -> Iterator[tuple[int, bytes, str]]:
+        lines = chain.from_iterable(read_records(part, settings) for part in (output, *parts))
+        for number, (record, line) in enumerate(lines):
+            if keep_failures or "caption" in record:
+                yield number, digest(record["source"]), line
+
+    last = {name: number for number, name, _ in kept()}
+    merged = output.with_name(output.name + ".partial")
     with open(merged, "w", encoding="utf-8") as file:
-        for part in (output, *parts):
-            for record, line in read_records(part, settings):
-                name = digest(record["source"])
-                if (keep_failures or "caption" in record) and name not in known:
-                    known.add(name)
-                    file.write(line)
+        file.writelines(line for number, name, line in kept() if last[name] == number)
     merged.replace(output)
     for part in parts:
         part.unlink()

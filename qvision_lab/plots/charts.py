@@ -21,14 +21,13 @@ LEGEND = {"frameon": False, "fontsize": 8}
 def plot_training_curves(log: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Loss and measures of a training stage over its steps, from its `curve.csv`.
 
-    `loss` goes on the left axis, and columns that begin with `eval_` (shares from 0 to 1) on the
-    right one.
+    `loss` goes on the left axis, the columns `eval_*` that are shares, 0 to 1, on the right one.
     """
     ax = ax or plt.subplots(layout="constrained")[1]
     loss = log.dropna(subset=["loss"])
     ax.plot(loss["step"], loss["loss"], color=INK, lw=1.2, label="loss")
     ax.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    if measures := [name for name in log if name.startswith("eval_")]:
+    if measures := [*log.filter(regex=r"^eval_(?!(loss|cider|runtime|.*_per_second)$)")]:
         shares = ax.twinx()
         shares.set(ylabel="right", ylim=(0, 1.02))
         for name, color in zip(measures, plt.get_cmap("tab20").colors, strict=False):

@@ -17,14 +17,15 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from qvision_lab.captioning.images import ImageError, open_image
+from qvision_lab.captioning.images import ImageError, file_identity, open_image
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, CaptionedImage, ImageId
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
+from qvision_lab.model.parameters import fingerprint_weights
 from qvision_lab.model.processor import QVisionProcessor, image_preset
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -200,14 +201,4 @@ def _name(image: CaptionedImage) -> str:
     """Identifies an image without reading or drawing it."""
     if image.image is None:
         return image.drawing.name
-    status = image.image.stat()
-    return f"{image.image} {status.st_size} {status.st_mtime_ns}"
-
-
-def fingerprint_weights(module: nn.Module) -> str:
-    """Digest of all weights."""
-    digest = hashlib.sha256()
-    for name, weight in module.named_parameters():
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    return f"{image.image} {file_identity(image.image)}"
