@@ -125,21 +125,18 @@ class Study(Settings):
         executor: Executor | None = None,
         processes: int | None = None,
     ) -> pd.DataFrame:
-        """Execute the missing runs and return the `table`; after an interruption, it resumes.
+        """Do the runs that are missing and return the `table`; stopped, the next call resumes.
 
         The table is kept as `table.csv` in the folder, with `curves.csv` next to it.
 
         Args:
             folder: of the results, by default `runs/NAME`. Variants and seeds can be added later.
             executor: any of `concurrent.futures`, such as dask's `client.get_executor()`, whose
-                workers share `folder` and do one run at a time; by default spawned processes, so a
-                script that calls this needs its `if __name__ == "__main__":`.
-            processes: of those; by default one per core.
+                workers share `folder` and do one run at a time; by default `processes` that are
+                spawned, one per core, so a script needs its `if __name__ == "__main__":`.
 
         Raises:
-            ValueError: as `runs`, or `folder` has results of another base, with the difference, or
-                another command writes to it.
-            OSError: the disk is full; finished runs are kept.
+            ValueError: as `runs`; other results, or another command, are in `folder`.
         """
         folder = Path(folder or f"runs/{self.name}").absolute()
         base = self.runs[0].recipe.model_dump(mode="json", exclude={"seed"})

@@ -156,17 +156,14 @@ class Captioner:
         self, images: Iterable[CaptionedImage], output: str | os.PathLike, **how
     ) -> FolderReport:
         """Caption a data set as `caption_folder` does a folder, with its ids as names."""
-        items = (
-            Item(
-                partial(getattr, image, "picture"),
-                str(image.image_id),
-                str(image.image_id),
-                file_identity(image.image) if image.image else image.drawing.name,
-            )
-            for image in images
-        )
+
+        def item(image: CaptionedImage) -> Item:
+            name, file = str(image.image_id), image.image
+            content = file_identity(file) if file else image.drawing.name
+            return Item(partial(getattr, image, "picture"), name, name, content)
+
         total = len(images) if isinstance(images, Sized) else None
-        return self._caption_to_file(items, total, output, **how)
+        return self._caption_to_file(map(item, images), total, output, **how)
 
     def compile(self, batch_size: int = 1, *, length: int = 32, int8: bool = False) -> Captioner:
         """A captioner of the same model whose decoding step is compiled for one batch size.

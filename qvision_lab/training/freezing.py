@@ -54,11 +54,7 @@ def suggest(name: object, known: Iterable[str]) -> str:
 
 
 def find_policy(policy: str | float | Policy) -> Policy:
-    """A policy by its name in `POLICIES`, or by its freeze ratio, 0 to 1.
-
-    Raises:
-        ValueError: the name is unknown, or the ratio is out of range.
-    """
+    """A policy by its name in `POLICIES`, or by its freeze ratio, 0 to 1; else ValueError."""
     if isinstance(policy, str):
         if policy not in POLICIES:
             raise ValueError(

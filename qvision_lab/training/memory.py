@@ -34,21 +34,16 @@ def estimate_memory(
     images: int,
     lengths: Sequence[int] | None = None,
 ) -> MemoryEstimate:
-    """Estimate a step's memory, `images` a batch on one device.
+    """Estimate a step's memory, `images` per batch on one device; within 25% if not captured.
 
-    Measured peaks of steps that were not captured are within 25%; of captured ones, whose graphs
-    keep the memory of every length of captions, none was measured.
-
-    Weights, gradients and AdamW's two moments are 4 bytes a parameter. What a transformer layer
-    keeps for its gradient are 34 + 5 * heads * length / width bytes a value in half precision and
-    twice that in single (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2); the logits of the words
-    to be scored are held three times in single precision. In half precision a step also holds the
-    weights behind the tower cast to it. GPT-Neo's layers keep nothing where none of it is trained,
-    since images come in behind it.
+    Weights, gradients and AdamW's two moments are 4 bytes per parameter. A transformer layer keeps
+    34 + 5 * heads * length / width bytes per value for its gradient in half precision, twice that
+    in single (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2); logits of the scored words are
+    held three times in single precision. In half precision a step also holds the weights behind
+    the tower cast to it. GPT-Neo's layers keep nothing where none of it is trained.
 
     Args:
-        lengths: tokens of captions as they are trained on, some or all of them; None: all are as
-            long as they may be.
+        lengths: tokens of captions as they are trained on, some or all; None: the longest.
     """
     config, text = model.config, model.decoder.language_model
     lengths = lengths or [settings.max_tokens]

@@ -48,11 +48,7 @@ SPECIAL_TOKENS = {"pad_token": "<PAD>", "bos_token": "<START>", "eos_token": "<E
 def train_tower(settings: Tower, seed: int, folder: Path) -> Path:
     """Train a tower, or resume it.
 
-    Returns:
-        The folder of a checkpoint with this tower, a new tokenizer, and random weights elsewhere.
-
-    Raises:
-        ValueError: for model settings that do not fit together, or as `train_stage`.
+    Returns the folder of a checkpoint with it, a new tokenizer, and random weights elsewhere.
     """
     dest = folder / "checkpoint"
     if (dest / "config.json").exists():

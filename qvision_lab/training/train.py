@@ -82,11 +82,7 @@ def _train(
 
 
 def open_data(data: Data) -> dict[str, CaptionDataset]:
-    """Training and validation images; an image file or drawing in both is validation only.
-
-    Raises:
-        ValueError: validation has a single image.
-    """
+    """Training and validation images; an image file or drawing in both is validation only."""
     train, validation = _open(data.train), _open(data.validation)
     if len(validation) < 2:
         raise ValueError(f"{validation.name} has one image; CIDEr needs two to validate on.")
@@ -122,9 +118,7 @@ def start_model(
 ) -> QVisionForConditionalGeneration:
     """The model that training starts from: with changed sizes and reinitialised modules.
 
-    Raises:
-        ValueError: as `reinitialise`, or for changed sizes that do not fit together or need other
-            modules to be reinitialised too.
+    ValueError as `reinitialise`, and for changed sizes that do not fit the weights that are kept.
     """
     changes = recipe.model.model_dump(exclude_none=True)
     if not changes:
@@ -145,11 +139,7 @@ def start_model(
 
 
 def reinitialise(model: QVisionForConditionalGeneration, modules: Sequence[str], seed: int) -> None:
-    """Give modules new random weights, as a new model has them.
-
-    Raises:
-        ValueError: for a module that does not exist, with the nearest one.
-    """
+    """Give modules new random weights, as a new model has them; ValueError for unknown names."""
     known = dict(model.named_modules())
     set_seed(seed)
     for name in modules:
@@ -162,11 +152,7 @@ def reinitialise(model: QVisionForConditionalGeneration, modules: Sequence[str],
 
 
 def changed_config(config: QVisionConfig, changes: Mapping[str, Any]) -> QVisionConfig:
-    """A configuration with changes; those of `text_config` leave its other fields as they are.
-
-    Raises:
-        ValueError: the sizes do not fit together.
-    """
+    """A configuration with changes (of `text_config` too); ValueError if the sizes do not fit."""
     before = config.to_dict()
     text = {**before["text_config"], **changes.get("text_config", {})}
     del text["attention_layers"]  # GPT-Neo's configuration derives it from attention_types

@@ -271,14 +271,10 @@ def train_stage(
     measure: Measure,
     processor: QVisionProcessor | None = None,
 ) -> Path:
-    """Train a stage, or resume it; a finished stage is left alone. The log is `curve.csv`.
+    """Train a stage on `data` (training, evaluation), or resume it; the log is `curve.csv`.
 
-    Args:
-        data: for training and for evaluation.
-        processor: saved with each checkpoint.
-
-    Returns:
-        The folder of the best checkpoint, or of the last one without a criterion for the best.
+    A finished stage is left alone. Returns the folder of the best checkpoint, or of the last one
+    where no score says which is best.
 
     Raises:
         ValueError: if a batch cannot be shared by the processes, or training diverges.
@@ -353,11 +349,7 @@ def training_arguments(
 
 
 def batch_share(batch_size: int) -> int:
-    """The part of a batch for each process.
-
-    Raises:
-        ValueError: if the processes cannot share it evenly.
-    """
+    """The part of a batch for each process; ValueError if they cannot share it evenly."""
     share, rest = divmod(batch_size, PartialState().num_processes)
     if rest:
         raise ValueError(
