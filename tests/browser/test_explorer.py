@@ -83,7 +83,11 @@ def page(lab):
         expect.set_options(timeout=1000 * PATIENCE)
         page.goto(lab)
         page.locator(".jp-Notebook .jp-CodeCell").first.click()
+        # A cell that is run before the notebook has its kernel is lost.
+        page.locator(".jp-KernelName").get_by_label("Python 3").first.wait_for()
         page.keyboard.press("Shift+Enter")
+        prompt = page.locator(".jp-Notebook .jp-InputPrompt").first
+        expect(prompt).to_have_text(re.compile(r"\[(\*|\d+)\]"))  # running, or done
         yield page
         browser.close()
 
