@@ -16,13 +16,14 @@ from matplotlib.figure import Figure
 from qvision_lab import plots, scenes
 from qvision_lab.ablation import averages, differences, summarise
 from qvision_lab.captioning import load
+from qvision_lab.data.atomic import atomic
 from qvision_lab.data.coco import open_dataset
 from qvision_lab.interpretation.faithfulness import removal_curves
 from qvision_lab.interpretation.maps import METHODS, PatchMap, query_maps, word_maps
 from qvision_lab.interpretation.queries import profile_queries
 from qvision_lab.interpretation.trace import Trace, Word, trace_all
 from qvision_lab.scenes.checker import RATES, Rate
-from qvision_lab.scenes.dataset import scenes_vocabulary
+from qvision_lab.scenes.dataset import SceneJudge
 from qvision_lab.scenes.layout import COLORS
 
 EXAMPLE = 2  # index of the test scene in the figures of words and queries
@@ -112,16 +113,15 @@ def draw_inside(
 
 def _objects(trace: Trace) -> list[Word]:
     """Words that name an object, in the scene or not."""
-    ends = {mention.span[1] for mention in scenes_vocabulary().mentions(trace.caption)}
+    ends = {mention.span[1] for mention in SceneJudge.vocabulary.mentions(trace.caption)}
     return [word for word in trace.words if word.span[1] in ends]
 
 
 def write_figure(figure: Figure, output: Path, dpi: int = 80) -> None:
     """Write a figure atomically; its folder is created."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"partial-{output.name}")  # the suffix chooses the format
-    figure.savefig(partial, dpi=dpi)
-    partial.replace(output)
+    with atomic(output) as partial:
+        figure.savefig(partial, dpi=dpi, format=output.suffix[1:] or None)
 
 
 def _as_shares(patch_map: PatchMap) -> PatchMap:

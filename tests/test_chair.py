@@ -14,7 +14,7 @@ from qvision_lab.evaluation.chair import chair, coco_vocabulary
 from qvision_lab.evaluation.statistics import caption_statistics
 from qvision_lab.scenes import check, layout
 from qvision_lab.scenes.captions import caption_scene
-from qvision_lab.scenes.dataset import scenes_vocabulary
+from qvision_lab.scenes.dataset import SceneJudge
 
 NAMED = yaml.safe_load(Path(__file__).with_name("chair_captions.yaml").read_text())
 
@@ -68,13 +68,13 @@ def test_scenes_are_read_as_the_checker_reads_them():
     captions = {i: caption_scene(truth, 1)[0] for i, truth in truths.items()}
     objects = {i: {thing.category for thing in truth.objects} for i, truth in truths.items()}
     for i, caption in captions.items():
-        mentions = scenes_vocabulary().mentions(caption)
+        mentions = SceneJudge.vocabulary.mentions(caption)
         expected = [mention.category for mention in check(caption, truths[i]).mentions]
         assert [mention.category for mention in mentions] == expected
-    table = chair(captions, objects, scenes_vocabulary())
+    table = chair(captions, objects, SceneJudge.vocabulary)
     assert table["hallucinated"].sum() == 0
     assert table["recalled"].equals(table["objects"])
-    shifted = chair(captions, {i: objects[(i + 1) % 200] for i in objects}, scenes_vocabulary())
+    shifted = chair(captions, {i: objects[(i + 1) % 200] for i in objects}, SceneJudge.vocabulary)
     assert shifted["has_hallucination"].mean() > 0.9
 
 

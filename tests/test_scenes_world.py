@@ -170,7 +170,7 @@ def test_coco_folder_is_read_and_resumed(tmp_path):
     scenes.write_coco(tmp_path, 3, split="val")
     first = tmp_path / "images" / "val_0_000000.jpg"
     written = first.stat().st_mtime_ns
-    (tmp_path / "images" / "val_0_000004.partial").write_text("killed while writing")
+    (tmp_path / "images" / "val_0_000004.jpg.partial").write_text("killed while writing")
     scenes.write_coco(tmp_path, 6, split="val")
     assert first.stat().st_mtime_ns == written
     captions, instances = COCO(tmp_path / "captions.json"), COCO(tmp_path / "instances.json")

@@ -418,7 +418,8 @@ def test_the_number_of_evaluations_changes_no_weight(home, quick, monkeypatch):
     assert epochs == {(4, 0), (4, 1), (3, 0)}  # of training, each once; of validation
 
 
-def test_a_loss_that_is_not_finite_stops_and_saves_nothing(home, quick, monkeypatch):
+def check_a_poisoned_loss_stops(home: Path, monkeypatch, *overrides: str) -> None:
+    """The fifth loss is nan: training stops there, and the checkpoint of step 3 stays alone."""
     step = StageTrainer.compute_loss
 
     def poisoned(self, *args, **kwargs):
@@ -428,8 +429,12 @@ def test_a_loss_that_is_not_finite_stops_and_saves_nothing(home, quick, monkeypa
 
     monkeypatch.setattr(StageTrainer, "compute_loss", poisoned)
     with pytest.raises(ValueError, match="the loss is nan at step 5 of"):
-        run(home, "run", BRIDGE)
+        run(home, "run", *overrides)
     assert {path.name for path in (home / "run/phase-1").glob("checkpoint-*")} == {"checkpoint-3"}
+
+
+def test_a_loss_that_is_not_finite_stops_and_saves_nothing(home, quick, monkeypatch):
+    check_a_poisoned_loss_stops(home, monkeypatch, BRIDGE)
 
 
 def test_weights_that_are_not_finite_are_not_saved(home, quick, monkeypatch):

@@ -16,16 +16,10 @@ class EndpointError(OSError):
 
 
 class Gpt4Captioner:
-    """Captions from a chat model; needs the extra `qvision-lab[gpt4]`.
+    """Captions from a chat model that takes images; needs the extra `qvision-lab[gpt4]`.
 
-    The key is read from `OPENAI_API_KEY`, an endpoint other than OpenAI's from `OPENAI_BASE_URL`.
-
-    Args:
-        model: any chat model of the endpoint that takes images.
-        timeout: seconds to wait for each answer; no request is repeated.
-
-    Raises:
-        EndpointError: if no key is set.
+    The key is read from `OPENAI_API_KEY` (EndpointError if it is not set), an endpoint other than
+    OpenAI's from `OPENAI_BASE_URL`. No request is repeated; `timeout` is in seconds for each.
     """
 
     def __init__(self, model: str = "gpt-4o", timeout: float = 60.0):
@@ -37,11 +31,7 @@ class Gpt4Captioner:
         self.client = OpenAI(timeout=timeout, max_retries=0)
 
     def caption(self, image: Picture, max_new_tokens: int = 20) -> str:
-        """Caption one image, sent as a PNG.
-
-        Raises:
-            EndpointError: if the endpoint times out, answers with an error, or returns no text.
-        """
+        """Caption one image, sent as a PNG; EndpointError where the endpoint gives no caption."""
         from openai import APITimeoutError, OpenAIError
 
         buffer = io.BytesIO()

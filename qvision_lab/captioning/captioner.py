@@ -214,7 +214,7 @@ class Captioner:
                 records.gather_records(output, recorded, keep_failures=False)
         old = (record for record, _ in records.read_records(output, recorded))
         known = {digest(f"{record['source']}\0{record.get('image')}") for record in old}
-        resumed = bool(known)
+        known_before = len(known)
         counts, quiet = Counter(), total == 1 or index > 0
         progress = tqdm(total=total, unit="picture", disable=quiet)
 
@@ -251,10 +251,11 @@ class Captioner:
                     written = writer.submit(write, batch)
             written.result()
         everyones = gather_object([counts])  # waits for all processes
-        if (count > 1 or resumed) and processes.is_main_process:
+        captioned, failed = (sum(c[name] for c in everyones) for name in ("captioned", "failed"))
+        added_to = known_before and captioned + failed  # it may hold an image's older record
+        if (count > 1 or added_to) and processes.is_main_process:
             records.gather_records(output, recorded, keep_failures=True)
         processes.wait_for_everyone()
-        captioned, failed = (sum(c[name] for c in everyones) for name in ("captioned", "failed"))
         return FolderReport(captioned, counts["skipped"], failed, output)
 
     def _reading_processes(self, total: int | None, sharing: int) -> int:

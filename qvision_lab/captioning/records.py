@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 from qvision_lab.captioning.images import ImageError
+from qvision_lab.data.atomic import atomic
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,8 @@ def gather_records(output: Path, settings: dict, *, keep_failures: bool) -> None
                 yield number, digest(record["source"]), line
 
     last = {name: number for number, name, _ in kept()}
-    merged = output.with_name(output.name + ".partial")
-    with open(merged, "w", encoding="utf-8") as file:
+    with atomic(output) as merged, merged.open("w", encoding="utf-8") as file:
         file.writelines(line for number, name, line in kept() if last[name] == number)
-    merged.replace(output)
     for part in parts:
         part.unlink()
 

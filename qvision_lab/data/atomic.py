@@ -9,28 +9,32 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 
-def write_atomic(path: Path, text: str) -> Path:
-    """Write UTF-8 to a temporary file and rename it; line ends stay as they are in the text."""
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path next to `path`, renamed to it after the block, or deleted by an error."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", newline="")
-    return partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, text: str) -> Path:
+    """Write a text atomically; line ends are kept as in the text."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
+    return path
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of an existing folder, `.lock` in it, which ends with the process too.
-
-    Raises:
-        ValueError: another command holds it.
-    """
-    lock = FileLock(folder / ".lock", timeout=0)
+    """Hold the lock of a folder, `.lock` in it; ValueError if another command holds it."""
     try:
-        lock.acquire()
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise ValueError(
             f"another command is writing to {folder}: wait for its end, or choose another output."
         ) from None
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()

@@ -119,9 +119,8 @@ def chair(
         truth) and `recalled` (those that are named); and `hallucinated_objects`, a tuple of
         category names, one for each hallucinated mention.
 
-    Raises:
-        ValueError: an image without objects (a set may be empty) or references, or a category that
-            is not in the vocabulary.
+    ValueError for an image without objects (a set may be empty) or references, or a category that
+    is not in the vocabulary.
     """
     vocabulary = vocabulary or coco_vocabulary()
     for name, known in (("objects", objects), ("references", references)):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qvision_lab.captioning import Captioner
 from qvision_lab.captioning.images import Picture, open_image, picture_name
+from qvision_lab.data.atomic import atomic
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.variants import require_parts
 
@@ -103,9 +104,8 @@ class Trace:
         """Write all but the captioner to one safetensors file."""
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "captioner"}
         arrays = {name: rest.pop(name) for name in [*rest] if isinstance(rest[name], np.ndarray)}
-        temporary = Path(f"{path}.partial")
-        save_file(arrays, temporary, {"trace": json.dumps(rest, default=vars)})
-        temporary.replace(path)
+        with atomic(Path(path)) as partial:
+            save_file(arrays, partial, {"trace": json.dumps(rest, default=vars)})
 
     @classmethod
     def load(cls, path: str | Path, captioner: Captioner | None = None) -> Trace:

@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "checker": ["Check", "check", "score"],
-        "dataset": ["scenes_vocabulary", "write_coco"],
+        "dataset": ["SceneJudge", "write_coco"],
         "drawing": ["Scene", "generate", "scene"],
         "layout": ["SPLITS", "Layout", "describe", "layout"],
     },

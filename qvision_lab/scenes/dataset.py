@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from qvision_lab.data.atomic import write_atomic
+from qvision_lab.data.atomic import atomic, write_atomic
 from qvision_lab.data.coco import CaptionDataset, CaptionedImage, ImageId, check_split
 from qvision_lab.evaluation.chair import Vocabulary
 from qvision_lab.scenes.captions import caption_scene
@@ -48,12 +48,6 @@ def drawing_version() -> str:
     return digest.hexdigest()[:8]
 
 
-@cache
-def scenes_vocabulary() -> Vocabulary:
-    """The categories of Scenes by their noun and plural."""
-    return Vocabulary(NOUNS)
-
-
 @dataclass(frozen=True)
 class SceneJudge:
     """The truth of scenes, as evaluation asks for it; see `evaluation.metrics.Judge`."""
@@ -61,7 +55,7 @@ class SceneJudge:
     truths: Mapping[ImageId, Layout]
     name = "scenes"
     rates = tuple(RATES)
-    vocabulary = scenes_vocabulary()
+    vocabulary = Vocabulary(NOUNS)  # categories by their noun and plural
 
     def count(self, image_id: ImageId, caption: str) -> list[Rate]:
         """Hits and total of each rate, as `scenes.score` counts them."""
@@ -106,9 +100,8 @@ def write_coco(
     for scene in tqdm(drawn, "drawing scenes", total=n, unit="image"):
         path = folder / "images" / f"{split}_{seed}_{scene.index:06d}.jpg"
         if not path.exists():
-            partial = path.with_suffix(".partial")
-            scene.image.save(partial, "jpeg", quality=95, subsampling=0)
-            partial.replace(path)
+            with atomic(path) as partial:
+                scene.image.save(partial, "jpeg", quality=95, subsampling=0)
         record = {"id": scene.index, "file_name": path.name, "width": PICTURE, "height": PICTURE}
         images.append(record | {"split": split, "seed": seed, "index": scene.index})
         rows = [{"id": 10 * scene.index + i, "image_id": scene.index} for i in range(1, 11)]

@@ -107,15 +107,12 @@ class FeatureCache:
         batch_size: int = 64,
         workers: int | None = 0,
     ) -> CachedFeatures:
-        """Encode the images that are new and return the states of all.
+        """Encode the images that are new and return the states of all; OSError if the disk is full.
 
         Args:
             model: the one that the cache was opened with; left in evaluation mode.
             workers: processes that read images; None: up to 8, and none on fewer than 4 cores,
                 where they would slow the tower down.
-
-        Raises:
-            OSError: not enough space on the disk.
         """
         failed = dict.fromkeys(images.missing(), "there is no such file")
         names = {image.image_id: _name(image) for image in images if image.image_id not in failed}

@@ -99,4 +99,5 @@ def apply(
     for part, name in PARTS.items():
         for weight in model.get_submodule(name).parameters():
             table.loc[part] += [weight.numel(), weight.numel() * weight.requires_grad]
-    return pd.concat([table, table.sum().to_frame("all").T])
+    table.loc["all"] = table.sum()
+    return table

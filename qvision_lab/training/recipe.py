@@ -50,7 +50,6 @@ class Settings(BaseModel):
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
-Names = Annotated[tuple[str, ...], Strict(False)]  # YAML has lists
 
 
 class DataSource(Settings):
@@ -178,7 +177,7 @@ class Recipe(Settings):
     checkpoint: str | None = None  # folder or Hub id; None: the embedded one
     revision: str | None = None  # on the Hub
     model: ModelChanges = ModelChanges()
-    reinitialise: Names = ()  # modules that start from random weights, by their names
+    reinitialise: Annotated[tuple[str, ...], Strict(False)] = ()  # modules with random weights
     features: Features | None = Features()  # None: no cache; images pass the tower in each step
     scores: dict[str, Count] = {}  # splits of Scenes, with sizes, that the result is scored on
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved weights

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerF
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from qvision_lab import scenes
+from qvision_lab.data.atomic import atomic
 from qvision_lab.model.captioner import QVisionForConditionalGeneration, generation_preset
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.loading.checkpoint import Checkpoint, Provenance, save_checkpoint
@@ -162,19 +164,18 @@ def draw_records(part: TowerData, grid: int, folder: Path, workers: int) -> np.n
             drawn = scenes.generate(part.n, split=part.split, seed=part.seed, workers=workers)
             for i, scene in enumerate(tqdm(drawn, path.stem, total=part.n, unit="scene")):
                 records[i] = scene_record(scene, grid)
-            partial = path.with_suffix(".partial")
-            with partial.open("wb") as file:
+            with atomic(path) as partial, partial.open("wb") as file:
                 np.save(file, records)
-            partial.replace(path)
             del records  # or they would be held twice
     return np.load(path)
 
 
+@dataclass(frozen=True)
 class TowerSamples(Dataset):
     """Records as training samples; the second half of the set is the first, mirrored."""
 
-    def __init__(self, records: np.ndarray, grid: int):
-        self.records, self.grid = records, grid
+    records: np.ndarray
+    grid: int
 
     def __len__(self) -> int:
         return 2 * len(self.records)

@@ -55,29 +55,23 @@ def train_captioner(recipe: Recipe, output: str | Path) -> Path:
     data = open_data(recipe.data)
     output.mkdir(parents=True, exist_ok=True)
     with locked(output) if state.is_main_process else nullcontext():
-        return _train(recipe, output, data, state)
-
-
-def _train(
-    recipe: Recipe, output: Path, data: dict[str, CaptionDataset], state: PartialState
-) -> Path:
-    with state.main_process_first():
-        fingerprints = {name: fingerprint(images) for name, images in data.items()}
-        record_run(output, recipe.model_dump(mode="json"), fingerprints)
-    start = recipe.checkpoint
-    if recipe.tower is not None:
-        start = train_tower(recipe.tower, recipe.seed, output / "vision")
-    checkpoint = load_checkpoint(start, recipe.revision, device=state.device)
-    checkpoint = replace(checkpoint, model=start_model(checkpoint.model, recipe))
-    samples = prepare_samples(recipe, checkpoint, data, output)
-    for number, phase in enumerate(recipe.training.phases, start=1):
-        seed, folder = recipe.seed + number, output / f"phase-{number}"
-        best = train_phase(recipe.training, phase, seed, checkpoint, samples, folder)
-        checkpoint = load_checkpoint(best, device=state.device)
-    if state.is_main_process:
-        images = {name: part.images for name, part in samples.items()}
-        save_result(recipe, checkpoint, images, best, output)
-    state.wait_for_everyone()
+        with state.main_process_first():
+            fingerprints = {name: fingerprint(images) for name, images in data.items()}
+            record_run(output, recipe.model_dump(mode="json"), fingerprints)
+        start = recipe.checkpoint
+        if recipe.tower is not None:
+            start = train_tower(recipe.tower, recipe.seed, output / "vision")
+        checkpoint = load_checkpoint(start, recipe.revision, device=state.device)
+        checkpoint = replace(checkpoint, model=start_model(checkpoint.model, recipe))
+        samples = prepare_samples(recipe, checkpoint, data, output)
+        for number, phase in enumerate(settings.phases, start=1):
+            seed, folder = recipe.seed + number, output / f"phase-{number}"
+            best = train_phase(settings, phase, seed, checkpoint, samples, folder)
+            checkpoint = load_checkpoint(best, device=state.device)
+        if state.is_main_process:
+            images = {name: part.images for name, part in samples.items()}
+            save_result(recipe, checkpoint, images, best, output)
+        state.wait_for_everyone()
     return output / "checkpoint"
 
 

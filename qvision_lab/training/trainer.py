@@ -285,7 +285,7 @@ def train_stage(
     state = TrainerState.load_from_json(f"{last}/{TRAINER_STATE_NAME}") if last else None
     finished = state and state.global_step >= state.max_steps
     if not finished and not (state and is_exhausted(state, best_by, patience)):
-        arguments = training_arguments(settings, folder, seed, steps)
+        arguments = training_arguments(settings, folder, seed, steps, best_by)
         rates = settings.learning_rate, settings.matrix_learning_rate, settings.weight_decay
         compiled = getattr(settings, "compile", False)
         captured = getattr(settings, "capture", False) and arguments.device.type == "cuda"
@@ -308,12 +308,11 @@ def train_stage(
 
 
 def training_arguments(
-    settings: Optimisation, folder: Path, seed: int, steps: int
+    settings: Optimisation, folder: Path, seed: int, steps: int, best_by: str | None = None
 ) -> TrainingArguments:
     """The Trainer's own settings for a stage: one cosine, checkpoints, batches shared evenly."""
     on_gpu, share = torch.cuda.is_available(), batch_share(settings.batch_size)
     every = math.ceil(steps / settings.evaluations)
-    best_by = getattr(settings, "best_by", None)
     arguments = TrainingArguments(
         output_dir=str(folder),
         seed=seed,

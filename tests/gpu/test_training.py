@@ -9,7 +9,14 @@ import warnings
 import pytest
 import torch
 import yaml
-from test_training import home, losses, new_model, quick, run
+from test_training import (
+    check_a_poisoned_loss_stops,
+    home,
+    losses,
+    new_model,
+    quick,
+    run,
+)
 from test_training_gpu import caption_batch, check_gradients, undropped
 
 import qvision_lab as ql
@@ -145,17 +152,7 @@ def test_captured_loss_is_the_models_with_its_gradients(tiny):
 
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(home, monkeypatch):
     recipe_with(home, phases=[{"policy": "bridge", "epochs": 2}])
-    loss_of = StageTrainer.compute_loss
-
-    def poisoned(self, *args, **kwargs):
-        loss = loss_of(self, *args, **kwargs)
-        bad = self.state.global_step == 4 and self.model.training
-        return loss * float("nan") if bad else loss
-
-    monkeypatch.setattr(StageTrainer, "compute_loss", poisoned)
-    with pytest.raises(ValueError, match="the loss is nan at step 5 of"):
-        run(home, "run")
-    assert {path.name for path in (home / "run/phase-1").glob("checkpoint-*")} == {"checkpoint-3"}
+    check_a_poisoned_loss_stops(home, monkeypatch)
 
 
 def test_compiled_steps_learn_what_plain_ones_do():
