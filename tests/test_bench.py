@@ -89,7 +89,7 @@ def test_each_training_method_has_its_own_batches(tiny):
     rows, longest = ours["input_ids"].shape
     assert rows == 5 * IMAGES[0]
     assert (ours["labels"][:, longest - 1] != IGNORED_LABEL).any()
-    assert random_batch("ours", tiny.config, 3, multiple=8)["input_ids"].shape[1] % 8 == 0
+    assert random_batch("ours", tiny.config, 3, packed=True)["input_ids"].shape[1] % 8 == 0
 
 
 def test_training_rates_count_captions_and_images(results):

@@ -50,14 +50,20 @@ def undropped(model: QVisionForConditionalGeneration) -> QVisionForConditionalGe
     return model
 
 
-def caption_batch(model, seed: int = 0, length: int = 11) -> tuple[torch.Tensor, ...]:
-    """Vision states of 2 images, ids of 3 captions for each, and labels, of which some are none."""
+def caption_batch(model, seed: int = 0, longest: int = 11) -> dict[str, torch.Tensor]:
+    """A packed batch of 2 images with 3 captions each, one of which has no targets."""
     draw, config = torch.Generator().manual_seed(seed), model.config
+    lengths = torch.randint(2, longest + 1, (6,), generator=draw).tolist()
+    lengths[0] = longest
+    captions = [torch.randint(3, 256, (length,), generator=draw) for length in lengths]
     states = torch.randn(2, 4, config.vision_config.hidden_size, generator=draw)
-    ids = torch.randint(0, 256, (6, length), generator=draw)
-    labels = ids.clone()
-    labels[1, 7:], labels[3] = config.pad_token_id, IGNORED_LABEL
-    return states, ids, labels
+    samples = [
+        {"vision_states": states[image], "captions": captions[3 * image : 3 * image + 3]}
+        for image in range(2)
+    ]
+    batch = CaptionCollator(config.pad_token_id, packed=True)(samples)
+    batch["labels"][3] = IGNORED_LABEL
+    return batch
 
 
 def check_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -97,17 +103,18 @@ def test_products_are_precise_again_after_an_error(monkeypatch):
 @pytest.mark.parametrize("labels_are", ["captions", "some of a larger batch"])
 def test_text_states_and_head_loss_are_the_models_loss_and_gradients(tiny, labels_are):
     """Of captions longer than the window of a local layer, in a step without dropout."""
-    states, ids, labels = caption_batch(tiny)
-    assert tiny.config.text_config.window_size < ids.shape[1]
+    batch = caption_batch(tiny)
+    assert tiny.config.text_config.window_size < 11
     count = {"captions": None, "some of a larger batch": torch.tensor(50)}[labels_are]
     found = []
     for fast in (False, True):
         model = undropped(tiny)
         freezing.apply(model, "published")
         if fast:
-            loss = gpu.head_loss(model, gpu.TextStates(model)(states, ids), labels, count)
+            inputs = (batch[name] for name in ("vision_states", "input_ids", "places"))
+            words = gpu.TextStates(model)(*inputs)
+            loss = gpu.head_loss(model, words, batch["labels"], batch["places"], count)
         else:
-            batch = {"vision_states": states, "input_ids": ids, "labels": labels}
             loss = model(**batch, num_items_in_batch=count).loss
         loss.backward()
         found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}))
@@ -242,13 +249,22 @@ def test_batched_matrices_are_stepped_as_torch_does_one_by_one(new_model):
         torch.testing.assert_close(state, states[1][number])
 
 
-def test_lengths_are_multiples_where_asked():
-    samples = [{"vision_states": torch.zeros(1, 2), "captions": [torch.arange(1, 12)]}]
-    batch = CaptionCollator(0, multiple=8)(samples)
-    plain = CaptionCollator(0)(samples)
-    assert batch["input_ids"].shape == (1, 16)
-    assert torch.equal(batch["input_ids"][:, :11], plain["input_ids"])
-    assert (batch["labels"][:, 11:] == -100).all()
+@pytest.mark.parametrize("longest", [1, 7, 8, 15])
+def test_packed_batches_say_where_words_are(longest):
+    captions = [torch.arange(1, 1 + length) for length in (longest, 1, longest // 2 + 1)]
+    count = sum(map(len, captions))
+    samples = [{"vision_states": torch.zeros(1, 2), "captions": captions}]
+    batch, plain = CaptionCollator(0, packed=True)(samples), CaptionCollator(0)(samples)
+    ids, places = batch["input_ids"], batch["places"]
+    assert ids.shape == (3, 8 if longest < 8 else 16)
+    assert torch.equal(ids[:, :longest], plain["input_ids"])
+    assert (batch["labels"][:, longest:] == IGNORED_LABEL).all()
+    assert len(places) == 64
+    assert torch.equal(ids.flatten()[places[:count]], torch.cat(captions))
+    assert (places[count:] == ids.numel() - 1).all()
+    packing = gpu.Packing(ids.shape, places)
+    words = torch.arange(64)
+    assert torch.equal(packing.pack(packing.unpack(words))[:count], words[:count])
 
 
 def test_a_loss_that_is_checked_later_still_has_its_step():

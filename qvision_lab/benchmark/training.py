@@ -105,8 +105,7 @@ def _time_steps(
 ) -> dict:
     """Measure steps of one kind on a GPU; the first of those that are compiled takes longer."""
     model, way = learner.model, learner.way
-    multiple = gpu.LENGTHS if way == "ours" else 1
-    batch = random_batch(way, model.config, images, multiple)
+    batch = random_batch(way, model.config, images, packed=learner.captured is not None)
     kept = "bfloat16" if precision == "bfloat16" else "float32"
     settings = Training(phases=PHASES, learning_rate=1e-4, precision=kept)
     lengths = (batch["labels"] != IGNORED_LABEL).sum(1) + 1  # <START> too
@@ -172,7 +171,7 @@ def _step(precision: str) -> int:
 
 
 def random_batch(
-    way: str, config: QVisionConfig, images: int = IMAGES[0], multiple: int = 1
+    way: str, config: QVisionConfig, images: int = IMAGES[0], packed: bool = False
 ) -> dict[str, Tensor]:
     """Random images with random captions as long as COCO's, in the form that a method takes."""
     mean, deviation = COCO_LENGTH
@@ -183,7 +182,7 @@ def random_batch(
     if way == "ours":
         patches = math.prod(config.patch_grid)
         states = torch.randn(images, patches, vision.hidden_size).bfloat16()  # [B,P,C]
-        collate = CaptionCollator(config.pad_token_id, multiple)
+        collate = CaptionCollator(config.pad_token_id, packed)
         pairs = zip(states, words, strict=True)
         return collate([{"vision_states": s, "captions": captions} for s, captions in pairs])
     ids = torch.full((images, LENGTH), config.pad_token_id)

@@ -1,13 +1,13 @@
-"""Fast training steps on a GPU: TF32, frozen weights cast once, compiled blocks, CUDA graphs."""
+"""Fast training steps on a GPU: TF32, frozen weights cast once, packed captions, CUDA graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import MethodType
+from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.loss.loss_utils import fixed_cross_entropy
@@ -20,7 +20,6 @@ from qvision_lab.model.qformer import QFormerBlock
 
 COMPILED_KINDS = (GPTNeoBlock, QFormerBlock, Bridge)
 CODE_VERSIONS = 64  # that compiled blocks may have: by kind, by what is frozen, by length
-LENGTHS = 4  # captions of a batch are padded to multiples of it, so that graphs are few
 CAST_BY_AUTOCAST = (nn.Linear, nn.Conv2d, MultiHeadAttention)
 
 
@@ -89,9 +88,11 @@ def uncompile(model: nn.Module) -> None:
 
 
 class TextStates(nn.Module):
-    """Cached vision states and captions -> what the head scores, without a wait for the device.
+    """Cached vision states and packed captions -> what the head scores, without padding.
 
-    GPT-Neo's attention is PyTorch's fused kernel here, where transformers' makes masks and scores.
+    All layers but attention compute each word alone, so the words of all captions are one sequence
+    [1,K,D] there, and lie in the padded batch [R,T] only where they attend. GPT-Neo's attention is
+    PyTorch's fused kernel, where transformers' makes masks and scores.
     """
 
     def __init__(self, model: QVisionForConditionalGeneration):
@@ -99,25 +100,64 @@ class TextStates(nn.Module):
         self.model = model
 
     def forward(
-        self, vision_states: Float[Tensor, "B P C"], input_ids: Int[Tensor, "R T"]
-    ) -> Float[Tensor, "R T D"]:
+        self,
+        vision_states: Float[Tensor, "B P C"],
+        input_ids: Int[Tensor, "R T"],
+        places: Int[Tensor, " K"],
+    ) -> Float[Tensor, "K D"]:
         decoder, text = self.model.decoder, self.model.decoder.language_model
         visual_tokens = self.model.encode(vision_states=vision_states)[1].visual_tokens
-        visual_tokens = visual_tokens.repeat_interleave(len(input_ids) // len(visual_tokens), dim=0)
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)  # [T]
-        states = decoder.dropout(text.wte(input_ids)) + text.wpe(places)
-        with causal_attention(text):
+        packing = Packing(input_ids.shape, places)
+        ids, positions = packing.pack(input_ids.flatten()), places % input_ids.shape[1]
+        states = (decoder.dropout(text.wte(ids)) + text.wpe(positions))[None]  # [1,K,D]
+        with packed_attention(text, packing):
             for block in text.h:
                 states, _ = block(states)
-        return decoder.bridge(text.ln_f(states), visual_tokens)[0]
+        states = packing.unpack(text.ln_f(states)[0])  # [R*T,D]
+        by_image = states.unflatten(0, (len(visual_tokens), -1))  # [B,k*T,D]
+        return packing.pack(decoder.bridge(by_image, visual_tokens)[0].flatten(0, 1))
+
+
+class Packing:
+    """K words in a batch of R rows with T cells each, as `CaptionCollator.places` gives them.
+
+    The last words are none, and stand for all pads, as the last pad stands for all of them. None of
+    these is read by a word or scored, so their gradients are zero, and reading by index is its own
+    gradient with the other index.
+    """
+
+    def __init__(self, shape: torch.Size, places: Int[Tensor, " K"]):
+        words = torch.arange(len(places), device=places.device)
+        self.shape, self.places = shape, places
+        self.words = torch.full_like(places[:1], len(places) - 1).repeat(shape.numel())
+        self.words[places[:-1]] = words[:-1]  # [R*T]
+
+    def pack(self, cells: Shaped[Tensor, "cells ..."]) -> Shaped[Tensor, "words ..."]:
+        """Of cells, those of words."""
+        return _Rearranged.apply(cells, self.places, self.words)
+
+    def unpack(self, words: Shaped[Tensor, "words ..."]) -> Shaped[Tensor, "cells ..."]:
+        """Words in their cells."""
+        return _Rearranged.apply(words, self.words, self.places)
+
+
+class _Rearranged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, source: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return values.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, *ctx.saved_tensors), None, None
 
 
 @contextmanager
-def causal_attention(text: nn.Module) -> Iterator[None]:
-    """Use PyTorch's fused attention kernel in GPT-Neo's layers."""
+def packed_attention(text: nn.Module, packing: Packing) -> Iterator[None]:
+    """Let words of GPT-Neo's layers attend to those before them in their own rows."""
     layers = [block.attn.attention for block in text.h]
     for layer in layers:
-        layer._attn = MethodType(_attend_to_past, layer)
+        layer._attn = partial(_attend_to_past, layer, packing)
     try:
         yield
     finally:
@@ -126,19 +166,24 @@ def causal_attention(text: nn.Module) -> Iterator[None]:
 
 
 def _attend_to_past(
-    layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: None = None
-) -> tuple[Float[Tensor, "R G T E"], None]:
-    length, mask = query.shape[2], None
+    layer: nn.Module, packing: Packing, *inputs: Float[Tensor, "1 G K E"] | None
+) -> tuple[Float[Tensor, "1 G K E"], None]:
+    length, mask = packing.shape[1], None
+    query, key, value = (
+        packing.unpack(x[0].transpose(0, 1)).unflatten(0, packing.shape).transpose(1, 2)
+        for x in inputs[:3]  # the last is a mask, None
+    )  # [R,G,T,E]
     if layer.attention_type == "local" and layer.config.window_size < length:
         past = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         mask = past & ~past.tril(-layer.config.window_size)
     rate, causal = layer.attn_dropout.p if layer.training else 0.0, mask is None
     read = F.scaled_dot_product_attention(query, key, value, mask, rate, causal, scale=1.0)
-    return read, None
+    words = packing.pack(read.transpose(1, 2).flatten(0, 1))  # [K,G,E]
+    return words.transpose(0, 1)[None], None
 
 
 class CapturedLoss:
-    """The loss of a batch; passes through the model are CUDA graphs, by shape and precision.
+    """The loss of a packed batch; passes through the model are CUDA graphs, by shape and precision.
 
     Launching a step's kernels takes longer than they run; replaying them takes no launches. Graphs
     read weights by address, and are captured again where weights have moved.
@@ -146,14 +191,15 @@ class CapturedLoss:
 
     def __init__(self, model: QVisionForConditionalGeneration):
         self.model = model
-        self.graphs: dict[tuple, Callable[[Tensor, Tensor], Tensor]] = {}
-        self.places: list[int] = []
+        self.graphs: dict[tuple, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+        self.addresses: list[int] = []  # of the weights
 
     def __call__(
         self,
         vision_states: Float[Tensor, "B P C"],
         input_ids: Int[Tensor, "R T"],
         labels: Int[Tensor, "R T"],
+        places: Int[Tensor, " K"],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Float[Tensor, ""]:
         """As the model's own loss, inside autocast or not.
@@ -161,19 +207,19 @@ class CapturedLoss:
         Raises:
             ValueError: if the step cannot be captured.
         """
-        places = [weight.data_ptr() for weight in self.model.parameters()]
-        if places != self.places:
+        addresses = [weight.data_ptr() for weight in self.model.parameters()]
+        if addresses != self.addresses:
             self.graphs.clear()
             self.pool = torch.cuda.graph_pool_handle()  # the old one is freed with its graphs
-            self.places = places
+            self.addresses = addresses
         numbers = torch.is_autocast_enabled("cuda"), torch.get_float32_matmul_precision()
-        key = vision_states.shape, input_ids.shape, *numbers
+        inputs = vision_states, input_ids, places
+        key = *(values.shape for values in inputs), *numbers
         if key not in self.graphs:
-            self.graphs[key] = self._capture(vision_states, input_ids)
-        states = self.graphs[key](vision_states, input_ids)
-        return head_loss(self.model, states, labels, num_items_in_batch)
+            self.graphs[key] = self._capture(*inputs)
+        return head_loss(self.model, self.graphs[key](*inputs), labels, places, num_items_in_batch)
 
-    def _capture(self, *inputs: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def _capture(self, *inputs: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         module = TextStates(self.model).train()
         with (
@@ -195,20 +241,17 @@ class CapturedLoss:
 
 def head_loss(
     model: QVisionForConditionalGeneration,
-    states: Float[Tensor, "R T D"],
+    states: Float[Tensor, "K D"],
     labels: Int[Tensor, "R T"],
+    places: Int[Tensor, " K"],
     num_items_in_batch: Tensor | int | None = None,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the labelled next words, by matrix products with aligned sizes.
+    """Cross-entropy of the labelled next words, by a matrix product with aligned sizes.
 
-    An odd vocabulary, or an odd number of words, keeps them from the fast kernels.
+    An odd vocabulary keeps it from the fast kernels.
     """
     weight, vocab_size = model.decoder.lm_head.weight, model.config.vocab_size
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()  # [R*T]
-    scored = (targets != IGNORED_LABEL) & (targets != model.config.pad_token_id)
-    places = scored.nonzero()[:, 0]  # [K]
-    missing = -len(places) % 64
-    targets = F.pad(targets[places], (0, missing), value=IGNORED_LABEL)
-    states = states.flatten(0, 1)[F.pad(places, (0, missing))]
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()[places]  # [K]
+    targets = targets.masked_fill(targets == model.config.pad_token_id, IGNORED_LABEL)
     logits = F.linear(states, F.pad(weight, (0, 0, 0, -vocab_size % 64)))[:, :vocab_size]
     return fixed_cross_entropy(logits.float(), targets, num_items_in_batch)

@@ -7,6 +7,7 @@ from itertools import islice
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -16,6 +17,8 @@ from qvision_lab.data.coco import CaptionDataset, CaptionedImage
 from qvision_lab.model.captioner import IGNORED_LABEL
 from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.training.features import CachedFeatures
+
+PACKED_LENGTHS = 8  # packed captions fill rows whose length is a multiple of it
 
 
 @dataclass
@@ -70,19 +73,29 @@ class CaptionCollator:
     """Stacks images and, in the same order, their captions, padded on the right.
 
     Args:
-        multiple: lengths are padded to multiples of it, which limits their number.
+        packed: also say where the words are, so that a step can leave the pads out. The sizes of
+            such batches are rounded up, since each of them is captured as a CUDA graph of its own.
     """
 
     pad_token_id: int
-    multiple: int = 1
+    packed: bool = False
 
     def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
         rows = [caption for sample in samples for caption in sample["captions"]]
         input_ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)  # [R,T]
-        missing = -input_ids.shape[1] % self.multiple
-        input_ids = nn.functional.pad(input_ids, (0, missing), value=self.pad_token_id)
+        if self.packed:  # at least one pad at the end of each row
+            missing = PACKED_LENGTHS - input_ids.shape[1] % PACKED_LENGTHS
+            input_ids = nn.functional.pad(input_ids, (0, missing), value=self.pad_token_id)
         labels = input_ids.masked_fill(input_ids == self.pad_token_id, IGNORED_LABEL)
         labels[:, 0] = IGNORED_LABEL  # <START> is never a target, so it must not count as one
         names = samples[0].keys() - {"captions"}  # vision_states [B,P,C] or pixel_values [B,3,H,W]
-        images = {name: torch.stack([sample[name] for sample in samples]) for name in names}
-        return {**images, "input_ids": input_ids, "labels": labels}
+        batch = {name: torch.stack([sample[name] for sample in samples]) for name in names}
+        batch |= {"input_ids": input_ids, "labels": labels}
+        return batch | ({"places": self.places(input_ids)} if self.packed else {})
+
+    def places(self, input_ids: Int[Tensor, "R T"]) -> Int[Tensor, " K"]:
+        """Where words are in the flattened batch; at least one more, all of them the last pad."""
+        places = (input_ids != self.pad_token_id).flatten().nonzero()[:, 0]
+        cells = input_ids.numel()
+        multiple = 64 * max(1, cells // 2048)
+        return nn.functional.pad(places, (0, multiple - len(places) % multiple), value=cells - 1)

@@ -22,12 +22,12 @@ from qvision_lab.data.coco import CaptionDataset, CaptionedImage, open_dataset
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.loading.checkpoint import Checkpoint, load_checkpoint
-from qvision_lab.training import freezing, gpu
+from qvision_lab.training import freezing
 from qvision_lab.training.features import FeatureCache
 from qvision_lab.training.memory import estimate_memory
 from qvision_lab.training.recipe import Data, DataSource, Phase, Recipe, Training
 from qvision_lab.training.results import describe, record_run, save_result
-from qvision_lab.training.samples import CaptionCollator, CaptionSamples
+from qvision_lab.training.samples import PACKED_LENGTHS, CaptionCollator, CaptionSamples
 from qvision_lab.training.tower import train_tower
 from qvision_lab.training.trainer import Validation, batch_share, train_stage
 
@@ -212,8 +212,7 @@ def train_phase(
         print(f"{counts.map('{:,}'.format)}\n{estimate}")
     epoch = ceil(len(train) // settings.batch_size / settings.accumulation)  # in steps
     positions = model.config.text_config.max_position_embeddings
-    few_lengths = settings.compile or model.device.type == "cuda"  # to compile or to capture
-    multiple = gpu.LENGTHS if few_lengths and positions % gpu.LENGTHS == 0 else 1
+    packed = model.device.type == "cuda" and settings.max_tokens + PACKED_LENGTHS <= positions
     return train_stage(
         model,
         settings.model_copy(
@@ -223,7 +222,7 @@ def train_phase(
         seed,
         steps=phase.steps or max(1, round(phase.epochs * epoch)),
         data=(train, validation),
-        collator=CaptionCollator(model.config.pad_token_id, multiple),
+        collator=CaptionCollator(model.config.pad_token_id, packed),
         measure=Validation(validation.images, processor, share),
         processor=processor,
     )

@@ -123,7 +123,8 @@ class StageTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ):
         """From cached features on one GPU by CUDA graphs; else as the model computes it."""
-        if self.captured is None or return_outputs or "vision_states" not in inputs:
+        packed = {"vision_states", "places"} <= inputs.keys()
+        if self.captured is None or return_outputs or not packed:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.accelerator.autocast():
             return self.captured(**inputs, num_items_in_batch=num_items_in_batch)

@@ -127,13 +127,12 @@ def test_captured_loss_is_the_models_with_its_gradients(tiny):
         freezing.apply(each, "published")
     captured = gpu.CapturedLoss(model)
     optimizers = [torch.optim.SGD(each.parameters(), lr=1e-2) for each in (model, plain)]
-    for turn, length in enumerate((11, 8, 11, 11)):
-        batch = [values.cuda() for values in caption_batch(tiny, seed=turn, length=length)]
+    for turn, longest in enumerate((11, 7, 11, 11)):
+        batch = {name: x.cuda() for name, x in caption_batch(tiny, turn, longest).items()}
         count = torch.tensor(30, device="cuda") if turn % 2 else None
-        names = ("vision_states", "input_ids", "labels")
         losses = (
-            captured(*batch, count),
-            plain(**dict(zip(names, batch, strict=True)), num_items_in_batch=count).loss,
+            captured(**batch, num_items_in_batch=count),
+            plain(**batch, num_items_in_batch=count).loss,
         )
         gradients = []
         for each, loss, optimizer in zip((model, plain), losses, optimizers, strict=True):
@@ -162,7 +161,7 @@ def test_compiled_steps_learn_what_plain_ones_do():
         model = copy.deepcopy(ql.load().model).cuda().train()
         freezing.apply(model, "published")
         torch.manual_seed(0)
-        batches = [random_batch("ours", model.config, 8, multiple=8) for _ in range(3)]
+        batches = [random_batch("ours", model.config, 8, packed=True) for _ in range(3)]
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         frozen = gpu.frozen_matrices(model)
         losses = []
