@@ -45,7 +45,7 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
 
     On a CPU each method is a process, and a step makes its batch; they take turns. On a GPU the
     batch is there; ours is captured in graphs, holds frozen matrices in bfloat16 where it computes
-    in bfloat16, and is compiled instead of captured in the last row.
+    in bfloat16, and is compiled too in the last row.
 
     `quick` takes a few steps of the captioner's sizes, instead of the published ones.
     """
@@ -77,8 +77,8 @@ def _on_gpu(config: QVisionConfig, device: torch.device, quick: bool) -> Iterato
         for images, precision in product(IMAGES, PRECISIONS):
             yield _time_steps(learner, images, precision, quick)
         if way == "ours":
-            learner.captured = None
             with gpu.compiled_blocks(learner.model):
+                learner.captured = gpu.CapturedLoss(learner.model)
                 yield _time_steps(learner, IMAGES[-1], "bfloat16", quick, compiled=True)
         del learner
         gc.collect()

@@ -126,7 +126,7 @@ class Training(Optimisation):
     best_by: Literal["cider", "loss"] = "cider"
     patience: Count | None = None  # evaluations without improvement before a phase ends
     capture: bool = True  # on one GPU, replay steps of cached features as CUDA graphs
-    compile: bool = False  # compile the trained blocks with inductor, instead of capturing
+    compile: bool = False  # compile the trained blocks with inductor (half a minute)
 
 
 class TowerData(Settings):

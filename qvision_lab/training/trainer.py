@@ -301,7 +301,7 @@ def train_stage(
             measure=measure,
             processor=processor,
             compiled=compiled,
-            captured=captured and not compiled,
+            captured=captured,
         )
         trainer.train(resume_from_checkpoint=last)
         state = trainer.state

@@ -157,27 +157,27 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(home, monkeypa
 def test_compiled_steps_learn_what_plain_ones_do():
     """Of the embedded checkpoint, which has no dropout, with frozen matrices in bfloat16."""
     found = []
-    for compiled in (False, True):
+    for compiled, captured in ((False, False), (True, False), (True, True)):
         model = copy.deepcopy(ql.load().model).cuda().train()
         freezing.apply(model, "published")
         torch.manual_seed(0)
         batches = [random_batch("ours", model.config, 8, packed=True) for _ in range(3)]
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        frozen = gpu.frozen_matrices(model)
-        losses = []
+        frozen, graphs, losses = gpu.frozen_matrices(model), gpu.CapturedLoss(model), []
         with gpu.holding(frozen, [weight.data.bfloat16() for weight in frozen]):
             context = gpu.compiled_blocks(model) if compiled else warnings.catch_warnings()
             with context:
                 for batch in batches:
                     batch = {name: values.cuda() for name, values in batch.items()}
                     with torch.autocast("cuda", torch.bfloat16):
-                        loss = model(**batch).loss
+                        loss = graphs(**batch) if captured else model(**batch).loss
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     losses.append(loss.item())
         found.append(losses)
     assert found[1] == pytest.approx(found[0], rel=0.01)
+    assert found[2] == pytest.approx(found[0], rel=0.01)
 
 
 def test_batched_matrices_are_orthogonalised_as_torch_does(new_model):

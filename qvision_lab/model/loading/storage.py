@@ -113,8 +113,10 @@ def locate(
 
 def download(repository: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     """Fetch files of one commit from the Hub, or find them in the cache."""
+    offline = constants.HF_HUB_OFFLINE  # huggingface_hub 1.x asks for a commit's files even then
+    how = {"revision": revision, "allow_patterns": [*patterns], "local_files_only": offline}
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repository, **how))
     except RevisionNotFoundError as error:
         raise CheckpointError(
             f"{repository} has no revision {revision!r}; give one of its branches, tags or commits."
