@@ -11,5 +11,6 @@ What happens in `captioner.caption("x.jpg")`, which lives in `qvision_lab.captio
 6. `processor.py`: the chosen ids become text (`decode`).
 
 `config.py` has all sizes; `attention.py` serves stages 4 and 5. Beyond this path are `variants.py`
-(replacements of stages for ablations), `parameters.py` (sizes of the parts) and `loading/`.
+(replacements of stages for ablations), `towers.py` (vision towers besides CLIP's), `parameters.py`
+(sizes of the parts) and `loading/`.
 """

@@ -1,6 +1,8 @@
 """The whole model: joins the stages, scores captions and generates them."""
 
 from dataclasses import dataclass
+from math import prod
+from os import PathLike
 
 import torch
 from jaxtyping import Float, Int
@@ -8,7 +10,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
     Cache,
-    CLIPVisionModel,
     GenerationConfig,
     GenerationMixin,
     GPTNeoModel,
@@ -22,6 +23,7 @@ from qvision_lab.model.attention import MultiHeadAttention
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.decoder import Bridge, Decoder
 from qvision_lab.model.qformer import QFormer, QFormerOutput
+from qvision_lab.model.towers import build_tower
 from qvision_lab.model.variants import build_variant
 from qvision_lab.model.vision import VisionEncoder
 
@@ -97,8 +99,8 @@ class QVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: QVisionConfig):
         super().__init__(config)
         config.text_config._attn_implementation = "eager"  # GPT-Neo has no fused attention
-        tower = CLIPVisionModel._from_config(config.vision_config)
-        self.vision = VisionEncoder(tower, config.hidden_size)
+        tower = build_tower(config.vision_config)
+        self.vision = VisionEncoder(tower, prod(config.patch_grid), config.hidden_size)
         self.qformer, self.decoder = build_variant(config) or (
             QFormer(config),
             Decoder(GPTNeoModel._from_config(config.text_config), Bridge(config), config),
@@ -117,6 +119,10 @@ class QVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             initialization.normal_(module.query_tokens, std=0.02)
         elif isinstance(module, Bridge):
             initialization.ones_(module.scale)
+
+    def save_pretrained(self, save_directory: str | PathLike, **settings) -> None:
+        """As transformers', with the names that the weights have here, also those of towers."""
+        super().save_pretrained(save_directory, **{"save_original_format": False} | settings)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.language_model.wte

@@ -4,7 +4,10 @@ from math import prod
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, CLIPVisionConfig, GPTNeoConfig, PreTrainedConfig
+from transformers import AutoConfig, GPTNeoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from qvision_lab.model.towers import check_tower, tower_config
 
 # GPT-Neo 350M; its vocabulary is GPT-2's 50,257 entries with <START> and <END> added.
 PUBLISHED_TEXT_CONFIG = {"vocab_size": 50259, "hidden_size": 1024, "num_layers": 24}
@@ -15,7 +18,8 @@ class QVisionConfig(PreTrainedConfig):
     """Sizes of a QVision captioner; the defaults are the published model.
 
     Args:
-        vision_config: CLIP's vision tower; its patch grid gives P image tokens.
+        vision_config: the vision tower, CLIP's by default, else one of `towers.TOWERS` by its
+            `model_type`; its patch grid gives P image tokens.
         text_config: GPT-Neo; its hidden size D is also the width of the Q-Former.
         num_query_tokens: Q, the learned queries, not counting the global token.
         num_qformer_blocks: Q-Former blocks, each of self-attention, FFN, cross-attention, FFN.
@@ -30,7 +34,10 @@ class QVisionConfig(PreTrainedConfig):
     """
 
     model_type = "qvision"
-    sub_configs_defaults = {"vision_config": CLIPVisionConfig, "text_config": GPTNeoConfig}
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(model_type="clip_vision_model", config_class=AutoConfig),
+        "text_config": GPTNeoConfig,
+    }
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -52,10 +59,13 @@ class QVisionConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict):
             ends = {"bos_token_id": self.start_token_id, "eos_token_id": self.end_token_id}
             self.text_config = {**self.text_config, **ends}
-        super().__post_init__(**kwargs)  # builds the sub-configurations; CLIP's is ViT-B/32
+        if self.vision_config is None or isinstance(self.vision_config, dict):
+            self.vision_config = tower_config(**(self.vision_config or {}))
+        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Reject sizes that do not fit together (called by transformers' `@strict`)."""
+        check_tower(self.vision_config)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} does not divide the width "

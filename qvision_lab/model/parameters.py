@@ -37,7 +37,7 @@ def parameter_table(config: QVisionConfig) -> list[PartSize]:
     qformer, bridge = map(count_parameters, (model.qformer, model.decoder.bridge))
     upper = nn.ModuleList([*text.h[int(0.4 * len(text.h)) :], text.ln_f, text.wte])
     table = [
-        PartSize("image encoder", "CLIP vision tower", count_parameters(vision.tower), 0),
+        PartSize("image encoder", "vision tower", count_parameters(vision.tower), 0),
         PartSize("image encoder", "image projection", count_parameters(vision.projection), 0),
         PartSize("GPT-Neo", "GPT-Neo", count_parameters(text), count_parameters(upper)),
         PartSize("Q-Former and bridge", "Q-Former", qformer, qformer),

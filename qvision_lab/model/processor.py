@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from qvision_lab.model.config import QVisionConfig
+from qvision_lab.model.towers import pixel_statistics
 
 IMAGE_PRESETS = ("training", "model_card", "clip")
 
@@ -31,9 +32,9 @@ IMAGE_PRESETS = ("training", "model_card", "clip")
 def image_preset(name: str, side: int) -> dict:
     """Arguments of CLIP's image processor for images of `side` x `side` pixels.
 
-    `training` stretches (bilinear, antialiased) and normalises with CLIP's mean and deviation, as
-    in the training of the published model. `model_card` does the same without normalising, as its
-    card's example does by mistake. `clip` resizes the short side (bicubic) and crops the centre.
+    `training` stretches (bilinear, antialiased) and normalises with the tower's mean and deviation,
+    as in the training of the published model. `model_card` does the same without normalising, as
+    its example does by mistake. `clip` resizes the short side (bicubic) and crops the centre.
     """
     square = {"height": side, "width": side}
     stretch = {"size": square, "resample": Resampling.BILINEAR, "do_center_crop": False}
@@ -70,8 +71,10 @@ class QVisionProcessor(ProcessorMixin):
     ) -> QVisionProcessor:
         """The preprocessing that a model of this configuration was trained with."""
         vision = config.vision_config
-        settings = image_preset("training", vision.image_size)
-        processor = cls(CLIPImageProcessorPil(**settings, patch_size=vision.patch_size), tokenizer)
+        mean, deviation = pixel_statistics(vision)
+        settings = image_preset("training", vision.image_size) | {"patch_size": vision.patch_size}
+        images = CLIPImageProcessorPil(**settings, image_mean=mean, image_std=deviation)
+        processor = cls(images, tokenizer)
         processor.check_fits(config)
         return processor
 

@@ -11,7 +11,7 @@ import pandas as pd
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 
 PARTS = {  # of the model, in the counts
-    "CLIP vision tower": "vision.tower",
+    "vision tower": "vision.tower",
     "image projection": "vision.projection",
     "Q-Former": "qformer",
     "bridge": "decoder.bridge",
@@ -94,7 +94,9 @@ def apply(
     model.requires_grad_(False)
     for module in trained:
         module.requires_grad_(True)
-    model.vision.tower.post_layernorm.requires_grad_(False)  # after the states that are read
+    if model.config.vision_config.model_type == "clip_vision_model":
+        model.vision.tower.post_layernorm.requires_grad_(False)  # after the states that are read
+    model.train(model.training)  # a frozen tower stays in evaluation mode
     table = pd.DataFrame(0, PARTS, ["total", "trained"])
     for part, name in PARTS.items():
         for weight in model.get_submodule(name).parameters():

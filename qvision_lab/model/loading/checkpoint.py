@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
+from torch.nn import BatchNorm2d
 from transformers import GenerationConfig
 
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
@@ -223,7 +224,13 @@ def _match(
 ) -> dict[str, storage.StoredTensor]:
     """The stored tensor of each parameter; missing, misshapen and unknown ones are refused."""
     matched = {}
-    for name, parameter in model.named_parameters():  # without the tied output layer
+    statistics = {
+        f"vision.tower.{name}": values
+        for name, values in model.vision.tower.named_buffers()
+        if name.endswith(("running_mean", "running_var"))
+    }
+    # Of parameters without the tied output layer.
+    for name, parameter in (dict(model.named_parameters()) | statistics).items():
         key = published.stored_name(name) if layout == "published" else name
         if (tensor := stored.pop(key, None)) is None:
             raise CheckpointError(
@@ -249,8 +256,11 @@ def _assign(model: QVisionForConditionalGeneration, weights: dict[str, Tensor]) 
     model.load_state_dict(weights, strict=False, assign=True)  # all but the tied head
     model.tie_weights()
     model.config.dtype, device = model.dtype, model.device
-    embeddings = model.vision.tower.embeddings
-    embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
+    for module in model.vision.tower.modules():
+        if hasattr(module, "position_ids"):
+            module.position_ids = torch.arange(module.num_positions, device=device)[None]
+        elif isinstance(module, BatchNorm2d):
+            module.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=device)
     # GPT-Neo has a mask of 4 MB in every layer, but only two different ones: they are shared.
     text = model.config.text_config
     square = (1, 1, text.max_position_embeddings, text.max_position_embeddings)

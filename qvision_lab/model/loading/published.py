@@ -19,7 +19,7 @@ THIRD_COPY = "gpt_decoder.safetensors"  # of GPT-Neo; only `convert` reads it
 # Stored, but not needed: a copy of all of CLIP, an unused layer, the tied copy of the token
 # embedding, and buffers of older versions of transformers.
 KNOWN_LEFTOVERS = re.compile(
-    r"(clip|query_proj)\..+|.+\.position_ids|.+\.attn\.attention\.(bias|masked_bias)"
+    r"(clip|query_proj)\..+|.+\.(position_ids|num_batches_tracked)|.+\.attn\.attention\.(bias|masked_bias)"
     r"|gpt_decoder\.lm_head\.weight"
 )
 

@@ -1,0 +1,78 @@
+"""Vision towers that can stand in the place of CLIP's: transformers' own, and some of timm."""
+
+from collections.abc import Iterable
+
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+from transformers.utils import is_timm_available
+
+# By `model_type`: mean and deviation of the pixels that towers of a kind are trained on.
+TOWERS = {
+    "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "vit": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+    "dinov2": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+    "timm_wrapper": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),  # but for some of these:
+}
+TIMM_TOWERS = {
+    "tf_efficientnet_lite0": ([127 / 255] * 3, [128 / 255] * 3),
+    "resnet18": TOWERS["timm_wrapper"],
+    "resnet50": TOWERS["timm_wrapper"],
+    "vit_small_patch16_224": TOWERS["vit"],
+}
+TIMM_ARGUMENTS = ("img_size", "drop_rate", "drop_path_rate")  # others can name files to read
+
+
+def tower_config(model_type: str = "clip_vision_model", **settings) -> PreTrainedConfig:
+    """Configuration of a tower without a pooling head, whose output nothing reads.
+
+    Of timm's towers (`timm_wrapper`) `hidden_size`, `image_size` and `patch_size` must be given.
+    """
+    _check_known("model_type", model_type, TOWERS)
+    headless = {"siglip_vision_model": {"vision_use_head": False}}
+    headless |= {"timm_wrapper": {"do_pooling": False}}
+    return AutoConfig.for_model(model_type, **settings | headless.get(model_type, {}))
+
+
+def check_tower(config: PreTrainedConfig) -> None:
+    """Raise ValueError where a tower is unknown, could read files or lacks its sizes."""
+    _check_known("model_type", config.model_type, TOWERS)
+    if config.model_type == "timm_wrapper":
+        _check_known("architecture", config.architecture, TIMM_TOWERS)
+        for name in config.model_args or {}:
+            _check_known("model_args", name, TIMM_ARGUMENTS)
+    for name in ("hidden_size", "image_size", "patch_size"):
+        size = getattr(config, name, None)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"vision_config.{name}={size}: give one positive whole number.")
+
+
+def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
+    """A tower with random weights.
+
+    Raises:
+        ImportError: if it is timm's, and timm is not installed.
+    """
+    if config.model_type == "timm_wrapper" and not is_timm_available():
+        raise ImportError(
+            f"the tower {config.architecture} needs timm: pip install 'qvision-lab[photos]'."
+        )
+    settings = {"add_pooling_layer": False} if config.model_type == "vit" else {}
+    return AutoModel.from_config(config, **settings)
+
+
+def pixel_statistics(config: PreTrainedConfig) -> tuple[list[float], list[float]]:
+    """Mean and deviation of the channels, 0 to 1, that a tower's pixels are normalised by."""
+    return TIMM_TOWERS.get(getattr(config, "architecture", None)) or TOWERS[config.model_type]
+
+
+def _check_known(name: str, value: object, known: Iterable[str]) -> None:
+    if value not in [*known]:
+        raise ValueError(f"vision_config.{name}: {value!r} is not one of {', '.join(known)}.")
