@@ -5,6 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "architecture": ["plot_architecture"],
         "images": ["caption_sheet", "map_sheet", "plot_patch_map", "query_sheet"],
         "charts": [
             "plot_curves",
