@@ -18,10 +18,10 @@ from qvision_lab.ablation import averages, differences, summarise
 from qvision_lab.captioning import load
 from qvision_lab.data.atomic import atomic
 from qvision_lab.data.coco import open_dataset
-from qvision_lab.interpretation.faithfulness import removal_curves
+from qvision_lab.interpretation.faithfulness import object_words, removal_curves
 from qvision_lab.interpretation.maps import METHODS, PatchMap, query_maps, word_maps
 from qvision_lab.interpretation.queries import profile_queries
-from qvision_lab.interpretation.trace import Trace, Word, trace_all
+from qvision_lab.interpretation.trace import trace_all
 from qvision_lab.scenes.checker import RATES, Rate
 from qvision_lab.scenes.dataset import SceneJudge
 from qvision_lab.scenes.layout import COLORS
@@ -40,10 +40,7 @@ def run_demo(
 ) -> dict[str, Rate]:
     """Caption n scenes of the split `test`, draw a contact sheet, print and return the rates.
 
-    Args:
-        output: file of the contact sheet, in any format that matplotlib writes.
-        folder: where the images are written and stay; by default they are deleted.
-        model: folder or Hub id; by default the embedded checkpoint.
+    The images are written to `folder` and stay; without one they are deleted.
     """
     if n < 1:
         raise ValueError(f"n={n} scenes cannot be shown; choose at least 1.")
@@ -76,18 +73,16 @@ def draw_inside(
 ) -> None:
     """Draw attention maps, query profiles and removal curves: `{words,queries,deletion}.png`.
 
-    Args:
-        n: scenes of the split `test` over which profiles and curves are averaged; at least 3.
-        model: folder or Hub id; by default the embedded checkpoint.
+    Profiles and curves are averages over the first `n` (at least 3) scenes of the split `test`.
     """
     if n <= EXAMPLE:
         raise ValueError(f"n={n} scenes are too few; choose at least {EXAMPLE + 1}.")
     folder, captioner = Path(folder), load(model)
     images = [scene.image for scene in scenes.generate(n, split="test", seed=seed)]
     traces = list(trace_all(captioner, images))
+    named = [[word for word, _ in object_words(t, SceneJudge.vocabulary)] for t in traces]
     trace = traces[EXAMPLE]
-    objects = _objects(trace)
-    words = [word for word in trace.words if word.text in COLORS or word in objects]
+    words = [word for word in trace.words if word.text in COLORS or word in named[EXAMPLE]]
     rows = {name: [_as_shares(m) for m in word_maps(trace, name, words)] for name in METHODS}
     write_figure(plots.map_sheet(trace.image, rows), folder / "words.png")
 
@@ -99,8 +94,8 @@ def draw_inside(
     orders = METHODS | {"chance": lambda trace, words: rng.random((len(words), patches))}
     runs = [
         removal_curves(trace, words, np.stack([order(trace, words) for order in orders.values()]))
-        for trace in traces
-        if (words := _objects(trace))
+        for trace, words in zip(traces, named, strict=True)
+        if words
     ]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
     for ax, kind in zip(axes, ("deletion", "insertion"), strict=True):
@@ -109,12 +104,6 @@ def draw_inside(
         ax.set_title(kind, loc="left")
     axes[0].invert_xaxis()
     write_figure(figure, folder / "deletion.png")
-
-
-def _objects(trace: Trace) -> list[Word]:
-    """Words that name an object, in the scene or not."""
-    ends = {mention.span[1] for mention in SceneJudge.vocabulary.mentions(trace.caption)}
-    return [word for word in trace.words if word.span[1] in ends]
 
 
 def write_figure(figure: Figure, output: Path, dpi: int = 80) -> None:

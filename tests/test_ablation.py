@@ -278,6 +278,7 @@ def test_more_dask_workers_change_no_number_and_are_sooner_done(tmp_path):
         ({"x": {"model.bridge": "none"}}, "x: model.bridge='none'"),
         ({"x": {"training.phases.0.steps": 4}}, "x is trained on 32 captions and the base on 24"),
         ({"base": {"model.dropout": 0.1}}, "base is the same configuration as base"),
+        ({"x": {"features": None}}, "x: features is null"),
     ],
 )
 def test_variants_that_make_no_comparison_are_refused(changes, message):

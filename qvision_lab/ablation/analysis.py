@@ -28,9 +28,6 @@ def differences(
     Returns:
         One row a variant, with `n` pairs: `difference`, `low` and `high` of its interval, `p`, and
         `corrected`, Holm's p for all variants of the table together. NaN with less than two pairs.
-
-    Raises:
-        ValueError: there is no such metric, or no finished run of the base.
     """
     if metric not in table or BASE not in set(table.dropna(subset=metric)["variant"]):
         known = ", ".join(table.columns.drop(["variant", "seed", "failed"]))

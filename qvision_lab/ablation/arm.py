@@ -8,10 +8,11 @@ import os
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from math import nan
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from timeit import repeat
 
 import numpy as np
 import pandas as pd
@@ -81,10 +82,8 @@ def carry_out(run: Run, study: Path) -> None:
 def _measure(run: Run, folder: Path, features: Path) -> dict[str, float | str | None]:
     """Train, then score; a run that diverges has a reason in place of scores."""
     resumed = last_checkpoint(folder / "phase-1") is not None
-    changes = {"folder": str(features), "workers": 0}
-    recipe = run.recipe.model_copy(
-        update={"features": run.recipe.features.model_copy(update=changes)}
-    )
+    cache = run.recipe.features.model_copy(update={"folder": str(features), "workers": 0})
+    recipe = run.recipe.model_copy(update={"features": cache})
     try:
         captioner = load(train_captioner(recipe, folder))
         freezing.apply(captioner.model, recipe.training.phases[-1].policy)
@@ -116,7 +115,7 @@ def _pointing(captioner: Captioner, dataset: CaptionDataset) -> float:
     pairs = zip(examples_of(dataset), dataset, strict=True)
     examples = [replace(example, caption=image.references[0]) for example, image in pairs]
     scores = score_maps(captioner, examples, {"attention": composition})  # one pass is enough
-    by_size = scores[(scores["method"] == "attention") & (scores["measure"] == "pointing")]
+    by_size = scores.query("method == 'attention' and measure == 'pointing'")
     return float(np.average(by_size["value"], weights=by_size["words"]))
 
 
@@ -128,9 +127,5 @@ def _latency(captioner: Captioner, dataset: CaptionDataset) -> float:
     states = model.vision.encode(pixels)  # [1,P,C]
     settings = generation_preset("greedy", model.config)
     settings.update(max_new_tokens=TOKENS, min_length=TOKENS + 1)  # and <START>
-    seconds = []
-    for _ in range(ROUNDS):
-        start = perf_counter()
-        model.generate(vision_states=states, generation_config=settings)
-        seconds.append(perf_counter() - start)
-    return median(seconds)
+    caption = partial(model.generate, vision_states=states, generation_config=settings)
+    return median(repeat(caption, number=1, repeat=ROUNDS))

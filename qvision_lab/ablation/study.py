@@ -66,34 +66,29 @@ class Study(Settings):
 
     @classmethod
     def read(cls, source: str | os.PathLike) -> Study:
-        """Read a YAML file, or one of the package's own by its name.
-
-        Raises:
-            ValueError: there is no such study, or a setting that is unknown or not allowed.
-        """
-        path = find_settings(str(source), STUDIES, "study")
-        return cls.parse(read_yaml(path), str(source))
+        """Read a YAML file, or one of the package's own by its name; ValueError as `parse`."""
+        return cls.parse(read_yaml(find_settings(str(source), STUDIES, "study")), str(source))
 
     @cached_property
     def runs(self) -> list[Run]:
-        """All runs, the base's first.
-
-        Raises:
-            ValueError: a variant changes a setting that does not exist, changes nothing, duplicates
-                another, does not fit together, or is trained on more captions than the base.
-        """
+        """All runs, the base's first; ValueError for variants that cannot be compared."""
         values = override(read_yaml(find_settings(self.recipe, RECIPES, "recipe")), self.base)
         base = Recipe.parse(values, BASE)
         tower = load(base.checkpoint, base.revision, device="cpu").model
         drawn = fingerprint(open_dataset("scenes:test", n=20))  # they stand for all
         origin = fingerprint_weights(tower.vision.tower) + drawn
+        sizes = self.scored, self.pointed, self.threads, origin
         arms: dict[str, Recipe] = {}
-        first_seed: dict[str, int] = {}
+        runs: list[Run] = []
         for name, changes in [(BASE, {}), *self.variants.items()]:
             is_control = changes.get("control", False)
             if is_control and len(changes) > 1:
                 raise ValueError(f"{name} is a control, so it changes nothing; not {changes}.")
             recipe = base if is_control else Recipe.parse(override(values, changes), name)
+            if recipe.features is None:
+                raise ValueError(
+                    f"{name}: features is null, but a study caches them: leave it out."
+                )
             duplicate = next((other for other in arms if arms[other] == recipe), None)
             if name in arms or (duplicate and not is_control):
                 raise ValueError(
@@ -110,14 +105,12 @@ class Study(Settings):
                 changed_config(tower.config, recipe.model.model_dump(exclude_none=True))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            first_seed[name] = CONTROL_SEEDS * len(arms) if is_control else 0
+            first = CONTROL_SEEDS * len(arms) if is_control else 0
             arms[name] = recipe
-        sizes = self.scored, self.pointed, self.threads, origin
-        return [
-            Run(name, seed, recipe.model_copy(update={"seed": first_seed[name] + seed}), *sizes)
-            for name, recipe in arms.items()
-            for seed in self.seeds
-        ]
+            for seed in self.seeds:
+                seeded = recipe.model_copy(update={"seed": first + seed})
+                runs.append(Run(name, seed, seeded, *sizes))
+        return runs
 
     def run(
         self,
@@ -125,12 +118,10 @@ class Study(Settings):
         executor: Executor | None = None,
         processes: int | None = None,
     ) -> pd.DataFrame:
-        """Do the runs that are missing and return the `table`; stopped, the next call resumes.
-
-        The table is kept as `table.csv` in the folder, with `curves.csv` next to it.
+        """Do the runs that are missing, write `table.csv` and `curves.csv`, and return the `table`.
 
         Args:
-            folder: of the results, by default `runs/NAME`. Variants and seeds can be added later.
+            folder: of the results, by default `runs/NAME`; a later call resumes or extends them.
             executor: any of `concurrent.futures`, such as dask's `client.get_executor()`, whose
                 workers share `folder` and do one run at a time; by default `processes` that are
                 spawned, one per core, so a script needs its `if __name__ == "__main__":`.
@@ -145,20 +136,20 @@ class Study(Settings):
             record_run(folder, {"base": base}, {"scenes and tower": self.runs[0].origin})
             todo = [run for run in self.runs if not (run.folder(folder) / "row.json").exists()]
             processes = processes or os.cpu_count()
-            self._fill_cache(folder / "features", [run.recipe for run in todo], processes)
+            if todo:
+                _fill_cache(folder / "features", [run.recipe for run in todo], processes)
             self._carry_out(todo, folder, executor, processes)
-            table = self.table(folder)
+            table, curves = self.table(folder), self.curves(folder)
             write_atomic(folder / "table.csv", table.to_csv(index=False))
-            curves = self.curves(folder).to_csv(index=False, float_format="%.6g")
-            write_atomic(folder / "curves.csv", curves)
+            write_atomic(folder / "curves.csv", curves.to_csv(index=False, float_format="%.6g"))
         return table
 
     def _carry_out(
         self, todo: list[Run], folder: Path, executor: Executor | None, processes: int
     ) -> None:
-        done, total = len(self.runs) - len(todo), len(self.runs)
+        total = len(self.runs)
         # No smoothing: the remaining time comes from the mean of all runs so far.
-        bar = tqdm(total=total, initial=done, desc=self.name, unit="run", smoothing=0)
+        bar = tqdm(None, self.name, total, initial=total - len(todo), unit="run", smoothing=0)
         spawn, others = get_context("spawn"), set(active_children())
         pool = nullcontext(executor) if executor else ProcessPoolExecutor(processes, spawn)
         with bar, pool as workers:
@@ -170,17 +161,6 @@ class Study(Settings):
                     process.terminate()  # else the pool would wait for their runs
                 print(f"interrupted: {bar.n} of {total} runs are in {folder}; run again to resume")
                 raise
-
-    def _fill_cache(self, folder: Path, recipes: list[Recipe], workers: int) -> None:
-        """Encode the images of all runs once, before they start."""
-        if not recipes:
-            return
-        captioner = load(recipes[0].checkpoint, recipes[0].revision, device="cpu")
-        cache = FeatureCache(folder, captioner.model, recipes[0].features.dtype)
-        for data in dict.fromkeys(recipe.data for recipe in recipes):
-            for images in open_data(data).values():
-                several = workers if len(images) > 1000 else 0
-                cache.encode(images, captioner.model, captioner.processor, workers=several)
 
     def table(self, folder: str | os.PathLike) -> pd.DataFrame:
         """One row per finished run, in the order of `runs`: `variant`, `seed` and its measures.
@@ -204,6 +184,16 @@ class Study(Settings):
             if (log := run.folder(folder) / "phase-1" / "curve.csv").exists()
         )
         return logs.filter(regex="^(variant|seed|step|loss|eval_(?!runtime|.*_per_second).*)$")
+
+
+def _fill_cache(folder: Path, recipes: list[Recipe], workers: int) -> None:
+    """Encode the images of all runs once, before they start."""
+    captioner = load(recipes[0].checkpoint, recipes[0].revision, device="cpu")
+    cache = FeatureCache(folder, captioner.model, recipes[0].features.dtype)
+    for data in dict.fromkeys(recipe.data for recipe in recipes):
+        for images in open_data(data).values():
+            several = workers if len(images) > 1000 else 0
+            cache.encode(images, captioner.model, captioner.processor, workers=several)
 
 
 def _trained_captions(recipe: Recipe) -> int:

@@ -134,8 +134,6 @@ def interleave(
 
     Each is warmed up once, then run `rounds` times; `quick` takes at most two.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds={rounds}; a median needs at least 1.")
     for run in candidates.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}

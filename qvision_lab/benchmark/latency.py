@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 
 import torch
 from jaxtyping import Float, Int
@@ -39,11 +40,8 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
     bandwidth = read_bandwidth(model.device, quick)
     settings = {**GREEDY, "rounds": ROUNDS, "parameters": model.num_parameters()}
     settings |= {"device": model.device.type, "read_gigabytes_per_second": bandwidth / 1e9}
-    rows = (
-        row
-        for dtype in (torch.bfloat16, torch.float32)
-        for row in race(copy.deepcopy(model).to(dtype), bandwidth, quick)
-    )
+    copies = (copy.deepcopy(model).to(dtype) for dtype in (torch.bfloat16, torch.float32))
+    rows = chain.from_iterable(race(each, bandwidth, quick) for each in copies)
     return growing_table("latency", rows, quick=quick, settings=settings)
 
 
@@ -77,9 +75,8 @@ def race(
     default = FastDecoding(model)
     decodings = {("default", dtype, batch): default for batch in BATCHES[place]}
     with inductor.patch(force_disable_caches=True):  # so that compiling takes its full time
-        if device == "cpu" or dtype == "bf16":
-            for batch in COMPILED[place]:
-                decodings["compiled", dtype, batch] = FastDecoding(model, batch)
+        for batch in COMPILED[place] if device == "cpu" or dtype == "bf16" else ():
+            decodings["compiled", dtype, batch] = FastDecoding(model, batch)
         if device == "cpu" and dtype == "bf16":
             rounded = copy_sharing_weights(model)
             rounded.decoder = Int8Decoder(model.decoder)
@@ -100,9 +97,8 @@ def race(
             torch.cuda.reset_peak_memory_stats()
         same = methods[key]()[:CHECKED].cpu() == expected[:batch].cpu()
         per_image = [taken / batch for taken in samples]
-        spread = Spread.of(per_image)
+        spread, compiling = Spread.of(per_image), decoding.compile_seconds
         limit = TOKENS * _bytes_per_token(decoding.model.decoder) / bandwidth
-        compiling = decoding.compile_seconds
         uncompiled = seconds.get(("default", dtype, batch), samples)
         saved = Spread.of(uncompiled).median / batch - spread.median
         yield {

@@ -132,14 +132,12 @@ def load_the_cards_way(folder: Path) -> QVisionForConditionalGeneration:
     text = _text_tower(config.vision_config.hidden_size)
     ours = {published.stored_name(name): name for name, _ in model.named_parameters()}
     for file in FILES:
-        known, words = {}, {}
-        for name, weight in load_file(folder / file).items():
-            name = re.sub(r"^transformer", "gpt_decoder.transformer", name)
-            if name in ours:
-                known[ours[name]] = weight
-            words[name.removeprefix("clip.text_model.")] = weight
-        model.load_state_dict(known, strict=False)
-        text.load_state_dict(words, strict=False)
+        weights = load_file(folder / file)
+        names = [re.sub(r"^transformer", "gpt_decoder.transformer", name) for name in weights]
+        renamed = (ours.get(name, name.removeprefix("clip.text_model.")) for name in names)
+        known = dict(zip(renamed, weights.values(), strict=True))
+        for part in (model, text):
+            part.load_state_dict(known, strict=False)
     return model.eval()
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from qvision_lab import scenes
-from qvision_lab.benchmark.gpt4 import EndpointError, Gpt4Captioner
+from qvision_lab.benchmark.gpt4 import EndpointError, caption_by_gpt4
 from qvision_lab.benchmark.harness import Table, growing_table, interleave
 from qvision_lab.benchmark.latency import CHOICE, DTYPES, GREEDY, ROUNDS, TOKENS, timed_model
 from qvision_lab.captioning import Captioner
@@ -158,10 +158,10 @@ def _try_methods(
 
 
 def gpt4_row(image: Image.Image, quick: bool = False) -> dict:
-    """CLIP + GPT-4's row: seconds from request to answer, the network included."""
+    """CLIP + GPT-4's row: seconds from connecting to the answer, the network included."""
     row = {"name": "CLIP + GPT-4", "parameters": None, "trained": None}  # not public
     try:
-        request = partial(Gpt4Captioner().caption, image, TOKENS)
+        request = partial(caption_by_gpt4, image, TOKENS)
         return row | interleave({"seconds": request}, ROUNDS, quick)
     except (EndpointError, ImportError) as error:
         return row | {"not_measured": str(error)}

@@ -36,8 +36,7 @@ def _rows(captioner: Captioner, quick: bool) -> Iterator[dict]:
         table = evaluate_dataset(texts, tests, ("cider", "scenes")).table
         return {**table.loc["CIDEr", ["score", "low", "high"]], "true": table.loc["true", "score"]}
 
-    whole = {"pictures": None, "epochs": None, "seconds": None, "curve": {}}
-    yield whole | score(captioner)
+    yield {"pictures": None, "epochs": None, "seconds": None, "curve": {}} | score(captioner)
     for images, count in ({48: 1} if quick else EPOCHS).items():
         changes = {"data.train.n": images, "training.phases.0.epochs": count}
         with TemporaryDirectory() as folder:

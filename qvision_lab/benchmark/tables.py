@@ -47,7 +47,7 @@ def _fill_in(cell: str, values: Row) -> str:
         return ""
 
 
-def _expand_peers(rows: list[Row]) -> Iterator[Row]:
+def _peers(rows: list[Row]) -> Iterator[Row]:
     """A row for a peer as it is, and one for a peer compiled by its library where tried.
 
     Ratios are its seconds over QVision's, median over the rounds: below 1 the peer is faster.
@@ -57,20 +57,20 @@ def _expand_peers(rows: list[Row]) -> Iterator[Row]:
         if theirs or reason:
             time = f"{Spread.of(theirs):ms} ms" if theirs else f"{NOT_MEASURED} ({reason})"
             size = _size(row["parameters"], row["trained"])
-            more = {"dtype": row.get("dtype"), "size": size, "method": method, "time": time}
+            more = {"size": size, "method": method, "time": time}
             for name in ("qvision", "qvision_compiled"):
                 if theirs and (ours := row.get(f"{name}_seconds")):
                     more[f"ratio_to_{name}"] = Spread.ratio(theirs, ours).median
-            yield {"name": row["name"], **more}
+            yield row | more
 
 
-def _expand_loading(rows: list[Row]) -> Iterator[Row]:
+def _loading(rows: list[Row]) -> Iterator[Row]:
     for row in rows:
         speedup = Spread.ratio(rows[0]["seconds"], row["seconds"])
         yield row | {"first": row["loads"][0], "last": row["loads"][-1], "speedup": speedup}
 
 
-def _expand_training(rows: list[Row]) -> Iterator[Row]:
+def _training(rows: list[Row]) -> Iterator[Row]:
     """Rows with ratios of medians to the original's step, of one caption per image."""
     steps = {(r["way"], r["images"], r["precision"]): Spread.of(r["seconds"]).median for r in rows}
     for row in rows:
@@ -82,7 +82,7 @@ def _expand_training(rows: list[Row]) -> Iterator[Row]:
         yield row | more
 
 
-def _expand_recovery(rows: list[Row]) -> Iterator[Row]:
+def _recovery(rows: list[Row]) -> Iterator[Row]:
     whole, *tuned = rows
     yield whole | {"retrained_on": "(not)", "interval": _interval(whole), "share": 1.0}
     for row in sorted(tuned, key=lambda row: row["pictures"]):
@@ -90,12 +90,7 @@ def _expand_recovery(rows: list[Row]) -> Iterator[Row]:
         yield row | more | {"interval": _interval(row), "share": row["score"] / whole["score"]}
 
 
-EXPANSIONS: dict[str, Callable[[list[Row]], Iterator[Row]]] = {
-    "peers": _expand_peers,
-    "loading": _expand_loading,
-    "training": _expand_training,
-    "recovery": _expand_recovery,
-}
+EXPANSIONS = {"peers": _peers, "loading": _loading, "training": _training, "recovery": _recovery}
 
 
 def _claims(folder: Path) -> Iterator[Row]:
@@ -175,12 +170,7 @@ def _headlines(folder: Path) -> Iterator[Row]:
             yield {"result": headline["result"]} | row | {"command": command}
 
 
-TABLES: dict[str, Callable[[Path], Iterator[Row]]] = {
-    "claims": _claims,
-    "maps": _maps,
-    "scores": _scores,
-    "headlines": _headlines,
-}
+TABLES = {"claims": _claims, "maps": _maps, "scores": _scores, "headlines": _headlines}
 NAMES = (*COLUMNS, *TABLES)
 
 

@@ -177,17 +177,15 @@ def random_batch(
     mean, deviation = COCO_LENGTH
     lengths = torch.normal(mean, deviation, (images, CAPTIONS[way])).round().clamp(9, 40).int()
     above = config.vocab_size - 3  # special tokens are the first or the last three
-    words = [[torch.randint(3, above, (n,)) for n in few] for few in lengths.tolist()]
+    words = partial(torch.randint, 3, above)
     vision = config.vision_config
     if way == "ours":
         patches = math.prod(config.patch_grid)
         states = torch.randn(images, patches, vision.hidden_size).bfloat16()  # [B,P,C]
-        collate = CaptionCollator(config.pad_token_id, packed)
-        pairs = zip(states, words, strict=True)
-        return collate([{"vision_states": s, "captions": captions} for s, captions in pairs])
-    ids = torch.full((images, LENGTH), config.pad_token_id)
-    for row, (caption,) in zip(ids, words, strict=True):
-        row[: len(caption)] = caption[:LENGTH]
+        pairs = zip(states, lengths.tolist(), strict=True)
+        samples = [{"vision_states": s, "captions": [words((n,)) for n in few]} for s, few in pairs]
+        return CaptionCollator(config.pad_token_id, packed)(samples)
+    ids = words((images, LENGTH)).where(torch.arange(LENGTH) < lengths, config.pad_token_id)
     return {
         "pixel_values": torch.randn(images, 3, vision.image_size, vision.image_size),
         "input_ids": ids,

@@ -138,6 +138,16 @@ def check_randomised(
     return _summarise(records, ["method", "shuffled"])
 
 
+def object_words(trace: Trace, vocabulary: Vocabulary) -> list[tuple[Word, str]]:
+    """Words that name an object, in the image or not (the last of a phrase), and its category."""
+    return [
+        (word, mention.category)
+        for mention in vocabulary.mentions(trace.caption)
+        for word in trace.words
+        if word.span[0] < mention.span[1] <= word.span[1]
+    ]
+
+
 @torch.no_grad()
 def removal_curves(
     trace: Trace, words: Sequence[Word], values: Float[np.ndarray, "*M W P"]
@@ -164,11 +174,9 @@ def _locate(
     traces = trace_all(captioner, [e.image for e in examples], [e.caption for e in examples])
     for trace, example in zip(traces, examples, strict=True):
         targets = [
-            _target(trace, word, np.array(example.boxes[mention.category], float))
-            for mention in example.vocabulary.mentions(trace.caption)
-            if example.boxes.get(mention.category)
-            for word in trace.words
-            if word.span[0] < mention.span[1] <= word.span[1]
+            _target(trace, word, np.array(example.boxes[category], float))
+            for word, category in object_words(trace, example.vocabulary)
+            if example.boxes.get(category)
         ]
         if targets:
             yield trace, targets

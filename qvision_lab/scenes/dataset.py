@@ -42,10 +42,8 @@ class SceneDrawing:
 @cache
 def drawing_version() -> str:
     """Digest of the pixels of 32 scenes, which together have every category, place and sky."""
-    digest = sha256()
-    for scene in generate(32, split="crowd"):
-        digest.update(scene.image.tobytes())
-    return digest.hexdigest()[:8]
+    pixels = b"".join(scene.image.tobytes() for scene in generate(32, split="crowd"))
+    return sha256(pixels).hexdigest()[:8]
 
 
 @dataclass(frozen=True)

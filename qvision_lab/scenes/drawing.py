@@ -7,12 +7,10 @@ four sides of its tile, so that an object fills its box on every version of Pill
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import islice
 from multiprocessing import get_context
 
 import numpy as np
@@ -32,7 +30,7 @@ SHADE = Image.fromarray((70 * np.clip(0.8 * DOWN + 0.4 * RIGHT - 0.35, 0, 1)).as
 EDGE = np.hypot(2 * DOWN - 1, 2 * RIGHT - 1)
 FOOT = Image.fromarray((110 * np.clip(1 - EDGE, 0, 1) ** 0.7).astype(np.uint8))
 GRAIN = np.random.default_rng(0).normal(0, 4, (2 * PICTURE, 2 * PICTURE, 1)).astype(np.float32)
-CHUNK = 16  # scenes per task of a worker process
+AHEAD, CHUNK = 1024, 16  # scenes that workers draw before all are taken, and scenes per task
 FLOATING = ("airplane", "bird", "kite", "boat", "fish")  # these cast no shadow at their foot
 
 
@@ -55,8 +53,8 @@ def generate(
 ) -> Iterator[Scene]:
     """Scenes `start` to `start + n` of a split, in order, drawn lazily.
 
-    `workers` > 0 draws in that many spawned processes, a few chunks ahead; a script that does so
-    needs its `if __name__ == "__main__":`.
+    `workers` > 0 draws in that many spawned processes; a script that does so needs its
+    `if __name__ == "__main__":`.
     """
     if n < 0 or start < 0 or workers < 0:
         raise ValueError(f"n, start and workers count from 0, got {n}, {start} and {workers}")
@@ -65,13 +63,9 @@ def generate(
 
 
 def _spread(make: partial[Scene], indices: range, workers: int) -> Iterator[Scene]:
-    chunks = (indices[i : i + CHUNK] for i in range(0, len(indices), CHUNK))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        asked = (pool.map(make, chunk, chunksize=CHUNK) for chunk in chunks)
-        ahead = deque(islice(asked, 3 * workers))
-        while ahead:
-            yield from ahead.popleft()
-            ahead.extend(islice(asked, 1))
+        for i in range(0, len(indices), AHEAD):
+            yield from pool.map(make, indices[i : i + AHEAD], chunksize=CHUNK)
 
 
 def draw(truth: Layout) -> Scene:
