@@ -1,7 +1,11 @@
 """Shared fixtures; switches on the checks of shapes in the model's annotations."""
 
+import copy
 import json
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 if os.environ.get("QVISION_GPU_TESTS") != "1":  # `make test-gpu` sets it
@@ -21,26 +25,16 @@ STAGES = ("attention", "vision", "qformer", "decoder", "variants", "captioner")
 if os.environ.get("QVISION_GPU_TESTS") != "1":  # a compiler cannot read the checks
     install_import_hook([f"qvision_lab.model.{stage}" for stage in STAGES], "beartype.beartype")
 
-from qvision_lab.captioning import Captioner  # noqa: E402
-from qvision_lab.model.captioner import QVisionForConditionalGeneration  # noqa: E402
-from qvision_lab.model.config import QVisionConfig  # noqa: E402
-from qvision_lab.model.loading.checkpoint import load_checkpoint  # noqa: E402
+import qvision_lab as ql  # noqa: E402
+from qvision_lab.model.attention import MultiHeadAttention  # noqa: E402
+from qvision_lab.model.loading import checkpoint  # noqa: E402
 from qvision_lab.model.loading.published import SPECIAL_TOKENS  # noqa: E402
-from qvision_lab.model.processor import QVisionProcessor  # noqa: E402
 
 SHARED = Path(os.environ.get("QVISION_SHARED") or Path(__file__).parents[2] / "shared")
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run tests that take minutes or gigabytes")
-
-
-def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"):
-        return
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
 
 
 @pytest.fixture(scope="session")
@@ -55,17 +49,17 @@ def shared() -> Path:
 def reference(request, shared):
     """Model, tensors and facts of one small checkpoint of the original code; on CUDA if visible."""
     folder = shared / "reference" / request.param
-    model, facts = load_checkpoint(folder).model, (folder / "expected.json").read_text()
+    model, facts = checkpoint.load_checkpoint(folder).model, (folder / "expected.json").read_text()
     expected = load_file(folder / "expected.safetensors", device=str(model.device))
     return model, expected, json.loads(facts)
 
 
 @pytest.fixture(scope="session")
-def tiny() -> QVisionForConditionalGeneration:
+def tiny() -> ql.QVisionForConditionalGeneration:
     return tiny_model()
 
 
-def tiny_model() -> QVisionForConditionalGeneration:
+def tiny_model() -> ql.QVisionForConditionalGeneration:
     """A random model with every part: 4 patches, 4 queries, the 256 bytes as vocabulary."""
     torch.manual_seed(5)  # one where captions differ between images
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -73,15 +67,26 @@ def tiny_model() -> QVisionForConditionalGeneration:
     text = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64}
     text |= {"vocab_size": 259, "attention_types": [[["global", "local"], 1]], "window_size": 4}
     tokens = {"start_token_id": 257, "end_token_id": 258, "pad_token_id": 256}
-    config = QVisionConfig(vision_config=vision, text_config=text, num_query_tokens=4, **tokens)
-    return with_noise(QVisionForConditionalGeneration(config).eval())
+    config = ql.QVisionConfig(vision_config=vision, text_config=text, num_query_tokens=4, **tokens)
+    return with_noise(ql.QVisionForConditionalGeneration(config).eval())
 
 
 @torch.no_grad()
-def with_noise(model: QVisionForConditionalGeneration) -> QVisionForConditionalGeneration:
+def with_noise(model: ql.QVisionForConditionalGeneration) -> ql.QVisionForConditionalGeneration:
     """Add noise to all weights, biases too, so that images change words."""
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def undropped(model: ql.QVisionForConditionalGeneration) -> ql.QVisionForConditionalGeneration:
+    """A copy in training mode that draws nothing."""
+    model = copy.deepcopy(model).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, MultiHeadAttention):
+            module.dropout = 0.0
     return model
 
 
@@ -97,14 +102,21 @@ def tiny_tokenizer() -> GPT2Tokenizer:
     return GPT2Tokenizer(vocab=vocabulary, merges=[], unk_token=None, **SPECIAL_TOKENS)
 
 
-def tiny_captioner(model: QVisionForConditionalGeneration | None = None) -> Captioner:
+def tiny_captioner(model: ql.QVisionForConditionalGeneration | None = None) -> ql.Captioner:
     """A model with the vocabulary of `tiny`, by default one like it, and its processor."""
     model = model or tiny_model()
-    return Captioner(model, QVisionProcessor.from_config(model.config, tiny_tokenizer()))
+    return ql.Captioner(model, ql.QVisionProcessor.from_config(model.config, tiny_tokenizer()))
+
+
+def save_captioner(captioner: ql.Captioner, folder: Path) -> Path:
+    """A checkpoint in the native layout."""
+    origin = checkpoint.Provenance("a test", "native", None, {}, "float32")
+    parts = captioner.model, captioner.processor
+    return checkpoint.save_checkpoint(checkpoint.Checkpoint(*parts, origin), folder)
 
 
 @pytest.fixture
-def byte_captioner(tiny) -> Captioner:
+def byte_captioner(tiny) -> ql.Captioner:
     """`tiny` with its processor."""
     return tiny_captioner(tiny)
 
@@ -125,6 +137,39 @@ def captions() -> torch.Tensor:
 
 @pytest.fixture
 def noise() -> list[Image.Image]:
-    """Three images of random pixels, 60 wide and 40 high."""
+    return random_images(3)
+
+
+def random_images(n: int, width: int = 60, height: int = 40) -> list[Image.Image]:
     rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)) for _ in range(3)]
+    return [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for _ in range(n)]
+
+
+@contextmanager
+def interrupted(step: int, error: type[BaseException] = KeyboardInterrupt) -> Iterator[None]:
+    """Training stops with an error at a step, counted over all stages; which is expected."""
+    from qvision_lab.training.trainer import StageTrainer
+
+    training_step, taken = StageTrainer.training_step, []
+
+    def interruptible(trainer, *args, **kwargs):
+        taken.append(trainer)
+        if len(taken) > step:
+            raise error
+        return training_step(trainer, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageTrainer, "training_step", interruptible)
+        with pytest.raises(error):
+            yield
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """The kernel refuses to let a file grow past a size, as it does on a full disk."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)

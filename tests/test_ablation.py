@@ -2,22 +2,18 @@
 
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager, suppress
-from importlib import import_module
-from pathlib import Path
-from time import perf_counter
+from contextlib import suppress
 from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from conftest import file_limit, interrupted
 from distributed import Client, LocalCluster
 from pandas.testing import assert_frame_equal
 
@@ -26,19 +22,13 @@ from qvision_lab.ablation.analysis import holm
 from qvision_lab.ablation.study import STUDIES
 from qvision_lab.cli import main
 from qvision_lab.data.atomic import locked
-from qvision_lab.training.trainer import StageTrainer
 
 SIZES = {
     "model.num_query_tokens": 2,
     "model.num_qformer_blocks": 1,
     "model.num_attention_heads": 2,
-    "model.text_config": {
-        "hidden_size": 16,
-        "num_layers": 1,
-        "num_heads": 2,
-        "max_position_embeddings": 128,
-        "attention_types": [[["global"], 1]],
-    },
+    "model.text_config": {"hidden_size": 16, "num_layers": 1, "num_heads": 2}
+    | {"max_position_embeddings": 128, "attention_types": [[["global"], 1]]},
 }
 BUDGET = {
     "data.train.n": 6,
@@ -64,52 +54,27 @@ def changed(**fields) -> Study:
     return Study.parse(TINY.model_dump() | fields)
 
 
-class AtOnce(Executor):
-    """Runs come in the order in which they were submitted, one by one, in this process."""
+class InTurn(Executor):
+    """Runs come one by one, in this process; of each `n` in random order."""
 
-    def submit(self, call, /, *args) -> Future:
-        future = Future()
-        future.set_result(call(*args))
-        return future
-
-
-class Shuffled(Executor):
-    """Runs come in random order, once there are `n` of them."""
-
-    def __init__(self, n: int):
+    def __init__(self, n: int = 1):
         self.n, self.waiting = n, []
 
     def submit(self, call, /, *args) -> Future:
-        self.waiting.append((Future(), call, args))
+        future = Future()
+        self.waiting.append((future, call, args))
         if len(self.waiting) == self.n:
-            for future, call, args in random.Random(1).sample(self.waiting, self.n):
-                future.set_result(call(*args))
-        return self.waiting[-1][0]
+            for each, call, args in random.Random(1).sample(self.waiting, self.n):
+                each.set_result(call(*args))
+            self.waiting.clear()
+        return future
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder with all runs of `TINY`, and its table."""
     folder = tmp_path_factory.mktemp("finished")
-    return folder, TINY.run(folder, AtOnce(), processes=1)
-
-
-def run_until(step: int, folder: Path, monkeypatch) -> None:
-    """Carry out `TINY` until a step, counted over all runs, at which the process dies."""
-    training_step, done = StageTrainer.training_step, []
-
-    def dying(trainer, *args, **kwargs):
-        done.append(trainer)
-        if len(done) > step:
-            raise KeyboardInterrupt
-        return training_step(trainer, *args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(StageTrainer, "training_step", dying)
-        TINY.run(folder, AtOnce(), processes=1)
-
-
-# --- the runner ----------------------------------------------------------------------------------
+    return folder, TINY.run(folder, InTurn(), processes=1)
 
 
 def test_a_table_has_a_row_a_run_and_gaps_where_an_arm_has_no_maps(finished):
@@ -132,71 +97,26 @@ def test_a_table_has_a_row_a_run_and_gaps_where_an_arm_has_no_maps(finished):
 def test_another_order_gives_the_same_table_and_a_study_can_be_extended(finished, tmp_path):
     _, table = finished
     part = changed(variants={"prefix": {"model.bridge": "prefix"}}, seeds=[1])
-    part.run(tmp_path, Shuffled(2), processes=1)
+    part.run(tmp_path, InTurn(2), processes=1)
     rows = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/row.json")}
-    again = TINY.run(tmp_path, Shuffled(4), processes=1)
+    again = TINY.run(tmp_path, InTurn(4), processes=1)
     assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES))
     assert {path: path.stat().st_mtime_ns for path in rows} == rows
     assert len(list(tmp_path.glob("runs/*/row.json"))) == 6
 
 
-def test_five_interruptions_change_nothing(finished, tmp_path, monkeypatch):
+def test_five_interruptions_change_nothing(finished, tmp_path):
     _, table = finished
     rows = {}
-    for step in random.Random(2).choices(range(1, 5), k=5):
-        with pytest.raises(KeyboardInterrupt):
-            run_until(step, tmp_path, monkeypatch)
+    for i, step in enumerate(random.Random(2).choices(range(1, 5), k=5)):
+        with interrupted(step, OSError if i % 2 else KeyboardInterrupt):  # a full disk, too
+            TINY.run(tmp_path, InTurn(), processes=1)
         assert all(path.stat().st_mtime_ns == when for path, when in rows.items())
         rows = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/row.json")}
-    again = TINY.run(tmp_path, AtOnce(), processes=1)
+    again = TINY.run(tmp_path, InTurn(), processes=1)
     assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES))
     assert all(path.stat().st_mtime_ns == when for path, when in rows.items())
     assert again["seconds"].isna().any()  # of a run that was interrupted
-
-
-def test_a_diverged_run_is_kept_as_failed_and_the_study_goes_on(tmp_path):
-    wild = {"training.learning_rate": 1e30, "training.matrix_learning_rate": 1e30}
-    study = changed(variants={"wild": wild}, seeds=[0])
-    table = study.run(tmp_path, AtOnce(), processes=1).set_index("variant")
-    assert "diverged" in table.loc["wild", "failed"]
-    assert np.isnan(table.loc["wild", "CIDEr"])
-    assert table.loc["base", "CIDEr"] >= 0
-    sentences = summarise(table.reset_index())
-    assert "wild: nothing can be said with 0 pairs of runs." in sentences
-    assert sentences[-1].startswith("wild: 1 runs failed (diverged")
-
-
-def test_arms_without_a_qformer_have_maps_where_they_read_patches(tmp_path):
-    study = changed(
-        variants={
-            "image tokens": {"model.bridge_reads": "image_tokens"},
-            "mean": {"model.bridge_reads": "mean_image_token"},
-        },
-        seeds=[0],
-    )
-    table = study.run(tmp_path, AtOnce(), processes=1).set_index("variant")
-    assert 0 <= table.loc["image tokens", "pointing"] <= 1
-    assert np.isnan(table.loc["mean", "pointing"])
-
-
-def test_the_command_runs_a_study_in_spawned_processes(finished, tmp_path, capsys):
-    _, table = finished
-    path = tmp_path / "study.yaml"
-    study = changed(variants={"prefix": {"model.bridge": "prefix"}}, seeds=[0])
-    path.write_text(yaml.safe_dump(study.model_dump(mode="json")))
-    arguments = ["ablate", str(path), "--output", str(tmp_path / "out"), "--processes", "1"]
-    assert main(arguments) == 0
-    sentence = "prefix: nothing can be said with 1 pairs of runs."
-    assert sentence in capsys.readouterr().out
-    drawn = tmp_path / "figures"
-    assert main(["findings", str(tmp_path / "out"), "--figures", str(drawn)]) == 0
-    assert sentence in capsys.readouterr().out
-    assert len(list(drawn.glob("study_*.png"))) == 3
-    spawned = pd.read_csv(tmp_path / "out/table.csv")
-    here = table[(table["seed"] == 0) & (table["variant"] != "chance")].reset_index(drop=True)
-    assert_frame_equal(
-        spawned.drop(columns=["failed", *TIMES]), here.drop(columns=["failed", *TIMES])
-    )
 
 
 @pytest.mark.slow
@@ -210,18 +130,44 @@ def test_five_kills_change_nothing(finished, tmp_path):
             with suppress(subprocess.TimeoutExpired):
                 study.wait(timeout=seconds)
             study.kill()  # its worker goes on with a run for a while
-    again = TINY.run(tmp_path, AtOnce(), processes=1)
+    again = TINY.run(tmp_path, InTurn(), processes=1)
     assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES))
 
 
-@contextmanager
-def dask_workers(n: int) -> Iterator[Executor]:
-    """A real scheduler and workers, which have imported what they need."""
-    with patch.dict(os.environ):  # dask leaves OMP_NUM_THREADS=1 there for all that come later
-        cluster = LocalCluster(n_workers=n, threads_per_worker=1, dashboard_address=None)
-        with cluster, Client(cluster) as client:
-            client.run(import_module, "qvision_lab.ablation.arm")
-            yield client.get_executor()
+def test_a_diverged_run_is_kept_as_failed_and_the_study_goes_on(tmp_path):
+    wild = {"training.learning_rate": 1e30, "training.matrix_learning_rate": 1e30}
+    study = changed(variants={"wild": wild}, seeds=[0])
+    table = study.run(tmp_path, InTurn(), processes=1).set_index("variant")
+    assert "diverged" in table.loc["wild", "failed"]
+    assert np.isnan(table.loc["wild", "CIDEr"])
+    assert table.loc["base", "CIDEr"] >= 0
+    sentences = summarise(table.reset_index())
+    assert "wild: nothing can be said with 0 pairs of runs." in sentences
+    assert sentences[-1].startswith("wild: 1 runs failed (diverged")
+
+
+def test_arms_without_a_qformer_have_maps_where_they_read_patches(tmp_path):
+    reads = ("image_tokens", "mean_image_token")
+    study = changed(variants={name: {"model.bridge_reads": name} for name in reads}, seeds=[0])
+    table = study.run(tmp_path, InTurn(), processes=1).set_index("variant")
+    assert 0 <= table.loc["image_tokens", "pointing"] <= 1
+    assert np.isnan(table.loc["mean_image_token", "pointing"])
+
+
+def test_the_command_runs_a_study_in_spawned_processes(finished, tmp_path, capsys):
+    _, table = finished
+    path, drawn, output = tmp_path / "study.yaml", tmp_path / "figures", str(tmp_path / "out")
+    study = changed(variants={"prefix": {"model.bridge": "prefix"}}, seeds=[0])
+    path.write_text(yaml.safe_dump(study.model_dump(mode="json")))
+    sentence = "prefix: nothing can be said with 1 pairs of runs."
+    assert main(["ablate", str(path), "--output", output, "--processes", "1"]) == 0
+    assert sentence in capsys.readouterr().out
+    assert main(["findings", output, "--figures", str(drawn)]) == 0
+    assert sentence in capsys.readouterr().out
+    assert len(list(drawn.glob("study_*.png"))) == 3
+    spawned = pd.read_csv(tmp_path / "out/table.csv").drop(columns=["failed", *TIMES])
+    here = table[(table["seed"] == 0) & (table["variant"] != "chance")].reset_index(drop=True)
+    assert_frame_equal(spawned, here.drop(columns=["failed", *TIMES]))
 
 
 def test_an_interrupted_study_ends_its_workers_and_reports_what_is_kept(tmp_path):
@@ -243,25 +189,11 @@ def test_an_interrupted_study_ends_its_workers_and_reports_what_is_kept(tmp_path
 
 def test_two_dask_workers_give_the_same_table(finished, tmp_path):
     _, table = finished
-    with dask_workers(2) as workers:
-        again = TINY.run(tmp_path, workers, processes=1)
+    with patch.dict(os.environ):  # dask leaves OMP_NUM_THREADS=1 there for all that come later
+        cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
+        with cluster, Client(cluster) as client:
+            again = TINY.run(tmp_path, client.get_executor(), processes=1)
     assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES))
-
-
-@pytest.mark.slow
-def test_more_dask_workers_change_no_number_and_are_sooner_done(tmp_path):
-    base = {"data.train.n": 300, "data.validation.n": 20, "training.phases.0.steps": 40}
-    base |= {"training.batch_size": 24, "training.evaluations": 1}
-    control = {"chance": {"control": True}}
-    study = changed(variants=control, seeds=[0, 1, 2, 3], base=base, scored=50, pointed=5)
-    tables, seconds = [], []
-    for n in (1, 2):
-        with dask_workers(n) as workers:
-            start = perf_counter()
-            tables.append(study.run(tmp_path / str(n), workers, processes=1).drop(columns=TIMES))
-            seconds.append(perf_counter() - start)
-    assert_frame_equal(*tables)
-    print(f"8 runs: {seconds[0]:.0f} s by one worker, {seconds[1] / seconds[0]:.2f} of it by two")
 
 
 @pytest.mark.parametrize(
@@ -269,10 +201,7 @@ def test_more_dask_workers_change_no_number_and_are_sooner_done(tmp_path):
     [
         ({"x": {"model.num_query_token": 4}}, "x: there is no setting .*'num_query_tokens'"),
         ({"x": {"model.num_query_tokens": 2}}, "x is the same configuration as base"),
-        (
-            {"x": {"model.dropout": 0.1}, "y": {"model.dropout": 1e-1}},
-            "y is the same configuration as x",
-        ),
+        ({key: {"model.dropout": 0.1} for key in "xy"}, "y is the same configuration as x"),
         ({"x": {"control": True, "seed": 1}}, "x is a control, so it changes nothing"),
         ({"x": {"model.num_attention_heads": 5}}, "(?s)x: model: .*num_attention_heads=5"),
         ({"x": {"model.bridge": "none"}}, "x: model.bridge='none'"),
@@ -289,43 +218,12 @@ def test_variants_that_make_no_comparison_are_refused(changes, message):
 def test_results_of_another_base_are_refused_with_the_difference(finished):
     folder, _ = finished
     with pytest.raises(ValueError, match=r"base.model.dropout \(None, not 0.2\)"):
-        changed(base={**TINY.base, "model.dropout": 0.2}).run(folder, AtOnce())
-
-
-def test_a_full_disk_keeps_finished_runs(finished, tmp_path, monkeypatch):
-    """The kernel refuses to let a file grow, as it does on a full disk."""
-    _, table = finished
-    limit, save = resource.getrlimit(resource.RLIMIT_FSIZE), StageTrainer._save_checkpoint
-    saved = []
-
-    def cramped(trainer, *args):
-        saved.append(trainer)
-        if len(saved) > 3:  # which are those of the first run
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
-        try:
-            return save(trainer, *args)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(StageTrainer, "_save_checkpoint", cramped)
-        with pytest.raises(OSError, match=r"step 1 could not be saved in .*make room"):
-            TINY.run(tmp_path, AtOnce(), processes=1)
-    (row,) = tmp_path.glob("runs/*/row.json")
-    kept = row.stat().st_mtime_ns
-    again = TINY.run(tmp_path, AtOnce(), processes=1)
-    assert row.stat().st_mtime_ns == kept
-    assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES))
+        changed(base={**TINY.base, "model.dropout": 0.2}).run(folder, InTurn())
 
 
 def test_scenes_that_do_not_fit_on_the_disk_leave_no_half_file(tmp_path):
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-    try:
-        with pytest.raises(OSError, match=r"requested|too large|No space|File"):
-            TINY.run(tmp_path, AtOnce(), processes=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with pytest.raises(OSError, match=r"requested|too large|No space|File"), file_limit(10_000):
+        TINY.run(tmp_path, InTurn(), processes=1)
     assert not list(tmp_path.glob("features/*.safetensors"))
 
 
@@ -340,9 +238,6 @@ def test_studies_are_read_by_name_and_name_what_they_do_not_know(tmp_path):
     path.write_text((STUDIES / "architecture.yaml").read_text().replace("seeds:", "seed:"))
     with pytest.raises(ValueError, match="no setting seed; did you mean 'seeds'"):
         Study.read(path)
-
-
-# --- what its table supports ---------------------------------------------------------------------
 
 
 def simulated(arms: dict[str, float], seeds: int, rng: np.random.Generator) -> pd.DataFrame:

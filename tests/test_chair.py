@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qvision_lab.data.coco import open_dataset
+import qvision_lab as ql
 from qvision_lab.evaluation.chair import chair, coco_vocabulary
 from qvision_lab.evaluation.statistics import caption_statistics
-from qvision_lab.scenes import check, layout
 from qvision_lab.scenes.captions import caption_scene
 from qvision_lab.scenes.dataset import SceneJudge
 
@@ -26,16 +25,13 @@ def test_what_a_caption_names(caption, named):
     assert all(caption[slice(*mention.span)] == mention.text for mention in mentions)
 
 
-def test_every_category_names_itself():
+def test_every_category_names_itself_and_no_phrase_is_listed_twice():
     mentions = coco_vocabulary().mentions("Two Tabby cats eat hot-dogs.")
     assert [mention.text for mention in mentions] == ["Tabby cats", "hot-dogs"]
     categories = coco_vocabulary().categories
     assert len(categories) == 80
     for name in categories:
         assert [m.category for m in coco_vocabulary().mentions(f"There is a {name}.")] == [name]
-
-
-def test_no_phrase_is_listed_twice():
     words = yaml.safe_load((files("qvision_lab.evaluation") / "coco_words.yaml").read_text())
     for section in (words["objects"], words["qualifiers"]):
         listed = Counter(entry for row in section.values() for entry in row.split(", "))
@@ -43,18 +39,13 @@ def test_no_phrase_is_listed_twice():
 
 
 def test_counts_of_captions_without_and_with_references():
-    table = chair(
-        {7: "A dog, a dog and a cat on a bench", 3: "", 5: "Grass"},
-        {3: {"car"}, 5: set(), 7: {"dog", "person"}, 9: {"cup"}},
-        coco_vocabulary(),
-    )
+    captions = {7: "A dog, a dog and a cat on a bench", 3: "", 5: "Grass"}
+    objects = {3: {"car"}, 5: set(), 7: {"dog", "person"}, 9: {"cup"}}
+    table = chair(captions, objects, coco_vocabulary())
     counts = ["captions", "mentioned", "hallucinated", "has_hallucination", "objects", "recalled"]
     assert list(table.index) == [7, 3, 5]
-    assert table[counts].to_numpy().tolist() == [
-        [1, 4, 2, 1, 2, 1],
-        [1, 0, 0, 0, 1, 0],
-        [1, 0, 0, 0, 0, 0],
-    ]
+    expected = [[1, 4, 2, 1, 2, 1], [1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0]]
+    assert table[counts].to_numpy().tolist() == expected
     assert table["hallucinated_objects"].to_list() == [("cat", "bench"), (), ()]
     captions, objects = {"a": "A kitten on a bench"}, {"a": {"cat"}}
     alone = chair(captions, objects)
@@ -64,12 +55,12 @@ def test_counts_of_captions_without_and_with_references():
 
 
 def test_scenes_are_read_as_the_checker_reads_them():
-    truths = {i: layout("crowd", 0, i) for i in range(200)}
+    truths = {i: ql.scenes.layout("crowd", 0, i) for i in range(200)}
     captions = {i: caption_scene(truth, 1)[0] for i, truth in truths.items()}
     objects = {i: {thing.category for thing in truth.objects} for i, truth in truths.items()}
     for i, caption in captions.items():
         mentions = SceneJudge.vocabulary.mentions(caption)
-        expected = [mention.category for mention in check(caption, truths[i]).mentions]
+        expected = [mention.category for mention in ql.scenes.check(caption, truths[i]).mentions]
         assert [mention.category for mention in mentions] == expected
     table = chair(captions, objects, SceneJudge.vocabulary)
     assert table["hallucinated"].sum() == 0
@@ -79,7 +70,7 @@ def test_scenes_are_read_as_the_checker_reads_them():
 
 
 def test_people_rarely_name_what_coco_has_not_labelled(shared):
-    dataset = open_dataset(shared / "coco_mini")
+    dataset = ql.coco.open_dataset(shared / "coco_mini")
     several = [(text, image.objects) for image in dataset for text in image.references]
     captions, objects = (dict(enumerate(column)) for column in zip(*several, strict=True))
     table = chair(captions, objects)

@@ -5,12 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from conftest import save_captioner, tiny_captioner
 from PIL import Image
-from test_captioning import tiny_captioner
 
 from qvision_lab.cli import main
 from qvision_lab.model.captioner import generation_preset
-from qvision_lab.model.loading.checkpoint import Checkpoint, Provenance, save_checkpoint
 
 HEAVY = ("torch", "transformers", "pandas", "matplotlib", "numpy", "PIL")
 COMMANDS = "caption eval info convert demo curves look scenes train ablate findings bench tables"
@@ -20,9 +19,7 @@ COMMANDS = "caption eval info convert demo curves look scenes train ablate findi
 def checkpoint(tmp_path_factory):
     captioner = tiny_captioner()
     captioner.model.generation_config = generation_preset("greedy", captioner.model.config)
-    origin = Provenance("a test", "native", None, {}, "float32")
-    dest = tmp_path_factory.mktemp("checkpoint")
-    return save_checkpoint(Checkpoint(captioner.model, captioner.processor, origin), dest)
+    return save_captioner(captioner, tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture

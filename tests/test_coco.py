@@ -1,7 +1,5 @@
 """One data set from every kind of file; errors name the file and the images."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

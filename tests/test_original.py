@@ -5,25 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import with_noise
 from transformers import GenerationConfig
 
 from qvision_lab.benchmark.latency import generate_the_original_way, race
 from qvision_lab.captioning.compiled import FastDecoding
-from qvision_lab.captioning.decoding_step import (
-    Int8Decoder,
-    Int8Linear,
-    copy_sharing_weights,
-    join,
-)
+from qvision_lab.captioning.decoding_step import Int8Decoder, Int8Linear, copy_sharing_weights, join
 from qvision_lab.captioning.generation import Search
 from qvision_lab.captioning.sampling import Choice, row_keys
 from qvision_lab.interpretation.interventions import mute
 from qvision_lab.model.captioner import PLAIN
-
-
-@pytest.fixture(scope="module")
-def pixels(pixels) -> torch.Tensor:
-    return pixels[:3]
 
 
 def test_the_original_algorithm_gives_the_reference_ids(reference):
@@ -64,7 +55,7 @@ def run(decoding: FastDecoding, settings: dict, steps: int, pixel_values, draws=
 
 
 def test_faster_methods_give_the_same_ids(tiny, pixels):
-    length = {"min_length": 5, "max_new_tokens": 20}
+    pixels, length = pixels[:3], {"min_length": 5, "max_new_tokens": 20}
     slow = [generate_the_original_way(tiny, image[None], **length)[0].tolist() for image in pixels]
 
     def check(ids: torch.Tensor, expected: list[list[int]]) -> None:
@@ -104,10 +95,10 @@ def test_fast_decoding_is_generate(tiny, pixels, settings, dtype):
     model, k = copy.deepcopy(tiny).to(dtype), 1 + settings["do_sample"]
     config = {**PLAIN, **settings, "num_return_sequences": k}
     search = Search.from_settings(model, preset="greedy", seed=3, **config, max_new_tokens=20)
-    fast = search.run(FastDecoding(model), pixels, ["a", "b", "c"])
+    fast = search.run(FastDecoding(model), pixels, list("abcd"))
     plain = replace(search, live={"logits_processor": []})  # live objects need `generate`
-    slow = plain.run(FastDecoding(model), pixels, ["a", "b", "c"])
-    assert len(fast[0]) == 3 * k
+    slow = plain.run(FastDecoding(model), pixels, list("abcd"))
+    assert len(fast[0]) == 4 * k
     if dtype == torch.float32:
         ends = slow[0].shape[1]
         assert fast[0][:, :ends].equal(slow[0])
@@ -120,11 +111,10 @@ def test_fast_decoding_is_generate(tiny, pixels, settings, dtype):
 
 
 def test_settings_beyond_a_choice_go_to_generate(tiny, pixels):
-    names = ["a", "b", "c"]
     for settings in ({"no_repeat_ngram_size": 2}, {"num_beams": 2}, {"typical_p": 0.5}):
         search = Search.from_settings(tiny, preset="greedy", **settings)
         assert Choice.from_config(search.config) is None
-        assert len(search.run(FastDecoding(tiny), pixels, names)[0]) == 3
+        assert len(search.run(FastDecoding(tiny), pixels, list("abcd"))[0]) == 4
     long = Search.from_settings(tiny, preset="greedy", max_new_tokens=65)  # 64 positions
     assert not FastDecoding(tiny).can_run(long.new_tokens)
 
@@ -135,16 +125,12 @@ def test_fast_decoding_follows_weights_that_change(tiny, pixels):
     layers = [block.attn.attention for block in model.decoder.language_model.h]
     parts = [[layer.q_proj, layer.k_proj, layer.v_proj] for layer in layers]
     joined = [join(part) for part in parts]
-    assert [join(part).weight.data_ptr() for part in parts] == [
-        linear.weight.data_ptr()
-        for linear in joined  # views of it were found
-    ]
+    for linear, part in zip(joined, parts, strict=True):  # views of it are found
+        assert join(part).weight.data_ptr() == linear.weight.data_ptr()
     torch.manual_seed(0)
     first = run(decoding, plain, 12, pixels)
     assert first.equal(run(FastDecoding(tiny), plain, 12, pixels))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    with_noise(model)
     for linear, part in zip(joined, parts, strict=True):
         assert linear.weight.equal(torch.cat([layer.weight for layer in part]))
     changed = run(decoding, plain, 12, pixels)
@@ -177,14 +163,9 @@ def test_int8_weights_are_within_half_a_step():
 def test_race_reports_every_method(tiny):
     with torch.compiler.set_stance("force_eager"):
         rows = list(race(tiny, bandwidth=1e9, quick=True))
-    assert [(row["mode"], row["dtype"], row["batch"]) for row in rows] == [
-        ("original", "fp32", 1),
-        ("generate", "fp32", 1),
-        ("default", "fp32", 1),
-        ("default", "fp32", 16),
-        ("compiled", "fp32", 1),
-    ]
-    assert all(row["same_tokens"] == 1.0 for row in rows)
+    modes = [("original", 1), ("generate", 1), ("default", 1), ("default", 16), ("compiled", 1)]
+    assert [(row["mode"], row["batch"]) for row in rows] == modes
+    assert all((row["dtype"], row["same_tokens"]) == ("fp32", 1.0) for row in rows)
     original, _, default, sixteen, compiled = rows
     assert original["ratio"].median == 1
     ratios = [16 * a / b for a, b in zip(original["seconds"], sixteen["seconds"], strict=True)]

@@ -1,9 +1,10 @@
 """Reading ahead: threads and processes give the same batches."""
 
-import numpy as np
+import os
+
 import pytest
 import torch
-from PIL import Image
+from conftest import random_images
 
 from qvision_lab.captioning.images import ImageError
 from qvision_lab.captioning.reading import Batch, Item, Reader, read_batches
@@ -18,11 +19,10 @@ def reader(byte_captioner) -> Reader:
 def items(tmp_path) -> list[Item]:
     """75 image files, some of them damaged: more than a process reads at a time."""
     paths = [tmp_path / f"{i}.png" for i in range(75)]
-    for i, path in enumerate(paths):
-        pixels = np.random.default_rng(i).integers(0, 256, (20, 30, 3), np.uint8)
-        Image.fromarray(pixels).save(path)
-        if i in (0, 31, 32, 74):
-            path.write_bytes(path.read_bytes()[:100])
+    for path, picture in zip(paths, random_images(75, 30, 20), strict=True):
+        picture.save(path)
+    for i in (0, 31, 32, 74):
+        os.truncate(paths[i], 100)
     return [Item(path, str(path), path.name) for path in paths]
 
 

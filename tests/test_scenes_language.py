@@ -1,7 +1,5 @@
 """Captions of scenes are true, and the checker finds every false claim."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -21,9 +19,8 @@ def scene(*things: tuple[str, str, int, int], background: str = "beach", sky=Non
     return Layout("test", 0, 0, background, sky, None, tuple(objects))
 
 
-CAR_AND_DOGS = scene(
-    ("red", "car", 10, 100), ("blue", "dog", 80, 100), ("blue", "dog", 140, 110), sky="sun"
-)
+DOGS = ("blue", "dog", 80, 100), ("blue", "dog", 140, 110)
+CAR_AND_DOGS = scene(("red", "car", 10, 100), *DOGS, sky="sun")
 CAT_AND_CUP = scene(("black", "cat", 20, 90), ("orange", "cup", 120, 100), background="room")
 
 

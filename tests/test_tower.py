@@ -9,23 +9,14 @@ from torch.utils.data import default_collate
 
 from qvision_lab import scenes
 from qvision_lab.model.processor import QVisionProcessor
-from qvision_lab.training.tower import (
-    VISIBLE,
-    PatchEmbedding,
-    TowerSamples,
-    image_loss,
-    normalise,
-    record_type,
-    scene_record,
-    train_tokenizer,
-)
+from qvision_lab.training import tower
 
 
 def test_records_hold_what_a_patch_shows_and_are_mirrored():
     scene = scenes.scene("crowd", 1, 3)
-    records = np.zeros(1, record_type(7))
-    records[0] = scene_record(scene, 7)
-    samples = TowerSamples(records, 7)
+    records = np.zeros(1, tower.record_type(7))
+    records[0] = tower.scene_record(scene, 7)
+    samples = tower.TowerSamples(records, 7)
     plain, mirrored = samples[0], samples[1]
     thing = scene.objects[0]
     patch = int(thing.center[1] // 32) * 7 + int(thing.center[0] // 32)
@@ -39,11 +30,11 @@ def test_records_hold_what_a_patch_shows_and_are_mirrored():
     mirrored_x = 7 - plain["box"][patch][0].item()
     assert mirrored["box"][other][0].item() == pytest.approx(mirrored_x, abs=0.01)
     assert (mirrored["box"][other][1:] == plain["box"][patch][1:]).all()
-    assert normalise(default_collate([plain, mirrored])["pixels"]).shape == (2, 3, 224, 224)
+    assert tower.normalise(default_collate([plain, mirrored])["pixels"]).shape == (2, 3, 224, 224)
 
 
 def test_patches_are_embedded_as_by_the_convolution():
-    embedding, pixels = PatchEmbedding(8, side=4), torch.randn(2, 3, 12, 12)
+    embedding, pixels = tower.PatchEmbedding(8, side=4), torch.randn(2, 3, 12, 12)
     torch.testing.assert_close(embedding(pixels), torch.nn.Conv2d.forward(embedding, pixels))
 
 
@@ -53,13 +44,13 @@ def test_training_pixels_are_the_processors(tiny, byte_tokenizer):
     config.vision_config.image_size = image.width
     processor = QVisionProcessor.from_config(config, byte_tokenizer)
     expected = processor(images=image)["pixel_values"]
-    found = normalise(torch.from_numpy(np.array(image))[None])
+    found = tower.normalise(torch.from_numpy(np.array(image))[None])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0, check_dtype=False)
 
 
 def test_tokenizer_spells_scenes_in_words_and_anything_else_in_bytes():
     captions = (caption for scene in scenes.generate(40) for caption in scene.captions)
-    tokenizer = train_tokenizer(captions, 320)
+    tokenizer = tower.train_tokenizer(captions, 320)
     caption = "A red car on a beach."
     assert tokenizer.decode(tokenizer(f" {caption} ")["input_ids"]).strip() == caption
     strange = "Ein grüner Zug, 列車!"
@@ -67,16 +58,18 @@ def test_tokenizer_spells_scenes_in_words_and_anything_else_in_bytes():
 
 
 def test_supervision_by_images_does_not_depend_on_places():
-    records = np.array([scene_record(scene, 7) for scene in scenes.generate(4)], record_type(7))
-    samples = TowerSamples(records, 7)
+    records = np.array(
+        [tower.scene_record(scene, 7) for scene in scenes.generate(4)], tower.record_type(7)
+    )
+    samples = tower.TowerSamples(records, 7)
     truth = default_collate([samples[i] for i in range(4)])
-    shown = truth["coverage"] > VISIBLE
+    shown = truth["coverage"] > tower.VISIBLE
     generator = torch.Generator().manual_seed(0)
     category, color = (torch.randn(4, 49, n, generator=generator) for n in (21, 8))
-    loss = image_loss(category, color, shown, truth)
+    loss = tower.image_loss(category, color, shown, truth)
     order, other = (torch.randperm(49, generator=generator) for _ in range(2))
     moved = {name: truth[name][:, order] for name in ("category", "color")}
-    elsewhere = image_loss(category[:, other], color[:, other], shown[:, order], moved)
+    elsewhere = tower.image_loss(category[:, other], color[:, other], shown[:, order], moved)
     torch.testing.assert_close(elsewhere, loss)
     right = torch.nn.functional.one_hot(truth["category"].where(shown, 0), 21) * 20.0
-    assert image_loss(right, color, shown, truth) < loss
+    assert tower.image_loss(right, color, shown, truth) < loss

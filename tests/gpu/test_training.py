@@ -9,15 +9,9 @@ import warnings
 import pytest
 import torch
 import yaml
-from test_training import (
-    check_a_poisoned_loss_stops,
-    home,
-    losses,
-    new_model,
-    quick,
-    run,
-)
-from test_training_gpu import caption_batch, check_gradients, undropped
+from conftest import undropped
+from test_training import check_a_poisoned_loss_stops, home, losses, quick, run
+from test_training_gpu import caption_batch, check_gradients
 
 import qvision_lab as ql
 from qvision_lab.benchmark.training import Learner, random_batch
@@ -180,8 +174,8 @@ def test_compiled_steps_learn_what_plain_ones_do():
     assert found[2] == pytest.approx(found[0], rel=0.01)
 
 
-def test_batched_matrices_are_orthogonalised_as_torch_does(new_model):
-    models = [copy.deepcopy(new_model).cuda()]
+def test_batched_matrices_are_orthogonalised_as_torch_does(tiny):
+    models = [copy.deepcopy(tiny).cuda()]
     models.append(copy.deepcopy(models[0]))
     first = MuonAdamW(models[0], 1e-3, 0.02, 0.03).muon
     second = MuonAdamW(models[1], 1e-3, 0.02, 0.03).muon
