@@ -199,7 +199,7 @@ def test_two_dask_workers_give_the_same_table(finished, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x": {"model.num_query_token": 4}}, "x: there is no setting .*'num_query_tokens'"),
+        ({"x": {"model.num_query_token": 4}}, "x: model: there is no setting .*'num_query_tokens'"),
         ({"x": {"model.num_query_tokens": 2}}, "x is the same configuration as base"),
         ({key: {"model.dropout": 0.1} for key in "xy"}, "y is the same configuration as x"),
         ({"x": {"control": True, "seed": 1}}, "x is a control, so it changes nothing"),

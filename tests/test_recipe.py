@@ -31,9 +31,12 @@ def test_shipped_recipes_are_valid_and_overrides_change_single_values():
     ("changes", "message"),
     [
         ({"trainign": {}}, "there is no setting trainign; did you mean 'training'?"),
-        ({"features.dtyp": "float32"}, "no setting features.dtyp; did you mean 'dtype'?"),
-        ({"training.phases.0.epoch": 1}, "setting training.phases.0.epoch; did you mean 'epochs'"),
-        ({"tower": {"step": 1}}, "there is no setting tower.step; did you mean 'steps'?"),
+        ({"features.dtyp": "float32"}, "features: there is no setting dtyp; did you mean 'dtype'?"),
+        (
+            {"training.phases.0.epoch": 1},
+            "training.phases.0: there is no setting epoch; did you mean 'epochs'",
+        ),
+        ({"tower": {"step": 1}}, "tower: there is no setting step; did you mean 'steps'?"),
         ({"seed": "three"}, "seed='three': input should be a valid integer"),
         ({"seed": True}, "seed=True: input should be a valid integer"),
         ({"training.batch_size": 0}, "batch_size=0: input should be greater than or equal to 1"),

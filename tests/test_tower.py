@@ -65,11 +65,15 @@ def test_supervision_by_images_does_not_depend_on_places():
     truth = default_collate([samples[i] for i in range(4)])
     shown = truth["coverage"] > tower.VISIBLE
     generator = torch.Generator().manual_seed(0)
-    category, color = (torch.randn(4, 49, n, generator=generator) for n in (21, 8))
-    loss = tower.image_loss(category, color, shown, truth)
+    logits = {
+        name: torch.randn(4, 49, n, generator=generator)
+        for name, n in (("category", 21), ("color", 8))
+    }
+    loss = tower.image_loss(logits, shown, truth)
     order, other = (torch.randperm(49, generator=generator) for _ in range(2))
     moved = {name: truth[name][:, order] for name in ("category", "color")}
-    elsewhere = tower.image_loss(category[:, other], color[:, other], shown[:, order], moved)
+    others = {name: x[:, other] for name, x in logits.items()}
+    elsewhere = tower.image_loss(others, shown[:, order], moved)
     torch.testing.assert_close(elsewhere, loss)
     right = torch.nn.functional.one_hot(truth["category"].where(shown, 0), 21) * 20.0
-    assert tower.image_loss(right, color, shown, truth) < loss
+    assert tower.image_loss(logits | {"category": right}, shown, truth) < loss

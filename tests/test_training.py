@@ -113,11 +113,11 @@ def home(tmp_path, byte_captioner) -> Path:
 def quick(monkeypatch) -> None:
     """Validation without Java: captions are made, and their letters counted."""
 
-    def count(predictions, references, metrics, judge=None):
+    def count(predictions, dataset, metrics, resamples):
         letters = sum(map(len, predictions.values())) / 100
         return type("Report", (), {"scores": {"CIDEr": letters}})
 
-    monkeypatch.setattr(trainer, "evaluate", count)
+    monkeypatch.setattr(trainer, "evaluate_dataset", count)
 
 
 def run(home: Path, output: str, *overrides: str) -> Path:
@@ -273,13 +273,11 @@ def test_changed_sizes_keep_the_tower_and_start_the_rest_from_random_weights(hom
 
 
 def test_validation_uses_neither_labels_nor_the_random_numbers_of_training(home, byte_captioner):
-    images = ql.coco.open_dataset(home / "pictures/val.jsonl")
-    tiny, processor = byte_captioner.model, byte_captioner.processor
-    validation = Validation(images, processor, batch_size=3)
+    images, captioner = ql.coco.open_dataset(home / "pictures/val.jsonl"), byte_captioner
     state = torch.get_rng_state()
-    captions = validation.captions(tiny)
+    captions = Validation(images, captioner).captions()
     other = replace(images, images=tuple(replace(i, references=("cheese",)) for i in images))
-    assert Validation(other, processor, batch_size=3).captions(tiny) == captions
+    assert Validation(other, captioner).captions() == captions
     assert list(captions) == list(images.ids)
     assert len(set(captions.values())) > 1
     assert torch.equal(torch.get_rng_state(), state)
@@ -320,11 +318,14 @@ def test_a_loss_that_is_not_finite_stops_and_saves_nothing(home, quick, monkeypa
 
 
 def test_weights_that_are_not_finite_are_not_saved(home, quick, monkeypatch):
-    def poison(trainer, args, state, control, model, **kwargs):
-        with torch.no_grad():
-            next(p for p in model.parameters() if p.requires_grad).fill_(float("inf"))
+    evaluate = StageTrainer.evaluation_loop
 
-    monkeypatch.setattr(trainer.EpochAndPatienceCallback, "on_step_end", poison)
+    def poison(self, *args, **kwargs):
+        with torch.no_grad():
+            next(p for p in self.model.parameters() if p.requires_grad).fill_(float("inf"))
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(StageTrainer, "evaluation_loop", poison)
     with pytest.raises(ValueError, match="weights are not finite at step 1 "):
         run(home, "run", "training.phases=[{policy: bridge, steps: 1}]")
     assert not list((home / "run/phase-1").glob("checkpoint-*"))
@@ -382,7 +383,7 @@ def test_settings_that_do_not_fit_are_refused_before_training(home, quick, overr
 
 def test_a_phase_without_progress_ends_there_and_stays_ended(home, quick, monkeypatch):
     scores = iter([3.0, 2.0, 1.0])
-    monkeypatch.setattr(Validation, "__call__", lambda self, model: {"cider": next(scores)})
+    monkeypatch.setattr(Validation, "__call__", lambda self: {"cider": next(scores)})
     settings = "{phases: [{policy: bridge, epochs: 4}], learning_rate: 0.1, batch_size: 4, "
     settings = f"training={settings} evaluations: 12, patience: 2}}"
     checkpoint = run(home, "run", settings)

@@ -14,7 +14,7 @@ from test_training import home, losses, quick, run, weights, without_dropout
 
 import qvision_lab as ql
 from qvision_lab.model.captioner import IGNORED_LABEL
-from qvision_lab.training import features, freezing, gpu, trainer
+from qvision_lab.training import features, freezing, gpu, train
 from qvision_lab.training.optimizers import BatchedMuon, MuonAdamW
 from qvision_lab.training.samples import CaptionCollator, CaptionSamples
 from qvision_lab.training.trainer import StageTrainer
@@ -200,8 +200,8 @@ def test_packed_batches_say_where_words_are(longest):
 
 def test_all_evaluations_of_a_run_share_a_captioner(home, monkeypatch):
     made = []
-    captioner = trainer.Captioner
-    monkeypatch.setattr(trainer, "Captioner", lambda *args: made.append(args) or captioner(*args))
+    captioner = train.Captioner
+    monkeypatch.setattr(train, "Captioner", lambda *args: made.append(args) or captioner(*args))
     run(home, "run", "training.phases=[{policy: bridge, epochs: 2}]")
     assert len(made) == 1
 

@@ -8,17 +8,16 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from qvision_lab.captioning.images import ImageError, file_identity, open_image
@@ -55,14 +54,8 @@ class FeatureCache:
     image is encoded again. A file of known path, size and time is not read again, and a drawing of
     known name is not drawn again. Writes are atomic: an interrupted build resumes with its batch.
 
-    Args:
-        folder: created where it is missing.
-        model: the model whose tower encodes.
-        dtype: "bfloat16" (75 kB per image with ViT-B/32, 8.9 GB for COCO train2017) or "float32".
-
-    Raises:
-        ValueError: the folder holds states of another tower, preprocessing or dtype, or a damaged
-            file.
+    ValueError if the folder holds a damaged file, or states of another tower, preprocessing or
+    dtype: "bfloat16" (75 kB per image with ViT-B/32, 8.9 GB for COCO train2017) or "float32".
     """
 
     def __init__(
@@ -90,8 +83,8 @@ class FeatureCache:
                 origin = states.metadata()
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): delete it.") from error
-        pairs = ((key, origin[key], value) for key, value in self.origin.items())
-        if different := [f"{key} {old}, not {new}" for key, old, new in pairs if old != new]:
+        different = [f"{k} {origin[k]}, not {v}" for k, v in self.origin.items() if origin[k] != v]
+        if different:
             raise ValueError(
                 f"{self.folder} holds other features ({'; '.join(different)}): choose another "
                 "folder, or delete that one."
@@ -109,15 +102,13 @@ class FeatureCache:
     ) -> CachedFeatures:
         """Encode the images that are new and return the states of all; OSError if the disk is full.
 
-        Args:
-            model: the one that the cache was opened with; left in evaluation mode.
-            workers: processes that read images; None: up to 8, and none on fewer than 4 cores,
-                where they would slow the tower down.
+        `model` is the one that the cache was opened with, and is left in evaluation mode. Images
+        are read by `workers`; None: up to 8, or none on fewer than 4 cores, which the tower needs.
         """
         failed = dict.fromkeys(images.missing(), "there is no such file")
         names = {image.image_id: _name(image) for image in images if image.image_id not in failed}
-        contents = {key: self.contents.get(name) for key, name in names.items()}
-        contents = {key: content for key, content in contents.items() if content in self.files}
+        known = {key: self.contents.get(name) for key, name in names.items()}
+        contents = {key: content for key, content in known.items() if content in self.files}
         unread = [i for i, key in enumerate(images.ids) if key in names and key not in contents]
         values = math.prod(model.config.patch_grid) * model.config.vision_config.hidden_size
         needed = len(unread) * values * self.dtype.itemsize
@@ -133,65 +124,52 @@ class FeatureCache:
             cores = os.cpu_count() or 1
             workers = min(cores, 8) if cores >= 4 else 0
         reader = DataLoader(
-            _Images(images, processor, frozenset(self.files)),
+            images,
             batch_sampler=batches,
             num_workers=workers if unread else 0,
-            collate_fn=list,
+            collate_fn=partial(_read, processor=processor, known=frozenset(self.files)),
             pin_memory=model.device.type == "cuda",
         )
         bar = tqdm(reader, f"features (at most {needed / 1e9:.2f} GB)", unit="batch")
-        for number, batch in enumerate(bar, start=1):
-            failed |= {image.image_id: image.problem for image in batch if image.problem}
-            contents |= {image.image_id: image.content for image in batch if not image.problem}
-            new = {image.content: image.pixels for image in batch if image.pixels is not None}
-            new = {content: pixels for content, pixels in new.items() if content not in self.files}
+        for number, (read, pixels, unreadable) in enumerate(bar, start=1):
+            contents |= read
+            failed |= unreadable
+            new = {content: x for content, x in pixels.items() if content not in self.files}
             if new:
-                copies = [pixels.to(model.device, non_blocking=True) for pixels in new.values()]
+                copies = [x.to(model.device, non_blocking=True) for x in new.values()]
                 states = model.eval().vision.encode(torch.stack(copies))  # [B,3,H,W] -> [B,P,C]
                 states = states.to(self.dtype).cpu()  # cast first: half of the bytes to copy
                 path = self.folder / f"{next(iter(new))}.safetensors"
-                partial = path.with_suffix(f".{os.getpid()}")  # other runs may use this cache
+                unfinished = path.with_suffix(f".{os.getpid()}")  # other runs may use this cache
                 try:
-                    save_file(dict(zip(new, states, strict=True)), partial, self.origin)
+                    save_file(dict(zip(new, states, strict=True)), unfinished, self.origin)
                 except SafetensorError as error:  # its own kind, for a full disk too
-                    partial.unlink(missing_ok=True)
+                    unfinished.unlink(missing_ok=True)
                     raise OSError(f"{path} could not be written ({error}).") from error
-                self._add(partial.replace(path))
-            self.contents |= {names[key]: content for key, content in contents.items()}
+                self._add(unfinished.replace(path))
+            self.contents |= {names[key]: content for key, content in read.items()}
             if number % 64 == 0 or number == len(batches):
                 write_atomic(self.folder / "contents.json", json.dumps(self.contents))
         return CachedFeatures({k: (self.files[name], name) for k, name in contents.items()}, failed)
 
 
-class _ReadImage(NamedTuple):
-    """An image with the digest of its content; no pixels where that is known, or it is bad."""
-
-    image_id: ImageId
-    content: str = ""
-    pixels: Float[Tensor, "3 H W"] | None = None
-    problem: str | None = None
-
-
-@dataclass(frozen=True)
-class _Images(Dataset):
-    """Images as the tower takes them."""
-
-    images: CaptionDataset
-    processor: QVisionProcessor
-    known: frozenset[str]
-
-    def __getitem__(self, index: int) -> _ReadImage:
-        image = self.images[index]
+def _read(
+    images: list[CaptionedImage], processor: QVisionProcessor, known: frozenset[str]
+) -> tuple[dict[ImageId, str], dict[str, Float[Tensor, "3 H W"]], dict[ImageId, str]]:
+    """Digests of the images' contents; pixels by those that are not known; and problems."""
+    contents, pixels, failed = {}, {}, {}
+    for image in images:
         try:
             source = image.image.read_bytes() if image.image else image.picture
             data = source if isinstance(source, bytes) else source.tobytes()
             content = hashlib.blake2b(data, digest_size=16).hexdigest()
-            if content in self.known:
-                return _ReadImage(image.image_id, content)
-            picture = open_image(source, str(image.image))
+            if content not in known and content not in pixels:
+                picture = open_image(source, str(image.image))
+                pixels[content] = processor(images=picture).pixel_values[0]
+            contents[image.image_id] = content
         except (ImageError, OSError) as error:
-            return _ReadImage(image.image_id, problem=str(error))
-        return _ReadImage(image.image_id, content, self.processor(images=picture).pixel_values[0])
+            failed[image.image_id] = str(error)
+    return contents, pixels, failed
 
 
 def _name(image: CaptionedImage) -> str:

@@ -21,16 +21,11 @@ PARTS = {  # of the model, in the counts
 
 @dataclass(frozen=True)
 class Policy:
-    """What a run trains.
-
-    Args:
-        modules: trained completely, by their names in the model.
-        freeze_ratio: share of GPT-Neo's blocks, from the first, that stay frozen; the blocks above
-            them, the final norm and the token embedding (tied to the output layer) are trained.
-            None freezes all of GPT-Neo.
-    """
+    """What a run trains: some modules completely, and the upper part of GPT-Neo."""
 
     modules: tuple[str, ...] = ("qformer", "decoder.bridge")
+    # Share of GPT-Neo's blocks, from the first, that stay frozen; those above, the final norm and
+    # the token embedding (tied to the output layer) are trained. None freezes all of GPT-Neo.
     freeze_ratio: float | None = None
 
 
@@ -54,7 +49,7 @@ def suggest(name: object, known: Iterable[str]) -> str:
 
 
 def find_policy(policy: str | float | Policy) -> Policy:
-    """A policy by its name in `POLICIES`, or by its freeze ratio, 0 to 1; else ValueError."""
+    """A policy of your own, by name in `POLICIES`, or by freeze ratio, 0 to 1; else ValueError."""
     if isinstance(policy, str):
         if policy not in POLICIES:
             raise ValueError(
@@ -74,15 +69,10 @@ def apply(
     *,
     thaw_projection: bool = False,
 ) -> pd.DataFrame:
-    """Train what the policy names and nothing else.
+    """Train what the policy (see `find_policy`) names and nothing else.
 
-    Args:
-        policy: a name in `POLICIES`, a freeze ratio (0 to 1) for Q-Former, bridge and the upper
-            part of GPT-Neo, or a policy of your own.
-        thaw_projection: train the image projection too, which the original left random.
-
-    Returns:
-        Numbers of parameters: columns `total` and `trained`, one row per part, and the row `all`.
+    `thaw_projection` trains the image projection too, which the original left random. Returns
+    numbers of parameters: columns `total` and `trained`, one row per part, and the row `all`.
     """
     policy = find_policy(policy)
     if thaw_projection:

@@ -26,11 +26,8 @@ CAST_BY_AUTOCAST = (nn.Linear, nn.Conv2d, MultiHeadAttention)
 @contextmanager
 def tf32_products() -> Iterator[None]:
     """A context with float32 matrix products in TF32 on a GPU (torch's precision "high")."""
-    if not torch.cuda.is_available():
-        yield
-        return
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if torch.cuda.is_available() else before)
     try:
         yield
     finally:

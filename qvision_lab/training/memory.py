@@ -36,14 +36,9 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate a step's memory, `images` per batch on one device; within 25% if not captured.
 
-    Weights, gradients and AdamW's two moments are 4 bytes per parameter. A transformer layer keeps
-    34 + 5 * heads * length / width bytes per value for its gradient in half precision, twice that
-    in single (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2); logits of the scored words are
-    held three times in single precision. In half precision a step also holds the weights behind
-    the tower cast to it. GPT-Neo's layers keep nothing where none of it is trained.
-
-    Args:
-        lengths: tokens of captions as they are trained on, some or all; None: the longest.
+    A transformer layer keeps 34 + 5 * heads * length / width bytes per value for its gradient in
+    half precision, twice that in single (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2). GPT-Neo
+    keeps nothing where none of it is trained. `lengths` of captions are in tokens; None: longest.
     """
     config, text = model.config, model.decoder.language_model
     lengths = lengths or [settings.max_tokens]
@@ -58,8 +53,9 @@ def estimate_memory(
     trained_layers = len(text.h) if text.num_parameters(only_trainable=True) else 0
     layers = trained_layers * layer(rows, length, config.text_config.num_heads)
     queries = 2 * config.num_qformer_blocks * layer(images, 1 + config.num_query_tokens, heads)
-    logits = 3 * 4 * words * config.vocab_size
+    logits = 3 * 4 * words * config.vocab_size  # three times, in single precision
     trained, all_of_it = model.num_parameters(only_trainable=True), model.num_parameters()
+    # In half precision, the weights behind the tower are cast to it at each step.
     cast = 2 * (all_of_it - model.vision.tower.num_parameters()) if half else 0
     activations = int(layers + queries + layer(rows, length, heads) + logits + cast)
     return MemoryEstimate(4 * all_of_it, 4 * trained, 8 * trained, activations)

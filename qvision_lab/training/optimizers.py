@@ -57,32 +57,18 @@ class MuonAdamW(torch.optim.Optimizer):
     matrices; embeddings, heads, biases and norms stay with AdamW, as its authors advise.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        learning_rate: float,
-        matrix_learning_rate: float,
-        weight_decay: float,
-    ):
-        modules = (module for module in model.modules() if isinstance(module, nn.Embedding))
-        embeddings = {id(module.weight) for module in modules}
+    def __init__(self, model: nn.Module, rate: float, matrix_rate: float, weight_decay: float):
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         matrices, others = [], []
         for name, parameter in model.named_parameters():
             hidden = parameter.ndim == 2 and "head" not in name and id(parameter) not in embeddings
             if parameter.requires_grad:
                 (matrices if hidden else others).append(parameter)
-        self.muon = BatchedMuon(
-            matrices, lr=matrix_learning_rate, weight_decay=weight_decay, momentum=0.95
-        )
+        self.muon = BatchedMuon(matrices, matrix_rate, weight_decay, momentum=0.95)
         self.adamw = torch.optim.AdamW(
-            others, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True
+            others, rate, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True
         )
         super().__init__(self.muon.param_groups + self.adamw.param_groups, defaults={})
-        self._share_groups()
-
-    def _share_groups(self) -> None:
-        """The schedule writes learning rates into `param_groups`: they must be the parts' own."""
-        self.param_groups = self.muon.param_groups + self.adamw.param_groups
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = self.muon.step(closure)
@@ -95,4 +81,5 @@ class MuonAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         self.muon.load_state_dict(state_dict["muon"])
         self.adamw.load_state_dict(state_dict["adamw"])
-        self._share_groups()
+        # The parts have new groups now; those that the schedule writes rates into must be theirs.
+        self.param_groups = self.muon.param_groups + self.adamw.param_groups

@@ -8,18 +8,10 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    Strict,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from qvision_lab.training.freezing import find_policy, suggest
 
@@ -30,22 +22,28 @@ T = TypeVar("T", bound="Settings")
 class Settings(BaseModel):
     """Base of all settings: types are strict, unknown names are errors, instances do not change."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+    model_config = ConfigDict(strict=True, frozen=True, validate_default=True)
 
     @classmethod
     def parse(cls: type[T], values: Mapping[str, Any], source: str = "the recipe") -> T:
         """Validate the values of a YAML file.
 
-        Raises:
-            ValueError: for an unknown name, with the nearest known one, a missing name, or a value
-                that is not allowed; `source` and the dotted name are in the message.
+        ValueError, with `source` and the dotted name, for a name that is unknown (with the nearest
+        known one) or missing, or a value that is not allowed.
         """
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            unknown_first = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
-            problems = (_describe(cls, problem) for problem in unknown_first[:3])
+            problems = map(_describe, error.errors()[:3])
             raise ValueError(f"{source}: {'; '.join(problems)}") from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_exist(cls, values: Any) -> Any:
+        for name in values if isinstance(values, dict) else ():
+            if name not in cls.model_fields:
+                raise ValueError(f"there is no setting {name}; {suggest(name, cls.model_fields)}")
+        return values
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -104,14 +102,9 @@ class Phase(Settings):
     learning_rate: Positive | None = None  # None: that of `Training`
     thaw_projection: bool = False
 
-    @field_validator("policy")
-    @classmethod
-    def _policy_exists(cls, policy: str | float) -> str | float:
-        find_policy(policy)
-        return policy
-
     @model_validator(mode="after")
-    def _one_length(self) -> Phase:
+    def _consistent(self) -> Phase:
+        find_policy(self.policy)
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("a phase needs epochs or steps, and not both")
         return self
@@ -185,8 +178,8 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        for phase in self.training.phases:
-            if self.features is not None and "vision" in find_policy(phase.policy).modules:
+        for phase in self.training.phases if self.features else ():
+            if "vision" in find_policy(phase.policy).modules:
                 raise ValueError(
                     f"policy {phase.policy!r} trains the vision tower, whose states then change: "
                     "set features to null"
@@ -197,45 +190,24 @@ class Recipe(Settings):
 
 
 def load_recipe(name: str, changes: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
-    """Read a recipe by its name or path.
+    """Read a recipe by its name or path; changes are `name.name=value` or by dotted names.
 
-    Args:
-        changes: to its settings, as `name.name=value` texts or as a mapping of dotted names.
-
-    Raises:
-        ValueError: for a recipe, setting or value that does not exist or is not allowed, with those
-            that are.
+    ValueError for a recipe, setting or value that does not exist or is not allowed, with those that
+    are.
     """
     values = read_yaml(find_settings(name, RECIPES, "recipe"))
     changes = changes if isinstance(changes, Mapping) else parse_overrides(changes)
     return Recipe.parse(override(values, changes))
 
 
-def _describe(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
-    *parents, name = problem["loc"] or ("settings",)
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"there is no setting {where}; {suggest(name, _fields(kind, parents))}"
+def _describe(problem: Mapping[str, Any]) -> str:
+    name, reason = ".".join(map(str, problem["loc"])), problem["msg"].removesuffix(".")
     if problem["type"] == "missing":
-        return f"the setting {where} is missing."
-    reason = problem["msg"].removeprefix("Value error, ").removesuffix(".")
+        return f"the setting {name} is missing."
     if problem["type"] == "value_error":
-        return f"{where}: {reason}." if problem["loc"] else f"{reason}."
-    return f"{where}={problem['input']!r}: {reason[0].lower()}{reason[1:]}."
-
-
-def _fields(kind: type[BaseModel], path: Iterable[str | int]) -> list[str]:
-    """Names of the settings at a place of a nested model."""
-    for part in path:
-        if part in kind.model_fields:
-            kind = _model_in(kind.model_fields[part].annotation) or kind
-    return list(kind.model_fields)
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_model_in, get_args(annotation))), None)
+        reason = reason.removeprefix("Value error, ")
+        return f"{name}: {reason}." if name else f"{reason}."
+    return f"{name}={problem['input']!r}: {reason[0].lower()}{reason[1:]}."
 
 
 class _Loader(yaml.SafeLoader):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -22,25 +23,24 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from qvision_lab.captioning import Captioner
 from qvision_lab.data.atomic import write_atomic
-from qvision_lab.data.coco import CaptionDataset, open_dataset
-from qvision_lab.evaluation import EvaluationReport, evaluate_dataset
+from qvision_lab.data.coco import CaptionDataset, ImageId, open_dataset
+from qvision_lab.evaluation.report import COCO_METRICS, evaluate_dataset
 from qvision_lab.model.loading.checkpoint import Checkpoint, Provenance, save_checkpoint
 from qvision_lab.scenes.captions import caption_scene
 from qvision_lab.scenes.checker import RATES
 from qvision_lab.training.recipe import Recipe, read_yaml
+from qvision_lab.training.samples import CaptionSamples
 
 CARDS = files("qvision_lab.training") / "cards"
-METRICS = ("bleu", "meteor", "rouge", "cider")
 OVERLAPS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
-UNDETERMINING = ("features.folder", ".workers", ".drawing_workers")  # they change no result
+UNDETERMINING = ("features.folder", "workers")  # ends of settings that change no result
 CAPTIONER, SIXTH = "captioner", "a sixth caption"  # sources of scored captions
 
 
 def record_run(output: Path, recipe: Mapping[str, Any], data: Mapping[str, str]) -> None:
     """Keep a recipe in `run.yaml`, with digests of the data, the commit and versions.
 
-    Raises:
-        ValueError: if `output` holds a run of another recipe or other data, with the difference.
+    ValueError, with the difference, if `output` holds a run of another recipe or other data.
     """
     path = output / "run.yaml"
     if path.exists():
@@ -75,10 +75,8 @@ def record_run(output: Path, recipe: Mapping[str, Any], data: Mapping[str, str])
 def _commit() -> str | None:
     """The git commit of the code, where it is in a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
+    with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def describe(images: CaptionDataset) -> str:
@@ -89,7 +87,7 @@ def describe(images: CaptionDataset) -> str:
 def save_result(
     recipe: Recipe,
     checkpoint: Checkpoint,
-    data: Mapping[str, CaptionDataset],
+    samples: Mapping[str, CaptionSamples],
     best: Path,
     output: Path,
 ) -> None:
@@ -102,12 +100,9 @@ def save_result(
     scores = {split: score_on_scenes(captioner, split, n) for split, n in recipe.scores.items()}
     log = TrainerState.load_from_json(str(best / TRAINER_STATE_NAME)).log_history
     measured = next(row for row in reversed(log) if "eval_cider" in row)
-    validation = {
-        "CIDEr": measured["eval_cider"],
-        "loss": measured["eval_loss"],
-        "step": measured["step"],
-        "images": len(data["validation"]),
-    }
+    names = {"CIDEr": "eval_cider", "loss": "eval_loss", "step": "step"}
+    validation = {name: measured[key] for name, key in names.items()}
+    validation["images"] = len(samples["validation"])
     curves, phases = [], []
     for n, phase in enumerate(recipe.training.phases, start=1):
         curves.append(pd.read_csv(output / f"phase-{n}/curve.csv").assign(phase=n))
@@ -122,7 +117,7 @@ def save_result(
             parameters=checkpoint.model.num_parameters() / 1e6,
             table=scores_table(scores) if scores else "",
             origin=f"{origin} ({recipe.revision})" if recipe.revision else origin,
-            data={name: describe(images) for name, images in data.items()},
+            data={name: describe(part.images) for name, part in samples.items()},
             phases="\n".join(phases),
             reinitialised=", ".join(recipe.reinitialise) or "nothing",
             scores=validation,
@@ -132,32 +127,28 @@ def save_result(
         "captioner.csv": pd.concat(curves).to_csv(index=False),
     }
     if recipe.tower is not None:
-        companions["vision.csv"] = (output / "vision" / "curve.csv").read_text(encoding="utf-8")
+        companions["vision.csv"] = (output / "vision/curve.csv").read_text(encoding="utf-8")
     checkpoint.model.to(dtype)
     save_checkpoint(checkpoint, output / "checkpoint", companions, recipe.push_to)
 
 
 def score_on_scenes(captioner: Captioner, split: str, n: int) -> dict[str, dict]:
-    """Score greedy captions of the first `n` scenes of a split against their truth and references.
+    """Score captions of the first `n` scenes of a split against their truth and references.
 
-    Returns:
-        By the source of captions (the captioner, and a sixth caption of each scene by the grammar
-        that wrote its five references, which shows how far true captions differ), by the name of
-        the score: `score`, `low` and `high` of its 95% interval, and the size `of` its sample.
+    By source (greedy captions, and a sixth caption by the grammar that wrote the five references,
+    which shows how far true captions differ) and score: a row of `EvaluationReport.table`.
     """
     dataset = open_dataset(f"scenes:{split}", n=n)
     pictures = (image.picture for image in tqdm(dataset, f"captioning {split}", unit="image"))
     captions = captioner.caption(pictures, batch_size=50, preset="greedy")
     ours = {i: caption.text for i, caption in zip(dataset.ids, captions, strict=True)}
     sixth = {image.image_id: caption_scene(image.drawing.layout, 6)[5] for image in dataset}
-    return {
-        CAPTIONER: _rows(evaluate_dataset(ours, dataset, ("scenes", *METRICS))),
-        SIXTH: _rows(evaluate_dataset(sixth, dataset, METRICS)),
-    }
 
+    def rows(captions: dict[ImageId, str], metrics: Sequence[str]) -> dict[str, dict]:
+        table = evaluate_dataset(captions, dataset, metrics).table
+        return json.loads(table.to_json(orient="index", double_precision=6))
 
-def _rows(report: EvaluationReport) -> dict[str, dict[str, float]]:
-    return json.loads(report.table.to_json(orient="index", double_precision=6))
+    return {CAPTIONER: rows(ours, ("scenes", *COCO_METRICS)), SIXTH: rows(sixth, COCO_METRICS)}
 
 
 def scores_table(scores: Mapping[str, dict[str, dict]]) -> str:

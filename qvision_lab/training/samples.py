@@ -23,12 +23,10 @@ PACKED_LENGTHS = 8  # packed captions fill rows whose length is a multiple of it
 
 @dataclass
 class CaptionSamples(Dataset):
-    """One sample per image.
+    """One sample per image, with the same number of captions.
 
-    Args:
-        captions_per_image: rows of each sample. Of more captions, a draw by `seed`, `epoch` and
-            index; of fewer, rows without a target are added, so that all captions weigh the same.
-        features: cached vision states of the images; without them samples have pixels.
+    Of more, each epoch draws with the seed; of fewer, rows without a target are added, so that all
+    captions weigh the same.
     """
 
     images: CaptionDataset
@@ -36,7 +34,7 @@ class CaptionSamples(Dataset):
     captions_per_image: int
     max_tokens: int
     seed: int
-    features: CachedFeatures | None = None
+    features: CachedFeatures | None = None  # without them samples have pixels
     epoch: int = 0
     encoded: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -57,10 +55,10 @@ class CaptionSamples(Dataset):
             return {"vision_states": self.features[image.image_id]}
         return {"pixel_values": self.processor(images=open_image(image.picture)).pixel_values[0]}
 
-    def lengths(self, most: int = 1000) -> list[int]:
-        """Numbers of tokens of the first captions."""
+    def lengths(self) -> list[int]:
+        """Numbers of tokens of the first thousand captions."""
         captions = (caption for image in self.images for caption in image.references)
-        return [len(self._encode(caption)) for caption in islice(captions, most)]
+        return [len(self._encode(caption)) for caption in islice(captions, 1000)]
 
     def _encode(self, caption: str) -> Tensor:
         if caption not in self.encoded:
@@ -72,9 +70,8 @@ class CaptionSamples(Dataset):
 class CaptionCollator:
     """Stacks images and, in the same order, their captions, padded on the right.
 
-    Args:
-        packed: also say where the words are, so that a step can leave the pads out. The sizes of
-            such batches are rounded up, since each of them is captured as a CUDA graph of its own.
+    A packed batch also says where the words are, so that a step can leave the pads out. Its sizes
+    are rounded up, since each of them is captured as a CUDA graph of its own.
     """
 
     pad_token_id: int

@@ -1,11 +1,8 @@
 """The stage before the captioner's: a vision tower learns from the truth of Scenes, without words.
 
-The published model takes its tower from CLIP, which needed 400 million captioned images. Ours
-learns from the truth that Scenes has of every image: what each patch shows, in which color, how far
-the object around it reaches, and how many of its kind there are. This stands in for CLIP's
-pre-training; it means that where the captioner attends did not emerge from captions alone. With the
-granularity of supervision `images` instead of `patches`, the tower learns what is in an image, not
-where: the control for that.
+This stands in for CLIP's pre-training on 400 million captioned images, and means that where the
+captioner attends did not emerge from captions alone. The control for that is the granularity of
+supervision `images` instead of `patches`: what is in an image, not where.
 """
 
 from __future__ import annotations
@@ -14,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -44,14 +42,23 @@ from qvision_lab.training.trainer import train_stage
 VISIBLE, UNCERTAIN = 0.12, 0.02  # covered shares of a patch: an object counts, or is ignored
 SKY = (None, *SKIES)
 MOST = 6  # larger numbers of one kind are one class
+# Objects as points (Zhou et al. 2019, arXiv:1904.07850): each patch predicts its object's category,
+# color, centre and size, whether the centre is here, and how many of its kind there are. Attention
+# averages, and the Q-Former has no positions of its own: what captions need of numbers, left and
+# right has to be in the states.
+PATCH_HEADS = {
+    "category": 1 + len(CATEGORIES),  # logits of each head
+    "color": len(COLORS),
+    "box": 4,
+    "center": 1,
+    "number": MOST,
+}
+SCENE_HEADS = {"background": len(BACKGROUNDS), "sky": len(SKY)}
 SPECIAL_TOKENS = {"pad_token": "<PAD>", "bos_token": "<START>", "eos_token": "<END>"}
 
 
 def train_tower(settings: Tower, seed: int, folder: Path) -> Path:
-    """Train a tower, or resume it.
-
-    Returns the folder of a checkpoint with it, a new tokenizer, and random weights elsewhere.
-    """
+    """Train or resume a tower; returns a checkpoint's folder, with random weights elsewhere."""
     dest = folder / "checkpoint"
     if (dest / "config.json").exists():
         return dest
@@ -67,12 +74,10 @@ def train_tower(settings: Tower, seed: int, folder: Path) -> Path:
         pad_token_id=tokenizer.pad_token_id,
     )
     grid = config.patch_grid[0]
-
-    def drawn(part: TowerData) -> TowerSamples:
-        return TowerSamples(draw_records(part, grid, folder, settings.drawing_workers), grid)
-
-    train = ConcatDataset(map(drawn, settings.data))
-    held_out = drawn(TowerData(split="val", n=settings.held_out))
+    *train, held_out = (
+        TowerSamples(draw_records(part, grid, folder, settings.drawing_workers), grid)
+        for part in (*settings.data, TowerData(split="val", n=settings.held_out))
+    )
     set_seed(seed)
     learner = TowerLearner(config.vision_config, settings.supervision)
     best = train_stage(
@@ -80,10 +85,11 @@ def train_tower(settings: Tower, seed: int, folder: Path) -> Path:
         settings,
         folder,
         seed,
-        steps=settings.steps,
-        data=(train, Subset(held_out, [0])),  # its measure is of all of them
-        collator=default_collate,
-        measure=lambda model: measure_tower(model, held_out),
+        settings.steps,
+        train_dataset=ConcatDataset(train),
+        eval_dataset=Subset(held_out, [0]),  # the measure is of all of them
+        data_collator=default_collate,
+        measure=partial(measure_tower, learner, held_out),
     )
     if PartialState().is_main_process:
         learner.load_state_dict(load_file(best / "model.safetensors"))
@@ -185,7 +191,7 @@ class TowerSamples(Dataset):
         sample = {name: np.array(record[name]) for name in record.dtype.names}
         if index >= len(self.records):
             sample["pixels"] = sample["pixels"][:, ::-1]
-            for name in ("category", "color", "coverage", "box", "center", "number"):
+            for name in ("coverage", *PATCH_HEADS):
                 by_row = sample[name].reshape(self.grid, self.grid, -1)
                 sample[name] = by_row[:, ::-1].reshape(sample[name].shape)
             sample["box"][:, 0] = self.grid - sample["box"][:, 0]
@@ -230,24 +236,17 @@ class TowerLearner(nn.Module):
             embeddings.patch_embedding = PatchEmbedding(width, config.patch_size)
             embeddings.patch_embedding.weight.copy_(low_frequencies(width, config.patch_size))
             embeddings.position_embedding.weight[1:].copy_(0.5 * sine_cosine(grid, width))
-        # Objects as points (Zhou et al. 2019, arXiv:1904.07850): each patch predicts its object's
-        # category, color, centre and size, whether the centre is here, and how many of its kind
-        # there are. Attention averages, and the Q-Former has no positions of its own: what captions
-        # need of numbers, left and right has to be in the states.
-        self.sizes = (len(CATEGORIES) + 1, len(COLORS), 4, 1, MOST)
-        self.patch_heads = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(self.sizes)))
-        self.scene_heads = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, len(BACKGROUNDS) + len(SKY))
+        self.patch_heads, self.scene_heads = (
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(heads.values())))
+            for heads in (PATCH_HEADS, SCENE_HEADS)
         )
-        self.middle = grid / 2
 
     def predict(self, pixels: UInt8[Tensor, "B H W 3"]) -> dict[str, Tensor]:
         """Logits of each head: [B,P,K] by patch, [B,K] of background and sky."""
         states = self.tower(normalise(pixels)).last_hidden_state[:, 1:]  # [B,P,C]
-        patches = self.patch_heads(states).float().split(self.sizes, -1)
-        scene = self.scene_heads(states.mean(1)).float().split((len(BACKGROUNDS), len(SKY)), -1)
-        names = ("category", "color", "box", "center", "number", "background", "sky")
-        return dict(zip(names, (*patches, *scene), strict=True))
+        patches = self.patch_heads(states).float().split([*PATCH_HEADS.values()], -1)
+        scene = self.scene_heads(states.mean(1)).float().split([*SCENE_HEADS.values()], -1)
+        return dict(zip((*PATCH_HEADS, *SCENE_HEADS), (*patches, *scene), strict=True))
 
     def forward(self, pixels: UInt8[Tensor, "B H W 3"], **truth: Tensor) -> dict[str, Tensor]:
         """The weighted sum of all losses."""
@@ -255,48 +254,44 @@ class TowerLearner(nn.Module):
         shown = (truth["coverage"] > VISIBLE) | (
             (truth["center"] > 0) & (truth["coverage"] > UNCERTAIN)
         )
-        if self.supervision == "patches":
-            loss = self.patch_loss(logits, shown, truth)
-        else:
-            loss = image_loss(logits["category"], logits["color"], shown, truth)
-        for name in ("background", "sky"):
+        measure = patch_loss if self.supervision == "patches" else image_loss
+        loss = measure(logits, shown, truth)
+        for name in SCENE_HEADS:
             loss = loss + 0.1 * F.cross_entropy(logits[name], truth[name])
         return {"loss": loss}
 
-    def patch_loss(
-        self, logits: dict[str, Tensor], shown: Bool[Tensor, "B P"], truth: dict[str, Tensor]
-    ) -> Float[Tensor, ""]:
-        """Of the patches that show an object; the others are background, or ignored in doubt."""
-        uncertain = (truth["coverage"] > UNCERTAIN) & ~shown
-        weight = torch.where(shown, 1.0, torch.where(uncertain, 0.0, 0.3))
-        category = F.cross_entropy(
-            logits["category"].transpose(1, 2), truth["category"].where(shown, 0), reduction="none"
-        )
-        center, extent = truth["box"].split(2, -1)
-        box = torch.cat([center - self.middle, (extent / 1.5).log()], -1)
-        is_center = F.binary_cross_entropy_with_logits(
-            logits["center"].squeeze(-1), truth["center"].float(), pos_weight=box.new_tensor(3.0)
-        )
-        return (
-            (category * weight).sum() / weight.sum()
-            + 0.7 * F.cross_entropy(logits["color"][shown], truth["color"][shown])
-            + 0.5 * F.cross_entropy(logits["number"][shown], truth["number"][shown])
-            + 0.5 * F.smooth_l1_loss(logits["box"][shown], box[shown], beta=0.2)
-            + 0.5 * is_center
-        )
+
+def patch_loss(
+    logits: dict[str, Tensor], shown: Bool[Tensor, "B P"], truth: dict[str, Tensor]
+) -> Float[Tensor, ""]:
+    """Of the patches that show an object; the others are background, or ignored in doubt."""
+    uncertain = (truth["coverage"] > UNCERTAIN) & ~shown
+    weight = torch.where(shown, 1.0, torch.where(uncertain, 0.0, 0.3))
+    category = F.cross_entropy(
+        logits["category"].transpose(1, 2), truth["category"].where(shown, 0), reduction="none"
+    )
+    (center, extent), middle = truth["box"].split(2, -1), shown.shape[1] ** 0.5 / 2
+    box = torch.cat([center - middle, (extent / 1.5).log()], -1)
+    is_center = F.binary_cross_entropy_with_logits(
+        logits["center"].squeeze(-1), truth["center"].float(), pos_weight=box.new_tensor(3.0)
+    )
+    return (
+        (category * weight).sum() / weight.sum()
+        + 0.7 * F.cross_entropy(logits["color"][shown], truth["color"][shown])
+        + 0.5 * F.cross_entropy(logits["number"][shown], truth["number"][shown])
+        + 0.5 * F.smooth_l1_loss(logits["box"][shown], box[shown], beta=0.2)
+        + 0.5 * is_center
+    )
 
 
 def image_loss(
-    category: Float[Tensor, "B P categories"],
-    color: Float[Tensor, "B P colors"],
-    shown: Bool[Tensor, "B P"],
-    truth: dict[str, Tensor],
+    logits: dict[str, Tensor], shown: Bool[Tensor, "B P"], truth: dict[str, Tensor]
 ) -> Float[Tensor, ""]:
     """Negative log-likelihood of the colored objects of each image, whatever their places.
 
-    An object is in an image if any patch shows it (noisy-or, as Fang et al. 2015, arXiv:1411.4952,
-    learned words from captions), so that every order of the same patches has the same loss.
+    An object is in an image if any patch shows it: noisy-or (Fang et al. 2015, arXiv:1411.4952).
     """
+    category, color = logits["category"], logits["color"]
     things = category.softmax(-1)[..., 1:, None] * color.softmax(-1)[..., None, :]  # [B,P,K,C]
     absent = torch.log1p(-things.clamp(max=1 - 1e-5)).sum(1)  # log-probability: in no patch
     named = F.one_hot(truth["category"], category.shape[-1])[..., 1:, None]
@@ -309,8 +304,7 @@ def image_loss(
 def low_frequencies(width: int, patch: int) -> Float[Tensor, "width 3 patch patch"]:
     """Initial patch filters: the slowest cosines, brightness before color, whitened.
 
-    Natural and drawn images have less power at higher frequencies (about 1 / frequency), which is
-    divided out.
+    Images have less power at higher frequencies (about 1 / frequency), which is divided out.
     """
     steps = torch.arange(patch)
     cosines = torch.stack([torch.cos(math.pi * (steps + 0.5) * k / patch) for k in range(patch)])
@@ -350,7 +344,7 @@ def measure_tower(model: TowerLearner, samples: TowerSamples) -> dict[str, float
         shown = batch["coverage"] > VISIBLE
         right = {
             name: logits[name].argmax(-1).cpu() == batch[name]
-            for name in ("category", "color", "number", "background", "sky")
+            for name in ("category", "color", "number", *SCENE_HEADS)
         }
         right["image"] = (~shown | (right["category"] & right["color"])).all(1)
         for name, hit in right.items():

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 
+from qvision_lab.captioning import Captioner
 from qvision_lab.data.atomic import locked
 from qvision_lab.data.coco import CaptionDataset, CaptionedImage, open_dataset
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
@@ -35,17 +36,13 @@ from qvision_lab.training.trainer import Validation, batch_share, train_stage
 def train_captioner(recipe: Recipe, output: str | Path) -> Path:
     """Train by a recipe; the same call resumes, with bitwise the same result.
 
-    Args:
-        output: folder of the run. Each phase has a folder inside, with a CSV of its log.
-
-    Returns:
-        The folder of the finished checkpoint, which `qvision_lab.load` takes.
+    Returns the folder of the finished checkpoint, which `qvision_lab.load` takes, in `output`, that
+    of the run. There each phase has a folder too, with a CSV of its log.
 
     Raises:
-        ValueError: for settings that do not fit the model, an `output` that another command writes
-            to or that has a run of another recipe or other data, images that cannot be read, a loss
-            that is not finite.
-        OSError: if the disk is full; what was saved before stays complete.
+        ValueError: settings that do not fit the model, an `output` that another command writes to
+            or that has another recipe's or data's run, unreadable images, a loss that is not finite
+        OSError: the disk is full; what was saved before stays complete
     """
     output, state = Path(output), PartialState(cpu=not torch.cuda.is_available())
     settings = recipe.training
@@ -62,15 +59,14 @@ def train_captioner(recipe: Recipe, output: str | Path) -> Path:
         if recipe.tower is not None:
             start = train_tower(recipe.tower, recipe.seed, output / "vision")
         checkpoint = load_checkpoint(start, recipe.revision, device=state.device)
-        checkpoint = replace(checkpoint, model=start_model(checkpoint.model, recipe))
+        checkpoint = change_model(checkpoint, recipe)
         samples = prepare_samples(recipe, checkpoint, data, output)
         for number, phase in enumerate(settings.phases, start=1):
             seed, folder = recipe.seed + number, output / f"phase-{number}"
             best = train_phase(settings, phase, seed, checkpoint, samples, folder)
             checkpoint = load_checkpoint(best, device=state.device)
         if state.is_main_process:
-            images = {name: part.images for name, part in samples.items()}
-            save_result(recipe, checkpoint, images, best, output)
+            save_result(recipe, checkpoint, samples, best, output)
         state.wait_for_everyone()
     return output / "checkpoint"
 
@@ -107,17 +103,15 @@ def fingerprint(images: CaptionDataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def start_model(
-    model: QVisionForConditionalGeneration, recipe: Recipe
-) -> QVisionForConditionalGeneration:
-    """The model that training starts from: with changed sizes and reinitialised modules.
+def change_model(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """What training starts from: a model with changed sizes and reinitialised modules.
 
     ValueError as `reinitialise`, and for changed sizes that do not fit the weights that are kept.
     """
-    changes = recipe.model.model_dump(exclude_none=True)
+    model, changes = checkpoint.model, recipe.model.model_dump(exclude_none=True)
     if not changes:
         reinitialise(model, recipe.reinitialise, recipe.seed)
-        return model
+        return checkpoint
     changed = QVisionForConditionalGeneration(changed_config(model.config, changes))
     changed.generation_config = model.generation_config
     reinitialise(changed, ("qformer", "decoder", "vision.projection"), recipe.seed)
@@ -129,7 +123,7 @@ def start_model(
         unknown = [str(error).splitlines()[-1].strip()]
     if unknown:
         raise ValueError(f"model does not fit kept weights ({unknown[0]}): reinitialise them.")
-    return changed.to(model.device).eval()
+    return replace(checkpoint, model=changed.to(model.device).eval())
 
 
 def reinitialise(model: QVisionForConditionalGeneration, modules: Sequence[str], seed: int) -> None:
@@ -138,10 +132,9 @@ def reinitialise(model: QVisionForConditionalGeneration, modules: Sequence[str],
     set_seed(seed)
     for name in modules:
         if name not in known:
-            near = freezing.suggest(
-                name, [module for module in known if module and module.count(".") < 2]
-            )
-            raise ValueError(f"reinitialise: there is no module {name!r}; {near}")
+            near = [module for module in known if module and module.count(".") < 2]
+            hint = freezing.suggest(name, near)
+            raise ValueError(f"reinitialise: there is no module {name!r}; {hint}")
         known[name].apply(model._init_weights)
 
 
@@ -206,23 +199,26 @@ def train_phase(
     model, processor = checkpoint.model, checkpoint.processor
     counts = freezing.apply(model, phase.policy, thaw_projection=phase.thaw_projection)
     train, validation = replace(samples["train"], seed=seed), samples["validation"]
-    share = batch_share(settings.batch_size)
     if PartialState().is_main_process:
+        share = batch_share(settings.batch_size)
         estimate = estimate_memory(model, settings, share, train.lengths())
         print(f"{counts.map('{:,}'.format)}\n{estimate}")
     epoch = ceil(len(train) // settings.batch_size / settings.accumulation)  # in steps
     positions = model.config.text_config.max_position_embeddings
     packed = model.device.type == "cuda" and settings.max_tokens + PACKED_LENGTHS <= positions
+    rate = phase.learning_rate or settings.learning_rate
     return train_stage(
         model,
-        settings.model_copy(
-            update={"learning_rate": phase.learning_rate or settings.learning_rate}
-        ),
+        settings.model_copy(update={"learning_rate": rate}),
         folder,
         seed,
-        steps=phase.steps or max(1, round(phase.epochs * epoch)),
-        data=(train, validation),
-        collator=CaptionCollator(model.config.pad_token_id, packed),
-        measure=Validation(validation.images, processor, share),
+        phase.steps or max(1, round(phase.epochs * epoch)),
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=CaptionCollator(model.config.pad_token_id, packed),
+        measure=Validation(validation.images, Captioner(model, processor)),
         processor=processor,
+        patience=settings.patience,
+        compiled=settings.compile,
+        captured=settings.capture,
     )

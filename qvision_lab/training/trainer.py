@@ -7,10 +7,10 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,23 +18,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qvision_lab.captioning import Captioner
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, ImageId
-from qvision_lab.evaluation import evaluate
-from qvision_lab.model.captioner import QVisionForConditionalGeneration
+from qvision_lab.evaluation import evaluate_dataset
 from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.training import gpu
 from qvision_lab.training.optimizers import MuonAdamW
 from qvision_lab.training.recipe import Optimisation
-
-TIMED_STEPS = 20  # after so many, the remaining time is printed
-Measure = Callable[[nn.Module], dict[str, float]]
-Collator = Callable[[list[dict]], dict[str, Tensor]]
 
 
 @dataclass
@@ -46,39 +41,27 @@ class Validation:
     """
 
     images: CaptionDataset
-    processor: QVisionProcessor
-    batch_size: int  # on a CPU; on a GPU the Captioner chooses
-    captioner: Captioner | None = field(default=None, init=False, repr=False)
+    captioner: Captioner  # one for all evaluations, since it keeps buffers and graphs
 
-    def captioner_of(self, model: QVisionForConditionalGeneration) -> Captioner:
-        """The one captioner of a model, since it keeps buffers and graphs."""
-        if self.captioner is None or self.captioner.model is not model:
-            self.captioner = Captioner(model, self.processor)
-        return self.captioner
-
-    def captions(self, model: QVisionForConditionalGeneration) -> dict[ImageId, str]:
+    def captions(self) -> dict[ImageId, str]:
         """A greedy caption of each image."""
-        captioner = self.captioner_of(model)
-        batch_size = self.batch_size if model.device.type == "cpu" else None
         with PartialState().split_between_processes(list(self.images)) as mine:
             pictures = (image.picture for image in mine)
-            settings = {"batch_size": batch_size, "preset": "greedy"}
-            captions = captioner.caption(pictures, **settings) if mine else []
+            captions = self.captioner.caption(pictures, preset="greedy") if mine else []
         texts = gather_object([caption.text for caption in captions])
         return dict(zip(self.images.ids, texts, strict=True))
 
-    def __call__(self, model: QVisionForConditionalGeneration) -> dict[str, float]:
+    def __call__(self) -> dict[str, float]:
         """CIDEr-D times 100, and the rates of the data set's judge where it has one, 0 to 1."""
         judge = self.images.judge
-        metrics = ("cider", *([judge.name] if judge else []))
-        captions = self.captions(model)
-        scores = evaluate(captions, self.images.references, metrics, judge=judge).scores
+        metrics = ("cider", judge.name) if judge else ("cider",)
+        scores = evaluate_dataset(self.captions(), self.images, metrics, resamples=1).scores
         scores = {name.replace(" ", "_"): score for name, score in scores.items()}
         return {"cider": 100 * scores.pop("CIDEr"), **scores}
 
 
 class StageTrainer(Trainer):
-    """transformers' trainer, whose evaluation adds a measure of the stage.
+    """transformers' trainer, whose evaluation adds a measure of the stage; the log is `curve.csv`.
 
     A checkpoint whose write fails is deleted. Evaluation leaves the random numbers of training
     alone, so that the number of evaluations changes no weight. On a GPU, steps take float32
@@ -86,42 +69,37 @@ class StageTrainer(Trainer):
     is evaluated and saved is float32.
 
     Args:
-        measure: gets the model in evaluation mode, returns numbers to be logged.
+        measure: numbers to be logged; called with the model in evaluation mode.
         processor: saved with each checkpoint, so that `ql.load` can read it. (As the Trainer's
             `processing_class` it would change the model's special tokens.)
-        compiled: compile the blocks; where that fails in the first step, continue without.
-        captured: replay steps of cached features as CUDA graphs, where one GPU trains alone.
+        patience, compiled, captured: of the settings `Training`. Where compiling fails in the first
+            step, training continues without; graphs are captured where one GPU trains alone.
     """
 
     def __init__(
         self,
         *args,
-        measure: Measure,
+        measure: Callable[[], dict[str, float]],
         processor: QVisionProcessor | None = None,
+        patience: int | None = None,
         compiled: bool = False,
         captured: bool = False,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self.measure, self.processor = measure, processor
+        self.measure, self.processor, self.patience = measure, processor, patience
         self.compiled, self.untried = compiled, compiled
         on_gpu = self.args.device.type == "cuda"
         if on_gpu and isinstance(measure, Validation):  # holding weights may move them
-            measure.captioner_of(self.model).decoding.follow_weights()
+            measure.captioner.decoding.follow_weights()
         self.frozen = gpu.frozen_matrices(self.model) if self.args.bf16 and on_gpu else []
         self.originals = [weight.data for weight in self.frozen]
         # Graphs write gradients to one place, which a second batch of a step would overwrite.
         alone = self.args.world_size == 1 and self.args.gradient_accumulation_steps == 1
-        self.captured = gpu.CapturedLoss(self.model) if captured and alone else None
+        self.captured = gpu.CapturedLoss(self.model) if captured and alone and on_gpu else None
         self.losses: list[tuple[int, Tensor]] = []  # with their steps, not yet checked
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """From cached features on one GPU by CUDA graphs; else as the model computes it."""
         packed = {"vision_states", "places"} <= inputs.keys()
         if self.captured is None or return_outputs or not packed:
@@ -131,17 +109,15 @@ class StageTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         halves = [original.bfloat16() for original in self.originals]
-        with gpu.holding(self.frozen, halves), ExitStack() as stack:
-            if self.compiled:
-                stack.enter_context(gpu.compiled_blocks(self.model))
+        compiled = gpu.compiled_blocks(self.model) if self.compiled else nullcontext()
+        with gpu.holding(self.frozen, halves), compiled:
             return super().train(*args, **kwargs)
 
     @contextmanager
     def _as_loaded(self) -> Iterator[None]:
         """Frozen weights in their original dtype, and nothing compiled."""
-        with gpu.holding(self.frozen, self.originals), ExitStack() as stack:
-            if self.compiled:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+        plain = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        with gpu.holding(self.frozen, self.originals), plain:
             yield
             self.originals = [weight.data for weight in self.frozen]  # a Captioner may join them
 
@@ -171,10 +147,14 @@ class StageTrainer(Trainer):
         self.untried = False
         return loss
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
-        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
-            self._check_losses()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+    def log(self, *args, **kwargs) -> None:  # also after each evaluation, before a checkpoint
+        self._check_losses()
+        super().log(*args, **kwargs)
+        if self.is_world_process_zero():
+            curve = pd.DataFrame(self.state.log_history).to_csv(index=False)
+            write_atomic(Path(self.args.output_dir, "curve.csv"), curve)
+        best_by = self.args.metric_for_best_model
+        self.control.should_training_stop |= is_exhausted(self.state, best_by, self.patience)
 
     def _check_losses(self) -> None:
         """Check the losses since the last time, which waits for the device."""
@@ -183,13 +163,12 @@ class StageTrainer(Trainer):
             if not math.isfinite(loss.item()):
                 raise self._diverged(f"the loss is {loss.item()}", step)
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+    @torch.no_grad()
+    def evaluation_loop(self, *args, **kwargs):
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), self._as_loaded():
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            with torch.no_grad():
-                measured = self.measure(self.model.eval())
-        output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in measured.items()})
+            output = super().evaluation_loop(*args, **kwargs)  # leaves the model in evaluation mode
+            output.metrics.update({f"eval_{name}": x for name, x in self.measure().items()})
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
@@ -222,35 +201,11 @@ class DivergedError(ValueError):
     """A loss or weight that is not finite."""
 
 
-class EpochAndPatienceCallback(TrainerCallback):
-    """Passes the epoch to the data set, stops without improvement, prints the remaining time."""
-
-    def __init__(self, best_by: str | None, patience: int | None):
-        self.best_by, self.patience = best_by, patience
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.first, self.begun = state.global_step, perf_counter()
+class EpochCallback(TrainerCallback):
+    """Passes the epoch to the data set, which accelerate does in a single process only."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
         train_dataloader.dataset.epoch = int(state.epoch)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.first + TIMED_STEPS and state.is_world_process_zero:
-            step = (perf_counter() - self.begun) / TIMED_STEPS
-            left = step * (state.max_steps - state.global_step) / 60
-            print(f"{step:.2f} s per step: {left:.0f} minutes to go, plus validation")
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        control.should_training_stop |= is_exhausted(state, self.best_by, self.patience)
-
-
-class CurveCallback(TrainerCallback):
-    """Keeps the log as `curve.csv`, one row per logged step, in atomic writes."""
-
-    def on_log(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            curve = pd.DataFrame(state.log_history).to_csv(index=False)
-            write_atomic(Path(args.output_dir, "curve.csv"), curve)
 
 
 def is_exhausted(state: TrainerState, best_by: str | None, patience: int | None) -> bool:
@@ -262,58 +217,33 @@ def is_exhausted(state: TrainerState, best_by: str | None, patience: int | None)
 
 
 def train_stage(
-    model: nn.Module,
-    settings: Optimisation,
-    folder: Path,
-    seed: int,
-    steps: int,
-    data: tuple[Dataset, Dataset],
-    collator: Collator,
-    measure: Measure,
-    processor: QVisionProcessor | None = None,
+    model: nn.Module, settings: Optimisation, folder: Path, seed: int, steps: int, **parts: Any
 ) -> Path:
-    """Train a stage on `data` (training, evaluation), or resume it; the log is `curve.csv`.
+    """Train a stage by a `StageTrainer` of these parts, or resume it; a finished one is left alone.
 
-    A finished stage is left alone. Returns the folder of the best checkpoint, or of the last one
-    where no score says which is best.
-
-    Raises:
-        ValueError: if a batch cannot be shared by the processes, or training diverges.
-        OSError: if a checkpoint cannot be written.
+    Returns the folder of the best checkpoint, or of the last where no score says which is best.
+    ValueError if a batch cannot be shared by the processes, or training diverges; OSError if a
+    checkpoint cannot be written.
     """
-    best_by, patience = getattr(settings, "best_by", None), getattr(settings, "patience", None)
-    last = last_checkpoint(folder)
-    state = TrainerState.load_from_json(f"{last}/{TRAINER_STATE_NAME}") if last else None
-    finished = state and state.global_step >= state.max_steps
-    if not finished and not (state and is_exhausted(state, best_by, patience)):
-        arguments = training_arguments(settings, folder, seed, steps, best_by)
+    last, arguments = last_checkpoint(folder), training_arguments(settings, folder, seed, steps)
+    state = TrainerState.load_from_json(f"{last}/{TRAINER_STATE_NAME}") if last else TrainerState()
+    exhausted = is_exhausted(state, arguments.metric_for_best_model, parts.get("patience"))
+    if not exhausted and not (last and state.global_step >= state.max_steps):
         rates = settings.learning_rate, settings.matrix_learning_rate, settings.weight_decay
-        compiled = getattr(settings, "compile", False)
-        captured = getattr(settings, "capture", False) and arguments.device.type == "cuda"
-        trainer = StageTrainer(
-            model,
-            arguments,
-            data_collator=collator,
-            train_dataset=data[0],
-            eval_dataset=data[1],
-            callbacks=[EpochAndPatienceCallback(best_by, patience), CurveCallback()],
-            optimizers=(MuonAdamW(model, *rates) if rates[1] else None, None),
-            measure=measure,
-            processor=processor,
-            compiled=compiled,
-            captured=captured,
-        )
+        optimizer = MuonAdamW(model, *rates) if settings.matrix_learning_rate else None
+        settled = {"optimizers": (optimizer, None), "callbacks": [EpochCallback()]}
+        trainer = StageTrainer(model, arguments, **settled, **parts)
         trainer.train(resume_from_checkpoint=last)
         state = trainer.state
     return folder / Path(state.best_model_checkpoint or last_checkpoint(folder)).name
 
 
 def training_arguments(
-    settings: Optimisation, folder: Path, seed: int, steps: int, best_by: str | None = None
+    settings: Optimisation, folder: Path, seed: int, steps: int
 ) -> TrainingArguments:
     """The Trainer's own settings for a stage: one cosine, checkpoints, batches shared evenly."""
     on_gpu, share = torch.cuda.is_available(), batch_share(settings.batch_size)
-    every = math.ceil(steps / settings.evaluations)
+    every, best_by = math.ceil(steps / settings.evaluations), getattr(settings, "best_by", None)
     arguments = TrainingArguments(
         output_dir=str(folder),
         seed=seed,
