@@ -54,7 +54,7 @@ def run_demo(
     rates = scenes.score(checks)
     print(f"\n{n} held-out scenes, captioned from disk:\n")
     for name, rate in rates.items():
-        print(f"  {name:<18}{str(rate) if rate.total else '-':>18}   of {RATES[name]}")
+        print(f"  {name:<18}{rate!s:>18}   of {RATES[name]}")
     print(f"\ncontact sheet: {output}")
     return rates
 
@@ -134,7 +134,7 @@ def draw_findings(
     largest = effects["difference"].abs().nlargest(4).index
     shown = curves["variant"].isin({table["variant"][0], *largest})
     axes = {
-        "effects": plots.plot_differences(effects, f"{metric}, less the base's"),
+        "effects": plots.plot_differences(effects, f"{metric} above the base"),
         "tradeoff": plots.plot_tradeoff(table, "parameters", metric),
         "curves": plots.plot_curves(curves[shown]),
     }
@@ -147,14 +147,17 @@ def findings_table(results: str | Path = STUDY, metric: str = "CIDEr") -> pd.Dat
     table = pd.read_csv(Path(results) / "table.csv")
     rows = averages(table).join(differences(table, metric), rsuffix=" of pairs")
     rows = rows.sort_values(metric, ascending=False)  # the base has no difference
-    pairs = 100 * rows[["difference", "low", "high"]]
+    scale = 1 if metric == "CIDEr" else 100
+    pairs = scale * rows[["difference", "low", "high"]]
     shares = {"true": "true captions", "object recall": "objects named", "pointing": "maps point"}
     columns = {
         "variant": rows.index,
-        f"{metric} x 100": rows[metric].map(lambda score: f"{100 * score:.0f}"),
-        "above the base's": [f"{d:+.0f} [{a:+.0f}, {b:+.0f}]" for d, a, b in pairs.values],
+        "runs": rows["n"].map("{:.0f}".format),
+        f"{metric} x 100": rows[metric].map(lambda score: f"{scale * score:.0f}"),
+        "above the base": [f"{d:+.0f} [{a:+.0f}, {b:+.0f}]" for d, a, b in pairs.values],
         "p, corrected": rows["corrected"].map("{:.2g}".format),
         **{title: rows[name].map("{:.1%}".format) for name, title in shares.items()},
         "parameters trained": rows["parameters"].map("{:,.0f}".format),
     }
-    return pd.DataFrame(columns).replace(r".*nan.*", "", regex=True)
+    table = pd.DataFrame(columns).replace({"maps point": {"nan%": "no map"}})
+    return table.replace(r".*nan.*", "", regex=True)

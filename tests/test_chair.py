@@ -80,6 +80,19 @@ def test_people_rarely_name_what_coco_has_not_labelled(shared):
     assert table["hallucinated"].sum() / table["mentioned"].sum() < 0.06
 
 
+def test_precision_and_recall_on_captions_that_were_read(shared):
+    labels = yaml.safe_load(Path(__file__).with_name("coco_mentions.yaml").read_text())
+    captions = shared / "coco_mini" / "annotations" / "captions_train2017.json"
+    read = {(i, name) for name, ids in labels.items() for i in ids}
+    found = {
+        (row["id"], mention.category)
+        for row in json.loads(captions.read_text())["annotations"]
+        for mention in coco_vocabulary().mentions(row["caption"])
+    }
+    assert len(read & found) / len(found) > 0.985  # before these words: 557 of 565
+    assert len(read & found) / len(read) > 0.98  # 557 of 570
+
+
 def test_bad_truth_is_named():
     captions = dict.fromkeys(range(8), "A dog")
     with pytest.raises(ValueError, match=r"7 predictions \(1, 2, 3, 4, 5, ...\) without objects"):

@@ -13,13 +13,22 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+from scipy.stats import binomtest
 
 import qvision_lab as ql
 import qvision_lab.evaluation.java as java
 from qvision_lab.cli import main
-from qvision_lab.evaluation import evaluate_dataset, read_captions, read_results, write_results
-from qvision_lab.evaluation.bootstrap import bootstrap_interval, paired_difference
-from qvision_lab.evaluation.metrics import METRICS, bleu_formula, ratio_formula
+from qvision_lab.evaluation import (
+    EvaluationReport,
+    compare,
+    evaluate,
+    evaluate_dataset,
+    read_captions,
+    read_results,
+    write_results,
+)
+from qvision_lab.evaluation.bootstrap import bootstrap_interval, paired_difference, share_interval
+from qvision_lab.evaluation.metrics import METRICS, Metric, bleu_formula, ratio_formula
 from qvision_lab.scenes.dataset import SceneJudge
 
 ODD = "a dog\r\nsits\von a\u2028red\x85mat"
@@ -224,6 +233,60 @@ def test_intervals_cover_the_truth(counts_of, formula):
     assert 0.92 <= covered / 500 <= 0.98
 
 
+@pytest.mark.parametrize(("share", "images", "most"), [(0.95, 24, 1), (0.95, 24, 4), (0.8, 60, 4)])
+def test_intervals_of_shares_cover_the_truth(share, images, most):
+    """Also where outcomes of an image are alike (of a beta distribution)."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(2000):
+        cases = rng.integers(1, most + 1, images).astype(float)
+        hits = rng.binomial(cases.astype(int), rng.beta(share, 1 - share, images)).astype(float)
+        low, high = share_interval(hits, cases)
+        covered += low <= share <= high
+    assert 0.93 <= covered / 2000 <= 0.985
+
+
+def test_intervals_of_shares_are_wilsons_and_have_a_width():
+    for hits in (0, 1, 12, 19):
+        interval = share_interval((np.arange(19) < hits).astype(float), np.ones(19))
+        wilson = binomtest(hits, 19).proportion_ci(method="wilson")
+        assert interval.tolist() == pytest.approx([wilson.low, wilson.high])
+    same = np.array([2.0, 0.0, 2.0, 2.0])  # two words an image, both right or both wrong
+    alike, single = share_interval(same, np.full(4, 2.0)), share_interval(same / 2, np.ones(4))
+    assert alike.tolist() == pytest.approx(single.tolist())
+    assert np.isnan(share_interval(np.zeros(3), np.zeros(3))).all()
+
+
+def test_a_score_without_a_case_says_so():
+    objects = {i: {"person"} for i in CAPTIONS}
+    captions = dict.fromkeys(CAPTIONS, "A thing.")
+    report = evaluate(captions, REFERENCES, ("rouge", "chair"), objects=objects, resamples=20)
+    assert "CHAIR-i                  -   no case" in str(report)
+    assert "CHAIR-s                0.0   [0.0, 49.0]      of 4" in str(report)
+    for text in (str(report), report._repr_html_(), str(compare(report, report))):
+        assert "nan" not in text.lower()
+    table = compare(report, report).table
+    assert table.loc["CHAIR-s", "high"] == -table.loc["CHAIR-s", "low"] > 1 / 4
+    assert table.loc["ROUGE-L", "corrected"] == 1
+
+
+def test_intervals_of_a_comparison_hold_together():
+    rng, missed, rejected = np.random.default_rng(0), 0, 0
+    names = [f"score {i}" for i in range(8)]
+    metrics = {n: Metric((n,), (n, f"{n} of"), None, ratio_formula) for n in names}
+    columns = [column for metric in metrics.values() for column in metric.counts]
+    for seed in range(150):
+        counts = np.ones((2, 60, 16))
+        counts[..., ::2] = rng.normal(size=(2, 60, 8))
+        rest = metrics, {}, 0.95, 199, seed
+        tables = (pd.DataFrame(each, columns=columns) for each in counts)
+        reports = [EvaluationReport(dict.fromkeys(range(60), ""), each, *rest) for each in tables]
+        table = compare(*reports).table
+        missed += (table["low"] * table["high"] > 0).any()
+        rejected += (table["corrected"] < 0.05).any()
+    assert missed / 150 <= 0.09
+    assert rejected / 150 <= 0.09
+
+
 def test_a_p_value_under_the_null_is_uniform():
     rng, ones = np.random.default_rng(0), np.ones(80)
     p_values = []
@@ -231,6 +294,16 @@ def test_a_p_value_under_the_null_is_uniform():
         first, second = (np.stack([rng.normal(size=80), ones], 1) for _ in range(2))
         p_values += [*paired_difference(first, second, ratio_formula, resamples=199)[2]]
     assert 0.02 <= np.mean(np.array(p_values) <= 0.05) <= 0.08
+
+
+def test_more_cases_are_no_difference_of_shares():
+    one = np.ones((150, 2))
+    fewer = np.where(np.arange(150)[:, None] < 130, one, 0.0)  # the others say nothing
+    fewer[0, 0] = 0  # and one case is wrong
+    difference, interval, p_value = paired_difference(one, fewer, ratio_formula, shares=True)
+    assert difference.item() == pytest.approx(1 / 130)
+    assert interval[0].item() < 0 < interval[1].item()
+    assert p_value.item() > 0.3
 
 
 def test_results_are_read_and_bad_ones_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Captions of scenes are true, and the checker finds every false claim."""
 
+import random
 import re
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import yaml
 
 from qvision_lab.scenes.captions import PLACES, caption_scene, relation
-from qvision_lab.scenes.checker import RATES, Rate, check, score
+from qvision_lab.scenes.checker import NOUNS, RATES, Rate, check, score
 from qvision_lab.scenes.layout import CATEGORIES, COLORS, SPLITS, Layout, SceneObject, layout
 
 CASES = yaml.safe_load(Path(__file__).with_name("scene_captions.yaml").read_text())
@@ -107,6 +108,25 @@ def test_nonsense_is_outside_the_language(caption):
     assert not judged.true
 
 
+@pytest.mark.parametrize("caption", CASES["counted"])
+def test_parts_outside_the_language_claim_nothing(caption):
+    kinds = [claim.kind for claim in check(caption, CAR_AND_DOGS).claims]
+    assert kinds == CASES["counted"][caption]
+
+
+def test_no_caption_breaks_the_checker():
+    rng = random.Random(0)
+    odd = "\u017f \u212a \u0130 \u0131 \u00e9 \u00bd \u00b3 🚗 3 ' - ! . ,"
+    words = [*NOUNS, *COLORS, "a", "the", "no", "and", "with", "there", "", *odd.split(" ")]
+    letters = {"s": "\u017f", "k": "\u212a", "i": "\u0131"}  # of another case, to `re`
+    for _ in range(1000):
+        text = rng.choice([" ", "", "\t", "\u00a0"]).join(rng.choices(words, k=rng.randrange(9)))
+        text = "".join(letters.get(c, c) if rng.random() < 0.2 else c for c in text)
+        judged = check(text, CAR_AND_DOGS)
+        assert all(text[slice(*claim.span)] == claim.text for claim in judged.claims)
+    assert len(check("dogs no " * 50_000, CAR_AND_DOGS).outside) == 50_000  # in linear time
+
+
 def swaps(caption: str) -> list[str]:
     """The caption with one word of meaning replaced, for every pair of a fixed list."""
     nouns = [category.noun for category in CATEGORIES.values()]
@@ -138,9 +158,9 @@ def test_every_rate_on_counted_examples():
         check("A black cat above a red cup on a beach.", CAT_AND_CUP),
         # Dogs forgotten, a tree made up, the wrong sky.
         check("A red car and a green tree under the moon.", CAR_AND_DOGS),
-        # A word from outside cuts the number off its noun: no count is stated.
+        # A part with a word from outside is not counted.
         check("A red car and three happy blue dogs in the sun.", CAR_AND_DOGS),
-        # Nor does a plural without a number; and the car is left out.
+        # A plural without a number states no count; and the car is left out.
         check("Blue dogs.", CAR_AND_DOGS),
         # A wrong count, in the wrong order: only the count is held against it.
         check("Three blue dogs and a red car.", CAR_AND_DOGS),
@@ -148,4 +168,4 @@ def test_every_rate_on_counted_examples():
     assert score(judged) == {name: Rate(*counts) for name, counts in CASES["rates"].items()}
     assert list(score([])) == list(RATES)
     assert str(Rate(1904, 2000)) == "95.2% (1904/2000)"
-    assert str(score([])["true"]) == "nan% (0/0)"
+    assert str(score([])["true"]) == "no case"

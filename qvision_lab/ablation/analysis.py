@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 from scipy.stats import t
 
 from qvision_lab.ablation.study import BASE
+from qvision_lab.evaluation.bootstrap import holm
 
 
 def averages(table: pd.DataFrame) -> pd.DataFrame:
@@ -27,7 +27,8 @@ def differences(
 
     Returns:
         One row a variant, with `n` pairs: `difference`, `low` and `high` of its interval, `p`, and
-        `corrected`, Holm's p for all variants of the table together. NaN with less than two pairs.
+        `corrected`, Holm's p. The intervals of all variants of the table hold together
+        (Bonferroni). NaN with less than two pairs.
     """
     if metric not in table or BASE not in set(table.dropna(subset=metric)["variant"]):
         known = ", ".join(table.columns.drop(["variant", "seed", "failed"]))
@@ -36,24 +37,18 @@ def differences(
     variants = [name for name in table["variant"].unique() if name != BASE]
     paired = values[variants].sub(values[BASE], axis=0)
     n, mean, error = paired.count(), paired.mean(), paired.sem()
-    half = error * t.ppf((1 + confidence) / 2, n - 1)
+    half = error * t.isf((1 - confidence) / 2 / max((n > 1).sum(), 1), n - 1)
     statistic = (mean / error).abs().where(mean.ne(0) | error.isna(), 0)  # 0 / 0 is no difference
     p = pd.Series(2 * t.sf(statistic, n - 1), variants)
     columns = {"n": n, "difference": mean, "low": mean - half, "high": mean + half, "p": p}
     return pd.DataFrame({**columns, "corrected": holm(p)}).rename_axis("variant")
 
 
-def holm(p: pd.Series) -> pd.Series:
-    """Holm's correction (1979, Scand. J. Statist. 6:65): p-values for the family of all of them."""
-    ranked = p.dropna().sort_values()
-    return (ranked * np.arange(len(ranked), 0, -1)).cummax().clip(upper=1).reindex(p.index)
-
-
 def summarise(table: pd.DataFrame, metric: str = "CIDEr", confidence: float = 0.95) -> list[str]:
     """Sentences on a metric, one per variant, and on runs that failed.
 
-    A difference is claimed where Holm's p is below 1 - `confidence`; for the others the
-    sentence gives the largest difference that their interval allows.
+    A difference is claimed where Holm's p is below 1 - `confidence`. For the others none is shown,
+    which does not exclude one: the sentence gives the largest that the interval allows.
     """
     rows, means = differences(table, metric, confidence), averages(table)
     base = means.loc[BASE]
@@ -64,10 +59,12 @@ def summarise(table: pd.DataFrame, metric: str = "CIDEr", confidence: float = 0.
             sentences.append(f"{name}: nothing can be said with {row.n:.0f} pairs of runs.")
         elif row.corrected < 1 - confidence:
             verb = "raises" if row.difference > 0 else "lowers"
-            sentences.append(f"{name}: {verb} {metric} by {abs(row.difference):.3g}, {interval}.")
+            found = f"{verb} {metric} by {abs(row.difference):.3g}, {interval}"
+            sentences.append(f"{name}: {found}, corrected p = {row.corrected:.2g}.")
         else:
             bound = max(abs(row.low), abs(row.high))
-            sentences.append(f"{name}: no difference larger than {bound:.3g}, {interval}.")
+            shown = f"no difference shown, up to {bound:.3g} is possible"
+            sentences.append(f"{name}: {shown}, {interval}.")
     for name, runs in table.dropna(subset="failed").groupby("variant", sort=False):
         sentences.append(f"{name}: {len(runs)} runs failed ({runs['failed'].iloc[0]}).")
     return sentences

@@ -167,14 +167,15 @@ class Study(Settings):
 
         `failed` has the reason why a run has no scores; `seconds` (of training) is missing after an
         interruption, and `pointing` where an arm has no maps. Scores are those of
-        `EvaluationReport`, on the test split; `latency` is in seconds per caption.
+        `EvaluationReport`, on the test split, CIDEr times 100; `latency` is in seconds per caption.
         """
         rows = [
             {"variant": run.variant, "seed": run.seed, **json.loads(path.read_text())}
             for run in self.runs
             if (path := run.folder(folder) / "row.json").exists()
         ]
-        return pd.DataFrame(rows)
+        table = pd.DataFrame(rows)
+        return table.assign(CIDEr=100 * table["CIDEr"]) if "CIDEr" in table else table
 
     def curves(self, folder: str | os.PathLike) -> pd.DataFrame:
         """The log of every run that has begun: `variant`, `seed`, `step`, `loss` and measures."""

@@ -30,11 +30,12 @@ def _rows(captioner: Captioner, quick: bool) -> Iterator[dict]:
     drawn = [image.picture for image in tests]  # once
 
     def score(captioner: Captioner) -> dict[str, float]:
-        """CIDEr of greedy captions with its 95% interval, and the share true in every word."""
+        """CIDEr of greedy captions with its 95% interval, the share true in every word, and n."""
         captions = captioner.caption(drawn, preset="greedy")
         texts = {i: caption.text for i, caption in zip(tests.ids, captions, strict=True)}
         table = evaluate_dataset(texts, tests, ("cider", "scenes")).table
-        return {**table.loc["CIDEr", ["score", "low", "high"]], "true": table.loc["true", "score"]}
+        true = {"true": table.loc["true", "score"], "scenes": len(tests)}
+        return {**table.loc["CIDEr", ["score", "low", "high"]], **true}
 
     yield {"pictures": None, "epochs": None, "seconds": None, "curve": {}} | score(captioner)
     for images, count in ({48: 1} if quick else EPOCHS).items():

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 from matplotlib.axes import Axes
+from scipy.stats import binomtest
 
 from qvision_lab import plots
 from qvision_lab.benchmark.harness import RESULTS, Spread
@@ -83,7 +84,7 @@ def _training(rows: list[Row]) -> Iterator[Row]:
 
 
 def _recovery(rows: list[Row]) -> Iterator[Row]:
-    whole, *tuned = rows
+    whole, *tuned = ({**row, "true": _share(row["true"], row["scenes"])} for row in rows)
     yield whole | {"retrained_on": "(not)", "interval": _interval(whole), "share": 1.0}
     for row in sorted(tuned, key=lambda row: row["pictures"]):
         more = {"retrained_on": f"{row['pictures']:,} images", "minutes": row["seconds"] / 60}
@@ -130,7 +131,9 @@ def _claims(folder: Path) -> Iterator[Row]:
 def _maps(folder: Path) -> Iterator[Row]:
     """Methods of word maps on Scenes, with a checkpoint whose tower was trained without boxes."""
     cells = {
-        (name, device.split(",")[0], row["method"], row["size"], row["measure"]): _interval(row)
+        (name, device.split(",")[0], row["method"], row["size"], row["measure"]): _interval(
+            row, "words" if row["measure"] == "pointing" else None
+        )
         for name in ("maps", "maps_told_by_pictures")
         for device, rows in _read_results(name, folder).items()
         for row in rows
@@ -151,8 +154,9 @@ def _scores(_: Path) -> Iterator[Row]:
         rows += [(name, ours, name), (f"{name} of {sixth}", sixth, name)]
     counts = {split: splits[split][ours]["true"]["of"] for split in SCORES["splits"]}
     for title, by, name in rows:
+        of = "of" if name in SCORES["truths"] else None
         yield {"": title} | {
-            f"{head} ({counts[split]:,})": _interval(splits[split][by][name])
+            f"{head} ({counts[split]:,})": _interval(splits[split][by][name], of)
             for split, head in SCORES["splits"].items()
         }
 
@@ -258,9 +262,15 @@ def _size(total: int | None, trained: int | None) -> str:
     return f"{total:,}, {trained:,} trained ({trained / total:.2%})" if total else "not public"
 
 
-def _interval(row: Row) -> str:
-    """A share times 100 with its 95% interval; empty where there was nothing to count."""
+def _share(value: float, n: int) -> str:
+    interval = binomtest(round(n * value), n).proportion_ci(method="wilson")
+    return _interval({"value": value, "of": n, **interval._asdict()}, "of")
+
+
+def _interval(row: Row, of: str | None = None) -> str:
+    """A share times 100 with its 95% interval, and the number of its cases."""
     value = row.get("value", row.get("score"))
     if value is None:
-        return ""
-    return f"{100 * value:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+        return "no case"
+    number = f" of {row[of]:,}" if of else ""
+    return f"{100 * value:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]{number}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
@@ -19,12 +19,17 @@ COLUMNS = "captions mentioned hallucinated has_hallucination objects recalled ha
 
 _TOKEN = re.compile(r"[^\W_]+|[.,;:!?]")  # phrases cross hyphens, not commas
 
-# "An orange cat" names no fruit: a color is an object only where no noun can follow.
+# "An orange cat" names no fruit: a color is an object only by fruit or where no noun can follow.
 _COLORS = {"orange"}
 _NO_NOUN = re.compile(
-    r"$|[.;:!?]|(?:and|or|,) (?:an?|the|some|two)\b|(?:on|in|at|by|with|from|to|for|near|next|"
-    r"beside|that|which|is|has|sits|cut|sitting|being|hanging|lying|laying|resting|growing)\b"
+    r"$|[.;:!?]|(?:and|or|,) (?:an?|the|some|two|(?:apple|banana|carrot|grape|lemon|pear)s?)\b|"
+    r"(?:on|in|at|by|with|from|to|for|near|next|beside|that|which|is|has|sits|cut|while|sitting|"
+    r"being|hanging|lying|laying|resting|growing)\b"
 )
+
+# What is negated ends at such a word: "no dogs or cats", but "no dogs and a cat".
+_NEGATIONS = {"no", "not", "without", "isn", "aren"}
+_NEGATION_ENDS = re.compile(r"\W|(?:and|but|with|on|in|at|by|near|is|are|has|that|while)$")
 
 
 class Mention(NamedTuple):
@@ -37,9 +42,15 @@ class Mention(NamedTuple):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Lower-case phrases, with plurals, to category names; None for phrases that name no object."""
+    """Lower-case phrases, with plurals, to category names; None for phrases that name no object.
+
+    `family` words after "its" name no person if none is named before. Words of `animals` name no
+    object in captions with a word of the first set and none of the second.
+    """
 
     phrases: Mapping[str, str | None]
+    family: Collection[str] = ()
+    animals: Mapping[str, tuple[frozenset[str], frozenset[str]]] = field(default_factory=dict)
 
     @cached_property
     def categories(self) -> frozenset[str]:
@@ -53,12 +64,12 @@ class Vocabulary:
         """All objects named in a caption, in order.
 
         From left to right the longest phrase wins, so a hot dog is no dog. Adjacent phrases of one
-        category, without punctuation between them, are one mention ("tabby cat").
+        category, without punctuation between, are one mention ("tabby cat"); "no dog" has none.
         """
         tokens = list(_TOKEN.finditer(caption))
         words = [token[0].lower() for token in tokens]
         found: list[Mention] = []
-        i, last_end = 0, -1  # of the last mention, in words
+        i, last_end, negated = 0, -1, False  # `last_end` is of the last mention, in words
         while i < len(words):
             ends = range(min(i + self._longest, len(words)), i, -1)
             end = next((e for e in ends if " ".join(words[i:e]) in self.phrases), i + 1)
@@ -66,7 +77,15 @@ class Vocabulary:
             category = self.phrases.get(phrase)
             if phrase in _COLORS and not _NO_NOUN.match(" ".join(words[end : end + 2])):
                 category = None
-            if category:
+            if phrase in self.animals:
+                signs, others = self.animals[phrase]
+                if signs.intersection(words) and others.isdisjoint(words):
+                    category = None
+            of_animal = found and words[i - 1] in ("its", "their", "her", "his")
+            if phrase in self.family and of_animal and "person" not in {m.category for m in found}:
+                category = None
+            negated = phrase in _NEGATIONS or (negated and not _NEGATION_ENDS.match(phrase))
+            if category and not negated:
                 start = tokens[i].start()
                 if last_end == i and found[-1].category == category:
                     start = found.pop().span[0]
@@ -90,7 +109,12 @@ def coco_vocabulary() -> Vocabulary:
             for form in _forms(words["objects"][name])
             for qualifier in qualifiers.split(", ")
         }
-    return Vocabulary(phrases)
+    animals = {
+        form: tuple(frozenset(_forms(signs)) for signs in both)
+        for noun, both in words["animals"].items()
+        for form in _forms(noun)
+    }
+    return Vocabulary(phrases, frozenset(_forms(words["family"])), animals)
 
 
 def chair(

@@ -68,6 +68,7 @@ class Metric:
     count: Callable[[Evidence], Float[np.ndarray, "images K"]]
     formula: Callable[[Float[np.ndarray, "... K"]], Float[np.ndarray, "... S"]]
     tokenized: bool = True  # whether it counts `Evidence.words`
+    shares: bool = False  # whether scores are shares of yes/no outcomes
 
 
 def bleu_formula(counts: Float[np.ndarray, "... 10"]) -> Float[np.ndarray, "... 4"]:
@@ -157,7 +158,7 @@ def judge_counts(evidence: Evidence) -> Float[np.ndarray, "images K"]:
 
 def judge_metric(rates: Sequence[str]) -> Metric:
     """The metric of a judge with these rates."""
-    return Metric(tuple(rates), _parts(*rates), judge_counts, ratio_formula, tokenized=False)
+    return Metric(tuple(rates), _parts(*rates), judge_counts, ratio_formula, False, shares=True)
 
 
 def _as_mean(values: Sequence[float]) -> Float[np.ndarray, "images 2"]:
@@ -180,5 +181,5 @@ METRICS: dict[str, Metric] = {
     "rouge": Metric(("ROUGE-L",), _parts("ROUGE-L"), rouge_counts, ratio_formula),
     "cider": Metric(("CIDEr",), _parts("CIDEr"), cider_counts, ratio_formula),
     "spice": Metric(("SPICE",), _parts("SPICE"), spice_counts, ratio_formula),
-    "chair": Metric(CHAIR, _parts(*CHAIR), chair_counts, ratio_formula, tokenized=False),
+    "chair": Metric(CHAIR, _parts(*CHAIR), chair_counts, ratio_formula, False, shares=True),
 }

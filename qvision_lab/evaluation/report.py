@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from scipy.stats import norm
 from tqdm.auto import tqdm
 
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, ImageId, some
-from qvision_lab.evaluation.bootstrap import bootstrap_interval, paired_difference
+from qvision_lab.evaluation import bootstrap
 from qvision_lab.evaluation.chair import Vocabulary
 from qvision_lab.evaluation.java import UnavailableError, meteor
 from qvision_lab.evaluation.metrics import (
@@ -32,7 +33,8 @@ from qvision_lab.evaluation.metrics import (
 )
 
 COCO_METRICS = ("bleu", "meteor", "rouge", "cider")
-PERCENT = [100, 100, 100, 1]  # a score, its interval and its denominator or p-value, as printed
+PERCENT = [100, 100, 100, 1]  # a score, its interval and its denominator, as printed
+NO_CASE = "no case"  # in place of a score
 SETTINGS = ("notes", "confidence", "resamples", "seed")  # fields saved unchanged
 
 
@@ -52,14 +54,20 @@ class EvaluationReport:
     def table(self) -> pd.DataFrame:
         """One row a score: `score`, `low` and `high` of its interval, and `of`, its denominator.
 
-        That is the number of images, or of cases for a share. A share of exactly 0 or 1 has no
-        spread to resample: of n cases, one in n / 3 may still differ. Fixed for all resamples: the
-        references of an image, and CIDEr's document frequencies, which come from all images.
+        That is the number of images, or of cases for a share. Intervals of shares are Wilson's, by
+        `share_interval`; others resample images, with their references and CIDEr's document
+        frequencies, which come from all images, fixed.
         """
         rows, settings = {}, (self.resamples, self.confidence, self.seed)
         for metric in self.metrics.values():
             counts, formula = self.counts_of(metric), metric.formula
-            interval, total = bootstrap_interval(counts, formula, *settings), counts.sum(0)
+            total = counts.sum(0)
+            if metric.shares:
+                interval = bootstrap.share_interval(
+                    counts[:, ::2], counts[:, 1::2], self.confidence
+                )
+            else:
+                interval = bootstrap.bootstrap_interval(counts, formula, *settings)
             of = total[1::2] if formula is ratio_formula else [len(counts)] * len(metric.scores)
             columns = zip(formula(total), *interval, of, strict=True)
             rows |= zip(metric.scores, columns, strict=True)
@@ -68,7 +76,7 @@ class EvaluationReport:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Corpus scores by name; BLEU, METEOR, ROUGE-L, shares: 0 to 1; CIDEr: 0 to 10."""
+        """Corpus scores by name, printed times 100; CIDEr: 0 to 10, all others: 0 to 1."""
         return self.table["score"].to_dict()
 
     @cached_property
@@ -86,13 +94,13 @@ class EvaluationReport:
     def __str__(self) -> str:
         lines = [f"{len(self.counts):,} images; times 100, {self.confidence:.0%} intervals"]
         for name, score, low, high, of in (self.table * PERCENT).itertuples():
-            interval = f"[{low:.1f}, {high:.1f}]"
-            lines.append(f"  {name:<18}{score:>8.1f}   {interval:<16} of {int(of):,}")
+            value, interval = (f"{score:.1f}", f"[{low:.1f}, {high:.1f}]") if of else ("-", NO_CASE)
+            lines.append(f"  {name:<18}{value:>8}   {interval:<16} of {int(of):,}")
         return "\n".join(lines + [f"  {name}: {note}" for name, note in self.notes.items()])
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<p>{name}: {note}</p>" for name, note in self.notes.items())
-        return (self.table * PERCENT).round(1).to_html() + notes
+        return (self.table * PERCENT).round(1).to_html(na_rep=NO_CASE) + notes
 
     def save(self, folder: str | Path) -> Path:
         """Write `scores.json` (with the settings) and `images.csv` (captions, scores, counts)."""
@@ -217,25 +225,26 @@ def evaluate_dataset(
 class Comparison:
     """Differences between two reports on the same images; printed as a table."""
 
-    table: pd.DataFrame  # a row per score: difference, low, high, p
+    table: pd.DataFrame  # a row per score: difference, low, high, p, corrected
     images: int
-    confidence: float
+    confidence: float  # that all intervals hold together
 
     def __str__(self) -> str:
-        lines = [
-            f"difference on {self.images:,} images; times 100, {self.confidence:.0%} intervals"
-        ]
-        for name, score, low, high, p in (self.table * PERCENT).itertuples():
-            interval = f"[{low:+.1f}, {high:+.1f}]"
-            lines.append(f"  {name:<18}{score:>+8.1f}   {interval}   p = {p:.3f}")
+        head = f"times 100; {self.confidence:.0%} intervals and p are corrected for their number"
+        lines = [f"difference on {self.images:,} images; {head}, {self.table['p'].count()}"]
+        for name, score, low, high, _, p in (self.table * [*PERCENT, 1]).itertuples():
+            cells = f"{score:>+8.1f}   [{low:+.1f}, {high:+.1f}]   p = {p:.3f}"
+            lines.append(f"  {name:<18}{cells if p == p else f'{NO_CASE:>8} of one'}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return (self.table * PERCENT).round(3).to_html()
+        return (self.table * [*PERCENT, 1]).round(3).to_html(na_rep=NO_CASE)
 
 
 def compare(report: EvaluationReport, baseline: EvaluationReport) -> Comparison:
     """Differences `report` - `baseline` of their common metrics, by `paired_difference`.
+
+    All scores are one family: `corrected` is Holm's p, and the intervals are Bonferroni's.
 
     ValueError if the reports are not of the same images, or share no metric.
     """
@@ -247,10 +256,14 @@ def compare(report: EvaluationReport, baseline: EvaluationReport) -> Comparison:
     settings, rows = (report.resamples, report.confidence, report.seed), {}
     for metric in shared:
         both = report.counts_of(metric), other.counts_of(metric)
-        difference, interval, p_value = paired_difference(*both, metric.formula, *settings)
-        columns = zip(difference, *interval, p_value, strict=True)
+        found = bootstrap.paired_difference(*both, metric.formula, *settings, metric.shares)
+        columns = zip(found[0], *found[1], found[2], strict=True)
         rows |= zip(metric.scores, columns, strict=True)
     table = pd.DataFrame.from_dict(rows, "index", columns=["difference", "low", "high", "p"])
+    tail, limits = (1 - report.confidence) / 2, ["low", "high"]
+    wider = norm.isf(tail / max(1, table["p"].count())) / norm.isf(tail)
+    table[limits] = wider * table[limits].add((1 / wider - 1) * table["difference"], axis=0)
+    table["corrected"] = bootstrap.holm(table["p"])
     return Comparison(table, len(report.counts), report.confidence)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from qvision_lab.captioning import Captioner
 from qvision_lab.captioning.images import Picture
 from qvision_lab.data.coco import CaptionDataset
-from qvision_lab.evaluation.bootstrap import bootstrap_interval
+from qvision_lab.evaluation.bootstrap import bootstrap_interval, share_interval
 from qvision_lab.evaluation.chair import Vocabulary, coco_vocabulary
 from qvision_lab.interpretation.maps import METHODS, Method
 from qvision_lab.interpretation.trace import Trace, Word, trace_all
@@ -78,8 +78,8 @@ def score_maps(
 
     Returns:
         A row for each `method`, `size` of what is named ("small": every box has a side shorter
-        than a patch) and `measure`: `value`, `low` and `high` (95%, bootstrap over images), and
-        the number of `words` and `images`.
+        than a patch) and `measure`: `value`, `low` and `high` (95%, over images: `share_interval`
+        of hits in pointing, else bootstrap), and the number of `words` and `images`.
     """
     rng = np.random.default_rng(0)
 
@@ -214,6 +214,8 @@ def _summarise(records: list[dict], by: list[str]) -> pd.DataFrame:
         per_image = group.assign(words=1).groupby("image")[["words", *measures]].sum()
         counts = per_image.to_numpy(float)  # [images,1+S]
         low, high = bootstrap_interval(counts, lambda sums: sums[..., 1:] / sums[..., :1])
+        if measures[0] == "pointing" and "chance" not in key:  # words that hit or miss
+            low[0], high[0] = share_interval(counts[:, 1], counts[:, 0])
         table = pd.DataFrame({**dict(zip(by, key, strict=True)), "measure": measures})
         value = [group[name].mean() for name in measures]
         table = table.assign(value=value, low=low, high=high, words=len(group), images=len(counts))

@@ -61,7 +61,7 @@ def plot_scores(
 
 
 def plot_differences(
-    differences: pd.DataFrame, label: str = "difference from the base", ax: Axes | None = None
+    differences: pd.DataFrame, label: str = "above the base", ax: Axes | None = None
 ) -> Axes:
     """Differences of a study's variants from its base: dots with their intervals, best first.
 
@@ -70,6 +70,7 @@ def plot_differences(
     rows = differences.dropna(subset=["low", "high"]).sort_values("difference", ascending=False)
     ax = plot_scores({label: rows.rename(columns={"difference": "score"})}, scale=1, ax=ax)
     ax.axvline(0, color=WRONG, lw=0.8)
+    ax.xaxis.set_major_formatter("{x:+g}")
     ax.set_xlabel(label)
     return ax
 

@@ -1,8 +1,9 @@
 """Claims of a caption about a scene, each judged against the truth.
 
 The language is wider than the grammar of `captions`: groups in any order, all four relations,
-synonyms, objects without colour or number. Case, runs of spaces and the final stop do not matter.
-A caption with anything outside the language is never true, since that cannot be checked.
+synonyms, "the", objects without colour or number. Case, runs of spaces and the end do not matter.
+What is outside the language cannot be checked: its part of the caption, between commas and "and"s,
+makes no claims, and the caption is never true.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from itertools import product
+from itertools import accumulate, product
 from typing import NamedTuple
 
 from qvision_lab.scenes.captions import NUMERALS, PLACES, RELATIONS, SCENERY, SKIES
@@ -25,7 +26,8 @@ _SCENERY = {phrase: name for name, phrase in SCENERY.items()}
 _SINGULAR = {category.noun: name for name, category in CATEGORIES.items()}
 _PLURAL = {category.plural: name for name, category in CATEGORIES.items()}
 NOUNS = _SINGULAR | _PLURAL
-_NUMBER = {"a": 1, "an": 1} | {word: i for i, word in enumerate(NUMERALS, start=1)}
+_NUMBER = {"a": 1, "an": 1, "a pair of": 2} | {word: i for i, word in enumerate(NUMERALS, start=1)}
+_NEGATION = re.compile(r"(?:no|not|none|nor|neither|never|nothing|without|\w+n['\u2019]t)\b", re.I)
 
 
 def _any(phrases: Iterable[str]) -> str:
@@ -33,14 +35,16 @@ def _any(phrases: Iterable[str]) -> str:
     return "|".join(p.replace(" ", r"\s+") for p in sorted(phrases, key=len, reverse=True))
 
 
-_NUMERAL = rf"an(?=\s+[aeiou])|a(?=\s+[^aeiou\s])|{_any(NUMERALS)}"  # never "a orange cup"
+_ARTICLE = r"an(?=\s+[aeiou])|a(?=\s+[^aeiou\s])"  # never "a orange cup"
+_NUMERAL = rf"{_any(('a pair of', *NUMERALS))}|{_ARTICLE}|[1-9][0-9]?"
 _CHUNK = re.compile(
     rf"""(?:
       (?P<place> {_any(_PLACE)} )
     | (?P<backdrop> {_any(_SCENERY)} )
     | (?P<sky> {_any(_SKY)} )
-    | (?P<relation> {_any(_RELATION)} )
-    | (?P<things> (?: (?P<number> {_NUMERAL} ) \s+ )?
+    | (?: (?:is|are) \s+ )? (?P<relation> {_any(_RELATION)} )
+    | (?P<things> (?: the \s+ (?! an? \s ) )?
+                  (?: (?P<number> {_NUMERAL} ) \s+ )?
                   (?: (?P<color> {_any(COLORS)} ) \s+ )?
                   (?P<noun> {_any(NOUNS)} ) )
     | (?P<lead> {_any(("there is", "there are", "a picture of", "a photo of"))} )
@@ -79,8 +83,8 @@ class Check(NamedTuple):
     """A caption, parsed and judged."""
 
     caption: str
-    claims: tuple[Claim, ...]  # in the caption's order
-    mentions: tuple[Mention, ...]  # groups named in the caption
+    claims: tuple[Claim, ...]  # of the parts inside the language, in the caption's order
+    mentions: tuple[Mention, ...]  # groups named there
     groups: tuple[Group, ...]  # groups in the scene
     outside: tuple[str, ...]  # parts outside the language
 
@@ -101,7 +105,7 @@ class Rate(NamedTuple):
         return self.hits / self.total if self.total else float("nan")
 
     def __str__(self) -> str:
-        return f"{self.value:.1%} ({self.hits}/{self.total})"
+        return f"{self.value:.1%} ({self.hits}/{self.total})" if self.total else "no case"
 
 
 def check(caption: str, scene: Layout) -> Check:
@@ -116,26 +120,43 @@ def check(caption: str, scene: Layout) -> Check:
     - background, sky: it is the scene's.
 
     `outside` has the words that are not in the language, or the whole caption where known words
-    make no sentence, as in "A red car and and on a beach."
+    make no sentence, as in "A red car and and on a beach." Claims and mentions of the part of an
+    outside word, and of a caption that is outside as a whole or negates something, are left out.
     """
-    body = caption.rstrip().removesuffix(".")
-    chunks = list(_CHUNK.finditer(body))
+    body = caption.rstrip().removesuffix(".").rstrip("!")
+    # Beyond ASCII, no letter is in any phrase, though re.IGNORECASE lets some match an s, k or i.
+    chunks = list(_CHUNK.finditer(re.sub(r"[^\W\x00-\x7f]", "_", body)))
     mentions: dict[int, Mention] = {}  # by index of their chunk
+    outside: dict[int, str] = {}
     for i, chunk in enumerate(chunks):
+        known = chunk.lastgroup != "unknown"
         if chunk.lastgroup == "things":
             number, color, noun = (s and s.lower() for s in chunk.group("number", "color", "noun"))
-            mentions[i] = Mention(NOUNS[noun], color, number and _NUMBER[number])
+            number = " ".join((number or "").split())
+            count = int(number) if number.isdecimal() else _NUMBER.get(number)
+            mentions[i] = Mention(NOUNS[noun], color, count)
+            known = not count or noun in (_SINGULAR if count == 1 else _PLURAL)  # not "two car"
+        if not known:
+            outside[i] = body[slice(*chunk.span())]
+    parts = list(accumulate(chunk.lastgroup in ("comma", "and") for chunk in chunks))
+    unjudged = {parts[i] for i in outside}
+    if not outside and not _SENTENCE.fullmatch("".join(c.lastgroup[0] for c in chunks)):
+        outside[-1], unjudged = caption, {*parts}
+    elif any(map(_NEGATION.match, outside.values())):
+        unjudged = {*parts}
+    mentions = {i: mention for i, mention in mentions.items() if parts[i] not in unjudged}
     alike = {i: [g for g in scene.groups if g.category == m.category] for i, m in mentions.items()}
     fitting = {i: [g for g in alike[i] if m.color in (None, g.color)] for i, m in mentions.items()}
     claims: list[Claim] = []
-    outside: list[str] = []
     named: set[Group] = set()
 
     def claim(kind: str, span: tuple[int, int], right: bool) -> None:
         claims.append(Claim(kind, body[slice(*span)], span, right))
 
     for i, chunk in enumerate(chunks):
-        words = " ".join(chunk[0].lower().split())
+        if parts[i] in unjudged:
+            continue
+        words = " ".join(chunk[chunk.lastgroup].lower().split())
         match chunk.lastgroup:
             case "place" | "backdrop":
                 claim("background", chunk.span(), (_PLACE | _SCENERY)[words] == scene.background)
@@ -151,20 +172,14 @@ def check(caption: str, scene: Layout) -> Check:
                     claim("color", (chunk.start("color"), chunk.end()), bool(groups))
                 if mention.count:
                     claim("count", chunk.span(), count == mention.count)
-                    if noun not in (_SINGULAR if mention.count == 1 else _PLURAL):
-                        outside.append(chunk[0])  # "two car" is no English
                 named.update(groups)
             case "relation" if i - 1 in mentions and i + 1 in mentions:
                 sides = ([m for g in fitting[k] for m in g.members] for k in (i - 1, i + 1))
                 pairs = {(a, _RELATION[words], b) for a, b in product(*sides)}
                 span = chunks[i - 1].start(), chunks[i + 1].end()
                 claim("relation", span, bool(pairs) and pairs <= set(scene.relations))
-            case "unknown":
-                outside.append(chunk[0])
-
-    if not outside and not _SENTENCE.fullmatch("".join(c.lastgroup[0] for c in chunks)):
-        outside.append(caption)
-    return Check(caption, tuple(claims), tuple(mentions.values()), scene.groups, tuple(outside))
+    parsed = tuple(claims), tuple(mentions.values()), scene.groups, tuple(outside.values())
+    return Check(caption, *parsed)
 
 
 # Rates of a set of captions, and the denominator of each.

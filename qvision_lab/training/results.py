@@ -164,8 +164,8 @@ def scores_table(scores: Mapping[str, dict[str, dict]]) -> str:
 
 
 def _cell(row: Mapping[str, float]) -> str:
-    """A score with its interval, times 100; a dash where there is nothing to count."""
+    """A score with its interval, times 100, of so many images or cases."""
     if not row["of"]:
-        return "-"
+        return "no case"
     score, low, high = (100 * row[name] for name in ("score", "low", "high"))
-    return f"{score:.1f} [{low:.1f}, {high:.1f}]"
+    return f"{score:.1f} [{low:.1f}, {high:.1f}] of {row['of']:,}"
