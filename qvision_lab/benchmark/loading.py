@@ -21,6 +21,7 @@ from qvision_lab.benchmark.harness import Spread, Table, growing_table, machine,
 from qvision_lab.benchmark.latency import BATCH, GREEDY, timed_model
 from qvision_lab.captioning import Captioner
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
+from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.loading import published
 from qvision_lab.model.loading.checkpoint import load_checkpoint
 from qvision_lab.model.processor import QVisionProcessor
@@ -127,7 +128,7 @@ def write_published(folder: Path, model: QVisionForConditionalGeneration) -> Non
 
 def load_the_cards_way(folder: Path) -> QVisionForConditionalGeneration:
     """Build everything with weights of its own, then copy the three files over it."""
-    config = published.read_config(folder)
+    config = QVisionConfig(**published.read_fields(folder))
     model = QVisionForConditionalGeneration(config)
     text = _text_tower(config.vision_config.hidden_size)
     ours = {published.stored_name(name): name for name, _ in model.named_parameters()}

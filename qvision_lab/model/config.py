@@ -71,10 +71,10 @@ class QVisionConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads} does not divide the width "
                 f"text_config.hidden_size={self.hidden_size}; choose a divisor of it."
             )
-        if self.num_query_tokens < 1 or self.num_qformer_blocks < 1:
+        if self.num_query_tokens < 1 or self.num_qformer_blocks < 1 or not all(self.patch_grid):
             raise ValueError(
-                f"num_query_tokens={self.num_query_tokens} and num_qformer_blocks="
-                f"{self.num_qformer_blocks} must both be at least 1."
+                f"num_query_tokens={self.num_query_tokens}, num_qformer_blocks="
+                f"{self.num_qformer_blocks} and image_size // patch_size must be at least 1."
             )
         for name in ("start_token_id", "end_token_id", "pad_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:

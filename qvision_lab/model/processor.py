@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from os import PathLike
+from os.path import lexists
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,7 @@ class QVisionProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, source: str | PathLike, **kwargs) -> QVisionProcessor:
         """Read a folder or Hub id, and its tokenizer if it has one; `ql.load` checks more."""
+        kwargs["trust_remote_code"] = False  # no code of a checkpoint runs, whatever is asked
         image_processor = CLIPImageProcessorPil.from_pretrained(source, **kwargs)
         has_tokenizer = not Path(source).is_dir() or holds_tokenizer(Path(source))
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs) if has_tokenizer else None
@@ -206,7 +208,7 @@ class QVisionProcessor(ProcessorMixin):
 
 def holds_tokenizer(folder: Path) -> bool:
     """Whether a checkpoint folder has a tokenizer."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    return any(lexists(folder / name) for name in ("tokenizer.json", "vocab.json"))
 
 
 AutoProcessor.register(QVisionConfig, QVisionProcessor)

@@ -2,7 +2,13 @@
 
 from collections.abc import Iterable
 
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -39,6 +45,17 @@ def tower_config(model_type: str = "clip_vision_model", **settings) -> PreTraine
     headless = {"siglip_vision_model": {"vision_use_head": False}}
     headless |= {"timm_wrapper": {"do_pooling": False}}
     return AutoConfig.for_model(model_type, **settings | headless.get(model_type, {}))
+
+
+def tower_defaults(fields: object) -> dict[str, object]:
+    """All settings that a tower of the kind of these fields has, with their defaults."""
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    kind = kind or "clip_vision_model"
+    _check_known("model_type", kind, TOWERS)
+    sizes = dict.fromkeys(("hidden_size", "image_size", "patch_size"), 0)
+    config = CONFIG_MAPPING[kind]
+    named = {name: getattr(config, name, None) for name in config.__annotations__}
+    return {"model_type": kind, **(sizes if kind == "timm_wrapper" else {}), **named}
 
 
 def check_tower(config: PreTrainedConfig) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,16 +13,17 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.nn import BatchNorm2d
-from transformers import GenerationConfig
+from transformers import CLIPImageProcessorPil, GenerationConfig, GPTNeoConfig
+from transformers.activations import ACT2FN
 
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.loading import published, storage
 from qvision_lab.model.loading.storage import STORED_DTYPES, CheckpointError, read_json
-from qvision_lab.model.processor import QVisionProcessor
+from qvision_lab.model.processor import QVisionProcessor, holds_tokenizer
+from qvision_lab.model.towers import tower_defaults
 
 WEIGHTS, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
 NEEDED_FILES = (
@@ -28,6 +31,18 @@ NEEDED_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
     *(WEIGHTS, SHARD_INDEX, "model-*.safetensors", *published.WEIGHT_FILES),
 )
+MOST = {"num_channels": 3, "max_position_embeddings": 2**14}  # GPT-Neo's masks have its square
+POSITIVE, COLOUR = r"[0.]*[1-9][\d.e-]*", r"[\d.e-]+"
+RULES = {  # patterns of values that are no sizes
+    "attention_types": r"\[(\[\[('(global|local)'(, )?){1,99}\], \d{1,3}\](, )?){1,99}\]|None",
+    "intermediate_size": r"[1-9]\d{,6}|None",
+    "size": r"\{'(height|width)': \d+, '(height|width)': \d+\}",
+    "image_mean": rf"\[{COLOUR}, {COLOUR}, {COLOUR}\]",
+    "image_std": rf"\[{POSITIVE}, {POSITIVE}, {POSITIVE}\]",
+    **dict.fromkeys(("layer_norm_eps", "layer_norm_epsilon", "temperature"), POSITIVE),
+    **dict.fromkeys(("hidden_act", "activation_function"), "|".join(map(repr, ACT2FN))),
+}
+CONFIGS = {"vision_config": None, "text_config": GPTNeoConfig, "config": QVisionConfig}
 # Files that a recipe adds: card, settings, scores and the curves of its stages.
 COMPANIONS = ("README.md", "run.yaml", "scores.json", "vision.csv", "captioner.csv")
 EMBEDDED = "the embedded checkpoint"  # source of the one that ships inside the package
@@ -77,19 +92,21 @@ def load_checkpoint(
         raise CheckpointError(f"dtype={dtype!r} is unknown; use {', '.join(DTYPES)} or auto.")
     folder, commit = storage.locate(source, revision, NEEDED_FILES)
     layout, weight_files = _layout(folder)
-    config, processor = _read_configs(folder, layout)
-    with torch.device("meta"):
-        model = QVisionForConditionalGeneration(config)
-    stored = _match(model, storage.read_headers(weight_files), layout)
+    stored = storage.read_headers(weight_files)
+    try:
+        model, processor = _build(folder, layout, stored)
+    except CheckpointError:
+        raise
+    except Exception as error:  # of many kinds, since the libraries check settings too
+        raise CheckpointError(f"{folder}: {error!s}; correct it or download it again.") from error
+    stored = _match(model, stored, layout)
     if dtype is None:  # auto
         found = {tensor.dtype for tensor in stored.values()}
         if len(found) > 1:
             raise CheckpointError(f"dtype='auto', but the files have {len(found)}; choose one.")
         dtype = STORED_DTYPES[found.pop()]
     _assign(model, storage.read_tensors(stored, dtype, device))
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if _is_needed(p.name)}
+    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if _is_needed(p)}
     name = EMBEDDED if source is None else str(source)
     origin = Provenance(name, layout, commit, files, str(dtype).removeprefix("torch."))
     return Checkpoint(model.eval(), processor, origin)
@@ -114,7 +131,7 @@ def save_checkpoint(
     if dest.exists() and not dest.is_dir():
         raise CheckpointError(f"{dest} is a file; give a folder to write to.")
     present = {path.name for path in dest.iterdir()} if dest.exists() else set()
-    foreign = {name for name in present if name not in COMPANIONS and not _is_needed(name)}
+    foreign = {name for name in present if name not in COMPANIONS and not _is_needed(dest / name)}
     if foreign or (present and "config.json" not in present):
         raise CheckpointError(
             f"{dest} holds {min(foreign or present)}, so it is no checkpoint; give another folder."
@@ -165,8 +182,8 @@ def convert(
     if _layout(folder)[0] == "published":
         published.check_copies(folder)
     else:
-        present = [folder / name for name in COMPANIONS if (folder / name).exists()]
-        companions = {path.name: path.read_text(encoding="utf-8") for path in present}
+        present = [name for name in COMPANIONS if os.path.lexists(folder / name)]
+        companions = {name: storage.read_text(folder / name) for name in present}
     checkpoint = load_checkpoint(source, commit, dtype or "auto", device="cpu")
     return save_checkpoint(checkpoint, dest, companions, push_to)
 
@@ -184,13 +201,16 @@ def _find_device(device: str | torch.device | None) -> torch.device:
 
 def _layout(folder: Path) -> tuple[str, list[Path]]:
     """Layout of a folder, and its weight files."""
-    if any((folder / name).exists() for name in published.WEIGHT_FILES):
+    if any(os.path.lexists(folder / name) for name in published.WEIGHT_FILES):
         return "published", [folder / name for name in published.WEIGHT_FILES]
-    if (folder / WEIGHTS).exists():
+    if os.path.lexists(folder / WEIGHTS):
         return "native", [folder / WEIGHTS]
-    if (folder / SHARD_INDEX).exists():
-        shards = read_json(folder / SHARD_INDEX, ("weight_map",))["weight_map"].values()
-        return "native", [folder / name for name in sorted(set(shards))]
+    if os.path.lexists(folder / SHARD_INDEX):
+        shards = read_json(folder / SHARD_INDEX, ("weight_map",))["weight_map"]
+        names = sorted({*map(str, shards.values())}) if isinstance(shards, dict) else []
+        if not names or not all(re.fullmatch(r"model-[\w-]+\.safetensors", name) for name in names):
+            raise CheckpointError(f"{folder / SHARD_INDEX}: wrong weight_map; download it again.")
+        return "native", [folder / name for name in names]
     raise CheckpointError(
         f"{folder} holds neither {' and '.join(published.WEIGHT_FILES)} nor {WEIGHTS}. Pickles "
         "(.bin, .pt, .pth) are never loaded, since they can run code: where you trust one, write "
@@ -198,25 +218,56 @@ def _layout(folder: Path) -> tuple[str, list[Path]]:
     )
 
 
-def _read_configs(folder: Path, layout: str) -> tuple[QVisionConfig, QVisionProcessor]:
-    """Configuration and processor, checked to fit together."""
-    try:
-        if layout == "published":
-            config = published.read_config(folder)
-            tokenizer = published.read_tokenizer(folder, config)
-            return config, QVisionProcessor.from_config(config, tokenizer)
+def _build(
+    folder: Path, layout: str, stored: dict[str, storage.StoredTensor]
+) -> tuple[QVisionForConditionalGeneration, QVisionProcessor]:
+    """Model on the meta device and processor, checked to fit together."""
+    if layout == "published":
+        fields = published.read_fields(folder)
+    else:
         fields = read_json(folder / "config.json", ("model_type", "vision_config", "text_config"))
         if fields["model_type"] != QVisionConfig.model_type:
-            raise ValueError(f"model_type={fields['model_type']!r} is not a QVision model.")
-        config = QVisionConfig.from_dict(fields)
-        read_json(folder / "preprocessor_config.json")  # a plainer error than transformers'
-        processor = QVisionProcessor.from_pretrained(folder)
-        processor.check_fits(config)
-        return config, processor
-    except CheckpointError:
-        raise
-    except (StrictDataclassError, OSError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+            raise ValueError(f"model_type={fields['model_type']!r:.60} is not a QVision model")
+    weights = sum(math.prod(tensor.shape) for tensor in stored.values())
+    for part, kind in CONFIGS.items():  # the last one has the others
+        found = fields.get(part, fields)
+        if kind is None:
+            usual = tower_defaults(found)
+        else:
+            usual = {name: getattr(kind, name, None) for name in kind.__annotations__}
+        fields[part] = known_fields(part, found, usual, weights, len(stored) // 8)
+    config = QVisionConfig(**fields["config"] | {"tie_word_embeddings": True})
+    with torch.device("meta"):
+        model = QVisionForConditionalGeneration(config)
+    if os.path.lexists(path := folder / "generation_config.json"):
+        fields = known_fields(path.name, read_json(path), vars(model.generation_config), weights)
+        model.generation_config = GenerationConfig(**fields)
+    if layout == "published":
+        tokenizer = published.read_tokenizer(folder, config)
+        return model, QVisionProcessor.from_config(config, tokenizer)
+    tokenizer = storage.read_tokenizer(folder) if holds_tokenizer(folder) else None
+    processor = QVisionProcessor.from_config(config, tokenizer)
+    path, usual = folder / "preprocessor_config.json", processor.image_processor.to_dict()
+    fields = known_fields(path.name, read_json(path), usual, weights)
+    processor.image_processor = CLIPImageProcessorPil(**fields)
+    processor.check_fits(config)
+    return model, processor
+
+
+def known_fields(source: str, fields: dict, usual: dict, most: int, blocks: int = 0) -> dict:
+    """Fields that `usual` has too (transformers would keep any other), with plausible values."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{source}={fields!s:.60} has no fields")
+    known = {name: x for name, x in fields.items() if name in usual and (x is not None or blocks)}
+    for name, value in known.items():
+        limit = blocks if name.endswith(("_layers", "_blocks")) else MOST.get(name, most)
+        right = re.fullmatch(RULES.get(name, "(?s:.*)"), repr(value))
+        if type(usual[name]) is int and name != "eos_token_id":  # of which there may be several
+            least = 1 if blocks and not name.endswith("_id") else 0
+            right = type(value) is int and least <= value <= limit
+        if not right:
+            raise ValueError(f"{source}: {name}={value!s:.60} cannot be (numbers: up to {limit:,})")
+    return known
 
 
 def _match(
@@ -233,20 +284,17 @@ def _match(
     for name, parameter in (dict(model.named_parameters()) | statistics).items():
         key = published.stored_name(name) if layout == "published" else name
         if (tensor := stored.pop(key, None)) is None:
-            raise CheckpointError(
-                f"tensor {key} is missing from the {layout} weights: incomplete, or another model."
-            )
+            raise CheckpointError(f"tensor {key} is missing from the {layout} weights: copy them.")
         if tensor.shape != parameter.shape or tensor.dtype not in STORED_DTYPES:
             raise CheckpointError(
                 f"tensor {key} in {tensor.file} has shape {list(tensor.shape)} in {tensor.dtype}, "
                 f"but config.json asks for {list(parameter.shape)}, in {' or '.join(STORED_DTYPES)}"
-                "; one of the two files belongs to another model."
+                "; one of the two files belongs to another model: download both again."
             )
         matched[name] = tensor
     if unknown := [key for key in stored if not published.KNOWN_LEFTOVERS.fullmatch(key)]:
         raise CheckpointError(
-            f"{len(unknown)} tensors have no place in this model, {unknown[0]} first; does "
-            "config.json describe another one?"
+            f"{len(unknown)} tensors have no place in this model, {unknown[0]} first; copy it again"
         )
     return matched
 
@@ -270,8 +318,8 @@ def _assign(model: QVisionForConditionalGeneration, weights: dict[str, Tensor]) 
         block.attn.attention.bias = masks[block.attn.attention_type]
 
 
-def _is_needed(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in NEEDED_FILES)
+def _is_needed(path: Path) -> bool:
+    return path.is_file() and any(fnmatch(path.name, pattern) for pattern in NEEDED_FILES)
 
 
 def _model_card(origin: Provenance) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from pathlib import Path
 
 import torch
-from transformers import GPT2Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from qvision_lab.model.config import PUBLISHED_TEXT_CONFIG, QVisionConfig
+from qvision_lab.model.loading import storage
 from qvision_lab.model.loading.storage import CheckpointError, download, read_headers, read_json
 from qvision_lab.model.processor import holds_tokenizer
 
@@ -27,17 +29,16 @@ GPT2_REPOSITORY = "openai-community/gpt2"
 SPECIAL_TOKENS = {"bos_token": "<START>", "eos_token": "<END>", "pad_token": "<|endoftext|>"}
 
 
-def read_config(folder: Path) -> QVisionConfig:
+def read_fields(folder: Path) -> dict:
     """Sizes from `config.json`; all others are the published ones or in `architecture.json`."""
-    fields = ("embed_size", "vocab_size", "num_img_tokens")
-    sizes = read_json(folder / "config.json", fields)
-    width, vocabulary, queries = (sizes[field] for field in fields)
+    sizes = read_json(folder / "config.json", ("embed_size", "vocab_size", "num_img_tokens"))
     architecture = folder / "architecture.json"
-    more = read_json(architecture) if architecture.exists() else {}
-    text = more.pop("text_config", PUBLISHED_TEXT_CONFIG)
-    more["text_config"] = {**text, "hidden_size": width, "vocab_size": vocabulary}
+    more = read_json(architecture) if os.path.lexists(architecture) else {}
+    given = {"hidden_size": sizes["embed_size"], "vocab_size": sizes["vocab_size"]}
+    text = more.get("text_config", PUBLISHED_TEXT_CONFIG)
+    more["text_config"] = {**text, **given} if isinstance(text, dict) else text
     more["num_attention_heads"] = more.pop("qformer_num_heads", 8)
-    return QVisionConfig(num_query_tokens=queries, **more)
+    return {**more, "num_query_tokens": sizes["num_img_tokens"]}
 
 
 def stored_name(name: str) -> str:
@@ -67,7 +68,7 @@ def stored_name(name: str) -> str:
     return renamed[ours] + name.removeprefix(ours)
 
 
-def read_tokenizer(folder: Path, config: QVisionConfig) -> GPT2Tokenizer | None:
+def read_tokenizer(folder: Path, config: QVisionConfig) -> PreTrainedTokenizerFast | None:
     """GPT-2's tokenizer with `<START>` and `<END>`: the checkpoint's own, else the Hub's.
 
     None for other vocabularies than GPT-2's, and, with a warning, where the Hub is out of reach.
@@ -80,7 +81,7 @@ def read_tokenizer(folder: Path, config: QVisionConfig) -> GPT2Tokenizer | None:
         except CheckpointError as error:
             warnings.warn(f"loaded without a tokenizer, for ids only: {error}", stacklevel=3)
             return None
-    tokenizer = GPT2Tokenizer.from_pretrained(folder)
+    tokenizer = storage.read_tokenizer(folder)
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
     return tokenizer
 
@@ -90,7 +91,7 @@ def check_copies(folder: Path) -> None:
 
     The original code loads one over the other, so either one may be in use.
     """
-    third = (THIRD_COPY,) if (folder / THIRD_COPY).exists() else ()
+    third = (THIRD_COPY,) if os.path.lexists(folder / THIRD_COPY) else ()
     stored = read_headers(folder / name for name in (*WEIGHT_FILES, *third))
     for name, copy in stored.items():
         name = name.replace("clip.vision_model.", "vision.")

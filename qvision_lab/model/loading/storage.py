@@ -15,8 +15,11 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TEXT_BYTES = 2**25  # at most, of a text file; GPT-2's tokenizer has 1.4 million
+TOKEN_FIELDS = ("bos_token", "eos_token", "pad_token", "unk_token", "clean_up_tokenization_spaces")
 
 
 class CheckpointError(ValueError):
@@ -42,15 +45,16 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """Entries of all tensors in safetensors files, by name; their data is not read."""
     stored = {}
     for path in files:
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; copy or download the checkpoint again.")
+        require_file(path)
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
+                    if name in stored:
+                        raise CheckpointError(f"{path}: {name} is in another file too; delete one.")
                     entry = file.get_slice(name)
                     shape = tuple(entry.get_shape())
                     stored[name] = StoredTensor(path, name, shape, entry.get_dtype())
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path} ({path.stat().st_size:,} bytes) is truncated or no safetensors file "
                 f"({error}); copy or download it again. Pickles are never loaded."
@@ -61,7 +65,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
 def read_tensors(
     stored: dict[str, StoredTensor], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """Read tensors in a dtype onto a device.
+    """Read tensors in a dtype onto a device; CheckpointError unless all values are finite.
 
     On the CPU in the dtype of the file, they stay memory-mapped. All others are read through a
     mapping each, since mapped pages count as resident memory until their mapping ends.
@@ -72,21 +76,78 @@ def read_tensors(
         stays = STORED_DTYPES[tensor.dtype] == dtype and device.type == "cpu"
         values = mapped[tensor.file].get_tensor(tensor.name) if stays else tensor.read()
         tensors[name] = values.to(device=device, dtype=dtype)
+    sums = torch.stack([x.sum() for x in tensors.values()])  # accumulated in float32
+    if not sums.isfinite().all():  # rarely, so that a load takes the time of sums
+        for tensor in [stored[name] for name, x in tensors.items() if not x.isfinite().all()]:
+            where = f"tensor {tensor.name} in {tensor.file}"
+            raise CheckpointError(f"{where} is not finite in {dtype}; copy it, or load float32.")
     return tensors
 
 
-def read_json(path: Path, fields: tuple[str, ...] = ()) -> dict:
-    """Content of a JSON file that must have these fields."""
+def require_file(path: Path) -> None:
+    """Raise CheckpointError unless a path is a regular file inside its checkpoint."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; copy or download the checkpoint again.")
+        state = "is no regular file" if os.path.lexists(path) else "is missing"
+        raise CheckpointError(f"{path} {state}; copy or download the checkpoint again.")
+    inside = [folder := path.parent.resolve()]
+    if folder.parent.name == "snapshots":  # of the Hub's cache, where links lead to blobs
+        inside += [parent / "blobs" for parent in folder.parents[1:3]]
+    if not any(path.resolve().is_relative_to(place) for place in inside):
+        raise CheckpointError(f"{path} is a link that leaves the checkpoint; copy the file itself.")
+
+
+def read_text(path: Path) -> str:
+    """Content of a text file of a checkpoint."""
+    require_file(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if path.stat().st_size > TEXT_BYTES:
+            raise ValueError(f"more than {TEXT_BYTES:,} bytes")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is no text ({error}); copy or download it again.") from error
+
+
+def read_json(path: Path, fields: tuple[str, ...] = ()) -> dict:
+    """Content of a JSON file: an object that must have these fields; none occurs twice."""
+    text = read_text(path)
+    try:
+        if not isinstance(content := json.loads(text, object_pairs_hook=_unique), dict):
+            raise ValueError(f"a {type(content).__name__} in place of fields")
+        json.dumps(content, allow_nan=False)  # raises
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON ({error}); copy or download it again.") from error
     for field in fields:
         if field not in content:
             raise CheckpointError(f"{path} has no field {field!r}; add it or download it again.")
     return content
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    if len(content := dict(pairs)) < len(pairs):
+        raise ValueError("a field occurs twice")
+    return content
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Tokenizer of a folder, of one class whatever its files say."""
+    path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    fields = read_json(settings) if os.path.lexists(settings) else {}
+    known = {name: fields[name] for name in TOKEN_FIELDS if fields.get(name) is not None}
+    known |= {name: x.get("content") for name, x in known.items() if isinstance(x, dict)}
+    try:
+        if os.path.lexists(path):
+            content, kind = read_json(path), PreTrainedTokenizerFast
+            added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+            ids, source = {**content["model"]["vocab"], **added}, {"tokenizer_file": str(path)}
+        else:
+            ids, kind = read_json(path := folder / "vocab.json"), GPT2Tokenizer
+            require_file(merges := folder / "merges.txt")
+            source = {"vocab": ids, "merges": str(merges)}
+        if max(ids.values()) >= len(ids):  # the library allocates as many
+            raise ValueError("ids beyond its size")
+        return kind(**source, **known)
+    except Exception as error:  # the library has no narrower one
+        raise CheckpointError(f"{path}, or its settings: {error}; download both.") from error
 
 
 def locate(
