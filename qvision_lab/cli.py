@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +44,8 @@ EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0, 1 where some images failed, 2 where the request is wrong."""
     options = _parser().parse_args(arguments)
+    if hasattr(sys.stdout, "reconfigure"):  # a name may have characters that it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return options.run(options) or 0
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
@@ -59,15 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def caption(options: argparse.Namespace) -> int:
     """Caption pictures, to the screen or to a file, from which a later call resumes."""
     from qvision_lab.captioning.images import walk_pictures
+    from qvision_lab.data.atomic import output_file
 
-    next(walk_pictures(options.paths, options.recursive))  # raises before the long load
+    if options.output:
+        output_file(options.output)  # raises before the long load, as the next line
+    next(walk_pictures(options.paths, options.recursive))
     captioner = ql.load(options.model, options.revision, options.dtype, options.device)
     names = ["num_beams", "num_return_sequences", "temperature", "max_new_tokens", "preset", "seed"]
     chosen = _chosen(options, *names, "batch_size", "preprocessing", "recursive")
     with TemporaryDirectory() as temporary:
         output = options.output or Path(temporary) / "captions.jsonl"
         report = captioner.caption_folder(options.paths, output, **chosen)
-        if os.environ.get("RANK", "0") != "0":  # of several processes the first one prints
+        if not _prints():
             return 0
         with open(report.output, encoding="utf-8") as lines:
             for line in lines:
@@ -115,7 +121,9 @@ def info(options: argparse.Namespace) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Score captions of a data set, captioning it first where none are given; resumes."""
     from qvision_lab import evaluation
+    from qvision_lab.data.atomic import locked
     from qvision_lab.data.coco import contamination, open_dataset
+    from qvision_lab.evaluation.java import find_java
 
     chosen = _chosen(options, "split", "n", "seed", "images", "instances")
     dataset = open_dataset(options.data, **chosen)
@@ -123,25 +131,30 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.baseline and Path(options.baseline).resolve() == output.resolve():
         raise ValueError(f"--baseline {output} would be overwritten: choose another --output.")
     output.mkdir(parents=True, exist_ok=True)
-    if options.predictions:
-        captions = evaluation.read_results(options.predictions)
-    else:
-        if missing := dataset.missing():
-            count = f"{len(missing):,} of {len(dataset):,} pictures"
-            raise ValueError(f"{count} are not on disk ({missing[:5]}, ...); set --images.")
-        captioner = ql.load(options.model, options.revision, options.dtype, options.device)
-        how = _chosen(options, "preset", "batch_size")
-        report = captioner.caption_dataset(dataset, output / "captions.jsonl", **how)
-        captions = evaluation.read_captions(report.output, dataset)
-        evaluation.write_results(captions, output / "results.json")
-    how = _chosen(options, "confidence", "resamples")
-    report = evaluation.evaluate_dataset(captions, dataset, options.metrics, **how)
-    print(f"{dataset.name}: {report}")
-    if dataset.judge is None:  # photos
-        print(contamination(dataset, options.train_captions))
-    if options.baseline:
-        print(evaluation.compare(report, evaluation.EvaluationReport.load(options.baseline)))
-    print(f"-> {report.save(output)}")
+    if not options.metrics or {*options.metrics} - {"chair", "scenes"}:
+        find_java()  # raises before the captions are made
+    with locked(output) if _prints() else nullcontext():
+        if options.predictions:
+            captions = evaluation.read_results(options.predictions)
+        else:
+            if missing := dataset.missing():
+                count = f"{len(missing):,} of {len(dataset):,} pictures"
+                raise ValueError(f"{count} are not on disk ({missing[:5]}, ...); set --images.")
+            captioner = ql.load(options.model, options.revision, options.dtype, options.device)
+            how = _chosen(options, "preset", "batch_size")
+            report = captioner.caption_dataset(dataset, output / "captions.jsonl", **how)
+            if not _prints():
+                return
+            captions = evaluation.read_captions(report.output, dataset)
+            evaluation.write_results(captions, output / "results.json")
+        how = _chosen(options, "confidence", "resamples")
+        report = evaluation.evaluate_dataset(captions, dataset, options.metrics, **how)
+        print(f"{dataset.name}: {report}")
+        if dataset.judge is None:  # photos
+            print(contamination(dataset, options.train_captions))
+        if options.baseline:
+            print(evaluation.compare(report, evaluation.EvaluationReport.load(options.baseline)))
+        print(f"-> {report.save(output)}")
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -353,6 +366,11 @@ def _command(commands, name: str, run: Callable, *shared: str) -> Callable[..., 
     for option in shared:
         command.add_argument(option, **SHARED[option])
     return command.add_argument
+
+
+def _prints() -> bool:
+    """Whether this process is the first of a launcher's, or alone, where a RANK means nothing."""
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK") == "0"
 
 
 def _chosen(options: argparse.Namespace, *names: str) -> dict:

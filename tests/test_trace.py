@@ -115,3 +115,21 @@ def test_half_precision_gives_nearly_the_same(byte_captioner, noise, dtype):
         for mine, exact in zip(word_maps(rough, method), word_maps(full, method), strict=True):
             tolerance = max(0.3 * np.abs(exact.values).max(), 0.1)  # the second in nats
             np.testing.assert_allclose(mine.values, exact.values, atol=tolerance)
+
+
+def test_an_array_that_is_filled_again_and_a_caption_that_is_too_long(byte_captioner, noise):
+    def frames():
+        frame = np.empty((40, 60, 3), np.uint8)
+        for image in noise:
+            frame[:] = np.asarray(image)
+            yield frame
+
+    given = ["a", "b", "c"]
+    for found, expected in zip(
+        trace_all(byte_captioner, frames(), given),
+        trace_all(byte_captioner, noise, given),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(found.image_tokens, expected.image_tokens)
+    with pytest.raises(ValueError, match="a caption has 104 tokens, the model 64 positions"):
+        trace(byte_captioner, noise[0], "a" * 100)

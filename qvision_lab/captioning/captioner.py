@@ -6,9 +6,9 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -27,16 +27,18 @@ from tqdm.auto import tqdm
 from qvision_lab.captioning import reading, records
 from qvision_lab.captioning.compiled import FastDecoding
 from qvision_lab.captioning.decoding_step import Int8Decoder, copy_sharing_weights
-from qvision_lab.captioning.generation import Search
+from qvision_lab.captioning.generation import Search, check_number
 from qvision_lab.captioning.images import (
     ImageError,
     Picture,
     file_identity,
+    open_image,
     picture_name,
     walk_pictures,
 )
 from qvision_lab.captioning.reading import Batch, Item
 from qvision_lab.captioning.records import Caption, digest
+from qvision_lab.data.atomic import locked, output_file
 from qvision_lab.data.coco import CaptionedImage
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.loading.checkpoint import Provenance, load_checkpoint
@@ -104,10 +106,16 @@ class Captioner:
         """
         how = {"preset": preset, "preprocessing": preprocessing, "seed": seed}
         search = Search.from_settings(self.model, **how, **settings)
-        single = _is_single(images)
-        pairs = enumerate([images] if single else images)
-        items = (Item(x, picture_name(x) or f"picture {i}", key=str(i)) for i, x in pairs)
-        results = []
+        single, results = _is_single(images), []
+        kept = single or isinstance(images, Sequence | np.ndarray | Tensor)
+
+        def item(index: int, picture: Picture) -> Item:
+            name = picture_name(picture) or f"picture {index}"
+            if not (kept or isinstance(picture, str | os.PathLike | bytes)):
+                picture = open_image(picture, name)  # now: an iterator may overwrite it
+            return Item(picture, name, key=str(index))
+
+        items = (item(*pair) for pair in enumerate([images] if single else images))
         with closing(self._caption_batches(items, search, batch_size)) as batches:
             for _, captions in chain.from_iterable(batches):
                 if isinstance(captions, ImageError):
@@ -144,7 +152,8 @@ class Captioner:
             how: `batch_size`, `preset`, `preprocessing`, `seed` and settings, as in `caption`.
 
         Raises:
-            ValueError: if there is no image, or `output` was made with other settings or weights.
+            ValueError: if there is no image, or `output` is no regular file, is being written by
+                another command, or was made with other settings or weights.
         """
         known = not isinstance(paths, Iterator)
         total = sum(1 for _ in walk_pictures(paths, recursive)) if known else None
@@ -190,10 +199,17 @@ class Captioner:
         return captioner
 
     def _caption_to_file(
+        self, items: Iterable[Item], total: int | None, output: str | os.PathLike, **how
+    ) -> FolderReport:
+        path = output_file(output)
+        with locked(path) if _processes().is_main_process else nullcontext():
+            return replace(self._write_records(items, total, path, **how), output=Path(output))
+
+    def _write_records(
         self,
         items: Iterable[Item],
         total: int | None,
-        output: str | os.PathLike,
+        output: Path,
         *,
         batch_size: int | None = None,
         **settings,
@@ -207,7 +223,6 @@ class Captioner:
             recorded["seed"] = search.seed
         processes = _processes()
         count, index = processes.num_processes, processes.process_index
-        output = Path(output)
         part = output.with_name(f"{output.name}.part{index}") if count > 1 else output
         with processes.main_process_first():
             if processes.is_main_process:
@@ -270,8 +285,7 @@ class Captioner:
         """Caption items in order, while threads, or processes, read the next batches."""
         if batch_size is None:
             batch_size = BATCH_SIZES.get(self.model.device.type, 16)
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        batch_size = check_number("batch_size", batch_size)
         reader = reading.Reader(self.processor, search.preprocessing, self.model.device)
         read = reading.read_batches(items, reader, batch_size, workers)
         with closing(read):  # not by garbage collection, where a pool may deadlock
@@ -358,7 +372,8 @@ def load(
 def _is_single(images: Picture | Iterable[Picture]) -> bool:
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim < 4  # four axes are a batch of images
-    return isinstance(images, str | bytes) or not isinstance(images, Iterable)
+    single = isinstance(images, str | bytes) or hasattr(images, "read")  # a file object
+    return single or not isinstance(images, Iterable)
 
 
 def _processes() -> PartialState:

@@ -10,7 +10,7 @@ from time import perf_counter
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvision_lab.captioning.decoding_step import Buffers, join, score_next_token
@@ -20,6 +20,16 @@ from qvision_lab.model.captioner import QVisionForConditionalGeneration
 INDUCTOR = {"realize_reads_threshold": 1}  # the input of a product is computed once, not per row
 CAPTURED, GRAPHS = 4, 32  # numbers of buffers (one a batch size) and of graphs that are kept
 CHECK_EVERY = 4  # steps on CUDA between two checks of whether all captions have ended
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Whether hooks may change what the model computes."""
+    return any(
+        hook.__module__ != "transformers.utils.output_capturing"  # they only record
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks.values()
+    )
 
 
 class FastDecoding:
@@ -84,19 +94,13 @@ class FastDecoding:
         """
         positions = self.model.config.text_config.max_position_embeddings
         supported = self._supports_architecture() and self.model.device.type in ("cpu", "cuda")
-        if not supported or not 1 <= steps <= positions:
-            return False
-        return not any(
-            hook.__module__ != "transformers.utils.output_capturing"  # they only record
-            for module in self.model.modules()
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)
-            for hook in hooks.values()
-        )
+        return supported and 1 <= steps <= positions and not is_hooked(self.model)
 
     def _supports_architecture(self) -> bool:
         config = self.model.config
         return config.bridge != "prefix" and config.global_token != "added"
 
+    @torch.inference_mode(False)  # buffers outlive the caller's mode
     @torch.no_grad()
     def run(
         self,

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
 
-from qvision_lab.captioning.compiled import FastDecoding
+from qvision_lab.captioning.compiled import FastDecoding, is_hooked
 from qvision_lab.captioning.sampling import NOT_SAMPLING, WARPERS, Choice, row_keys
 from qvision_lab.model.captioner import PLAIN, QVisionForConditionalGeneration, generation_preset
 from qvision_lab.model.processor import image_preset
 
 LIVE_SETTINGS = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer"}
+LIVE_SETTINGS |= {"tokenizer"}  # that `stop_strings` needs
+LIMITS = {"max_new_tokens": (1, 10**6), "max_length": (2, 10**6), "min_length": (0, 10**6)}
+LIMITS |= {"num_beams": (1, 1000), "num_return_sequences": (1, 1000), "top_k": (0, 10**6)}
+LIMITS |= {"seed": (-(2**63), 2**63), "batch_size": (1, 10**6), "length_penalty": (-1e6, 1e6)}
+LIMITS |= {n: (0.0, 1e6) for n in (*WARPERS, "max_time") if n not in LIMITS}
+LIMITS["repetition_penalty"] = (1e-6, 1e6)
 UNRECORDED = {"transformers_version", "return_dict_in_generate"}
 UNRECORDED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
@@ -42,12 +50,24 @@ class Search:
     ) -> Search:
         """Put settings on top of a preset, or of the model's own; ValueError if they do not fit."""
         image_preset(preprocessing, model.config.vision_config.image_size)  # raises if unknown
+        seed = check_number("seed", seed)
+        for name, value in settings.items():
+            if name in LIMITS and value is not None:
+                settings[name] = check_number(name, value)
+            elif isinstance(value, list | tuple) and name not in LIVE_SETTINGS:
+                settings[name] = plain(value)
+        if isinstance(bias := settings.get("sequence_bias"), dict):  # JSON has no tuples as keys
+            settings["sequence_bias"] = plain([*bias.items()])
+        if settings.get("max_length") is not None:  # it counts `<START>`
+            if settings.get("max_new_tokens") is not None:
+                raise ValueError("max_length and max_new_tokens exclude each other: leave one out.")
+            settings["max_new_tokens"] = settings.pop("max_length") - 1
         own = model.generation_config
         config = copy.deepcopy(own) if preset is None else generation_preset(preset, model.config)
         samples = any(settings.get(name) is not None for name in WARPERS)
         if samples or (settings.get("num_beams") or 1) > 1:
             settings = {"do_sample": samples, **settings}
-        rest = config.update(**settings, return_dict_in_generate=False)
+        rest = config.update(**{**settings, "return_dict_in_generate": False})
         if unknown := sorted(rest.keys() - LIVE_SETTINGS):
             raise ValueError(
                 f"no generation setting {', '.join(map(repr, unknown))}; see transformers' "
@@ -64,7 +84,27 @@ class Search:
             Choice.sampler(config).warpers()  # raises now, not in a batch
         else:
             config.update(**NOT_SAMPLING)  # transformers warns about a preset's sampling settings
-        return cls(config, live, seed if config.do_sample else None, preprocessing)
+        search = cls(config, live, seed if config.do_sample else None, preprocessing)
+        positions = model.config.text_config.max_position_embeddings
+        if (new := search.new_tokens) > positions:
+            raise ValueError(f"max_new_tokens={new}: the model has {positions:,} positions.")
+        if Choice.from_config(config) is None and not is_hooked(model):
+            try:
+                search.try_out(model)
+            except Exception as error:  # of many types
+                problem = f"generate cannot use {settings} ({error})"
+                raise ValueError(f"{problem}: change them, or leave some out.") from error
+        return search
+
+    def try_out(self, model: QVisionForConditionalGeneration) -> None:
+        """Generate a token without an image: most settings are first read in `generate`."""
+        config, shape = copy.deepcopy(self.config), model.config
+        config.update(max_new_tokens=1, min_length=0, min_new_tokens=None)
+        if config.do_sample:
+            config.update(**NOT_SAMPLING, num_return_sequences=1)
+        tokens = torch.zeros(1, len(shape.visual_token_labels), shape.hidden_size)
+        how = {"generation_config": config, "tokenizer": self.live.get("tokenizer")}
+        model.eval().generate(visual_tokens=tokens.to(model.device, model.dtype), **how)
 
     @property
     def new_tokens(self) -> int:
@@ -81,7 +121,7 @@ class Search:
             if name not in hidden and value != PLAIN.get(name) and not name.startswith("_")
         }
         live = {name: type(value).__name__ for name, value in self.live.items()}
-        return {"preprocessing": self.preprocessing, **changed, **live}
+        return plain({"preprocessing": self.preprocessing, **changed, **live})
 
     def run(
         self, decoding: FastDecoding, pixel_values: Float[Tensor, "B 3 H W"], keys: list[str]
@@ -121,3 +161,18 @@ class Search:
             found.sequences, found.logits, found.get("beam_indices"), normalize_logits=True
         )
         return found.sequences[:, 1:].cpu(), logprobs.cpu()
+
+
+def check_number(name: str, value: object) -> int | float:
+    """A number among `LIMITS`; ValueError for one out of range, and for text."""
+    low, high = LIMITS[name]
+    if type(value := plain(value)) not in (int, type(low)) or not low <= value <= high:
+        kind = "whole number" if type(low) is int else "number"
+        raise ValueError(f"{name}={value!r} must be a {kind} from {low:,} to {high:,}.")
+    return type(low)(value)
+
+
+def plain(value: object) -> Any:
+    """A value as JSON gives it back; numpy's numbers as Python's, other objects as their type."""
+    convert = lambda x: x.tolist() if hasattr(x, "tolist") else type(x).__name__  # noqa: E731
+    return json.loads(json.dumps(value, default=convert))

@@ -70,15 +70,18 @@ def read_records(path: Path, settings: dict) -> Iterator[tuple[dict, str]]:
         return
     with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith("\n") and line[:11] == '{"source": '[: len(line)]:
-                return
+            complete, begun = line.endswith("\n"), line.startswith('{"source": "'[: len(line)])
             try:
                 record = json.loads(line)
-                _, earlier = record["source"], record["settings"]
-            except (ValueError, KeyError, TypeError) as error:
+                earlier, _ = {**record["settings"]}, digest(record["source"])
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                if not complete and begun and (number > 1 or '", "image": ' in line):
+                    return
                 raise ValueError(
                     f"line {number} of {path} is no caption record; choose another output."
                 ) from error
+            if not complete:
+                return
             names = sorted(settings.keys() | earlier.keys())
             values = [(name, earlier.get(name), settings.get(name)) for name in names]
             if changed := [f"{n} was {old!r}, now {new!r}" for n, old, new in values if old != new]:

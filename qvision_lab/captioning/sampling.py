@@ -57,7 +57,8 @@ def random_integers(keys: Keys, step: Step, tokens: Int[Tensor, "#R K"]) -> Int[
 
 def row_keys(names: Sequence[str]) -> Keys:
     """Keys of the random draws of each row, hashed from names; the same in every process."""
-    digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names]
+    encoded = [name.encode("utf-8", "surrogatepass") for name in names]  # of any file name
+    digests = [hashlib.blake2b(name, digest_size=8).digest() for name in encoded]
     halves = [[int.from_bytes(d[:4], "big"), int.from_bytes(d[4:], "big")] for d in digests]
     return torch.tensor(halves, dtype=torch.int64).reshape(-1, 2)
 

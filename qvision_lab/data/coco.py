@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -17,13 +18,16 @@ from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
+from qvision_lab.data.atomic import find_path
+
 ImageId = int | str
 
 POOL = 80_000  # images of train2017, of which a random 80% trained the published checkpoint
 FILE_COLUMNS = ("file", "file_name", "image")  # columns of a table with the image
 NAMES = ("captions.csv", "captions.jsonl", "captions.json", "captions_*.json", "dataset_*.json")
 PLUGINS = "qvision_lab.datasets"  # entry points, called with source, split, n and seed
-DAMAGE = AttributeError, KeyError, TypeError, UnicodeError, csv.Error, json.JSONDecodeError
+DAMAGE = AttributeError, LookupError, TypeError, UnicodeError, RecursionError
+DAMAGE += csv.Error, json.JSONDecodeError
 
 
 class Drawing(Protocol):
@@ -70,7 +74,7 @@ class CaptionDataset(Sequence[CaptionedImage]):
     def __post_init__(self) -> None:
         if not self.images:
             raise ValueError(f"{self.name} has no images")
-        if repeated := some("image", [i for i, n in Counter(self.ids).items() if n > 1]):
+        if repeated := some("image", find_repeated(self.ids)):
             raise ValueError(f"{self.name} lists {repeated} more than once: keep one of each")
         bare = [i.image_id for i in self if not "".join(i.references).strip()]
         if without := some("image", bare):
@@ -96,7 +100,7 @@ class CaptionDataset(Sequence[CaptionedImage]):
 
     def missing(self) -> list[ImageId]:
         """Ids of the images whose file does not exist."""
-        return [i.image_id for i in self.images if i.image and not i.image.is_file()]
+        return [i.image_id for i in self.images if i.image and not os.path.isfile(i.image)]
 
     def subset(self, n: int, seed: int = 0) -> CaptionDataset:
         """`n` images (1 to all) drawn without replacement, in the same order."""
@@ -133,7 +137,7 @@ def contamination(
     """
     if captions_train2017 is None:
         return Contamination(len(dataset), None, ())
-    path = Path(captions_train2017).expanduser()
+    path = find_path(captions_train2017)
     with _reading(path):
         pool = set(sorted(image["id"] for image in json.loads(path.read_bytes())["images"])[:POOL])
     digits = {i.image_id: re.search(r"(?<!\d)\d{12}$", i.image.stem) for i in dataset if i.image}
@@ -174,14 +178,14 @@ def open_dataset(
         if plugin[0] not in installed.names:
             raise ValueError(f"{source!r}: installed data sets are {sorted(installed.names)}")
         return installed[plugin[0]].load()(source, split, n, seed)
-    path = _find_captions(Path(source).expanduser().absolute(), split)
+    path = _find_captions(find_path(source).absolute(), split)
     with _reading(path):
         name, entries, judge = _read(path, split)
-    folder = Path(images).expanduser().absolute() if images else _find_folder(path, entries)
+    folder = find_path(images).absolute() if images else _find_folder(path, entries)
     sibling = path.with_name(path.name.replace("captions", "instances", 1))
     boxes = {}
     if instances or (path.suffix == ".json" and sibling != path and sibling.is_file()):
-        boxes = _read_boxes(Path(instances or sibling).expanduser())
+        boxes = _read_boxes(find_path(instances or sibling))
         if boxes.keys().isdisjoint(entry.image_id for entry in entries):
             raise ValueError(f"{instances or sibling} lists none of the images of {path}")
     found = (replace(e, image=folder / e.image, boxes=boxes.get(e.image_id)) for e in entries)
@@ -210,7 +214,7 @@ def _read(path: Path, split: str | None) -> tuple[str, list[CaptionedImage], Any
         check_split(path, split, [])
         return name, _from_table(path), None
     content = json.loads(path.read_bytes())
-    if any("sentences" in image for image in content["images"]):
+    if any(isinstance(i, dict) and "sentences" in i for i in content["images"]):
         return f"{name} {split}", _from_karpathy(path, content["images"], split), None
     check_split(path, split, [path.stem.partition("captions_")[2]])
     return name, *_from_coco(path, content)
@@ -218,9 +222,12 @@ def _read(path: Path, split: str | None) -> tuple[str, list[CaptionedImage], Any
 
 def _from_coco(path: Path, content: dict) -> tuple[list[CaptionedImage], Any]:
     captions = defaultdict(list)
-    for row in content["annotations"]:
-        captions[row["image_id"]].append(row["caption"])
-    listed = {image["id"] for image in content["images"]}
+    for number, row in enumerate(content["annotations"], start=1):
+        place = f"annotation {number} of {path}"
+        key, text = take(row, place, image_id=int | str, caption=str)
+        captions[key].append(text)
+    images = enumerate(content["images"], start=1)
+    listed = {take(image, f"image {n} of {path}", id=int | str)[0] for n, image in images}
     if unlisted := some("image", [image_id for image_id in captions if image_id not in listed]):
         raise ValueError(f"{path} has captions of {unlisted} that it does not list: add them")
     drawings, judge = {}, None
@@ -236,6 +243,10 @@ def _from_coco(path: Path, content: dict) -> tuple[list[CaptionedImage], Any]:
 
 
 def _from_karpathy(path: Path, images: list[dict], split: str | None) -> list[CaptionedImage]:
+    for number, image in enumerate(images, start=1):
+        place = f"image {number} of {path}"
+        for sentence in take(image, place, sentences=list, split=str, filename=str)[0]:
+            take(sentence, f"a sentence of {place}", raw=str)
     check_split(path, split or "", list(dict.fromkeys(image["split"] for image in images)))
     return [
         CaptionedImage(
@@ -256,14 +267,16 @@ def _from_table(path: Path) -> list[CaptionedImage]:
         else:  # read as one list, so that an error names the line
             rows = json.loads(f"[{','.join(filter(str.strip, file))}]")
         for number, row in enumerate(rows, start=1):
+            row = row if isinstance(row, dict) else {None: row}
             name = next((row[column] for column in FILE_COLUMNS if column in row), None)
             texts = row.get("captions", row.get("caption"))
-            if name is None or texts is None or None in row:
+            texts = texts if isinstance(texts, list) else [texts]
+            if None in row or not all(isinstance(text, str) for text in (name, *texts)):
                 raise ValueError(
                     f"row {number} of {path} is {row}: it needs caption and one of {FILE_COLUMNS}, "
                     "and quotes around captions with commas"
                 )
-            captions.setdefault(name, []).extend([texts] if isinstance(texts, str) else texts)
+            captions.setdefault(name, []).extend(texts)
     return [CaptionedImage(name, Path(name), tuple(texts)) for name, texts in captions.items()]
 
 
@@ -272,7 +285,7 @@ def _find_folder(path: Path, entries: list[CaptionedImage]) -> Path:
     here, above, split = path.parent, path.parent.parent, path.stem.partition("captions_")[2]
     folders = (above / split, here / split, here / "images", here, above / "images", above)
     names = [entry.image for entry in entries[:: len(entries) // 1000 + 1]]
-    return next((f for f in folders if any((f / name).is_file() for name in names)), here)
+    return next((f for f in folders if any(map(os.path.isfile, map(f.joinpath, names)))), here)
 
 
 def _read_boxes(path: Path) -> dict[ImageId, tuple[tuple[str, Sequence[float]], ...]]:
@@ -281,8 +294,10 @@ def _read_boxes(path: Path) -> dict[ImageId, tuple[tuple[str, Sequence[float]], 
         content = json.loads(path.read_bytes())
         names = {category["id"]: category["name"] for category in content["categories"]}
         boxes = {image["id"]: [] for image in content["images"]}
-        for row in content["annotations"]:
-            boxes[row["image_id"]].append((names[row["category_id"]], row["bbox"]))
+        for number, row in enumerate(content["annotations"], start=1):
+            fields = {"image_id": int | str, "category_id": int | str, "bbox": list}
+            key, category, box = take(row, f"annotation {number} of {path}", **fields)
+            boxes[key].append((names[category], box))
     return {image_id: tuple(found) for image_id, found in boxes.items()}
 
 
@@ -303,6 +318,19 @@ def _reading(path: Path) -> Iterator[None]:
             f"{path} is cut off, or neither COCO's captions or instances, Karpathy's, nor a table "
             f"of captions ({error!r}): check it, or download it again"
         ) from error
+
+
+def take(row: object, place: str, **kinds: type) -> list:
+    """Fields of a row of JSON; ValueError names its place where one has another type."""
+    if not isinstance(row, dict) or not all(isinstance(row.get(n), kinds[n]) for n in kinds):
+        raise ValueError(f"{place} is {row!r:.200}: it needs {[*kinds]} of the usual types")
+    return [row[name] for name in kinds]
+
+
+def find_repeated(ids: Sequence[ImageId]) -> list[ImageId]:
+    """Ids that occur more than once, also as a number and as its text."""
+    counts = Counter(map(str, ids))
+    return [image_id for image_id in dict.fromkeys(ids) if counts[str(image_id)] > 1]
 
 
 def some(thing: str, ids: Sequence[ImageId]) -> str:

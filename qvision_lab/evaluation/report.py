@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
-from collections import Counter
+import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from scipy.stats import norm
 from tqdm.auto import tqdm
 
 from qvision_lab.data.atomic import write_atomic
-from qvision_lab.data.coco import CaptionDataset, ImageId, some
+from qvision_lab.data.coco import CaptionDataset, ImageId, find_repeated, some, take
 from qvision_lab.evaluation import bootstrap
 from qvision_lab.evaluation.chair import Vocabulary
 from qvision_lab.evaluation.java import UnavailableError, meteor
@@ -35,6 +36,7 @@ from qvision_lab.evaluation.metrics import (
 COCO_METRICS = ("bleu", "meteor", "rouge", "cider")
 PERCENT = [100, 100, 100, 1]  # a score, its interval and its denominator, as printed
 NO_CASE = "no case"  # in place of a score
+NUMBER = re.compile("0|-?[1-9][0-9]*")  # an id in a file that is a number, unless listed as text
 SETTINGS = ("notes", "confidence", "resamples", "seed")  # fields saved unchanged
 
 
@@ -109,8 +111,11 @@ class EvaluationReport:
         scores = json.loads(self.table.to_json(orient="index", double_precision=15))
         content = {"images": len(self.counts), "scores": scores, "metrics": list(self.metrics)}
         content |= {name: getattr(self, name) for name in SETTINGS}
+        texts = (i for i in self.captions if isinstance(i, str))
+        content["text_ids"] = list(filter(NUMBER.fullmatch, texts))
         images = self.per_image.join(self.counts)
-        write_atomic(folder / "images.csv", images.to_csv(index_label="image_id"))
+        table = images.to_csv(index_label="image_id", quoting=csv.QUOTE_NONNUMERIC)
+        write_atomic(folder / "images.csv", table)
         write_atomic(folder / "scores.json", json.dumps(content, indent=1))
         return folder
 
@@ -119,7 +124,11 @@ class EvaluationReport:
         """Read the files of `save`; scores and intervals are recomputed from the counts."""
         content = json.loads((Path(folder) / "scores.json").read_text(encoding="utf-8"))
         path = Path(folder) / "images.csv"
-        images = pd.read_csv(path, index_col="image_id", keep_default_na=False)
+        how = {"keep_default_na": False, "float_precision": "round_trip"}
+        images = pd.read_csv(path, dtype={"image_id": str, "caption": str}, **how)
+        text = {*content.get("text_ids", ())}
+        ids = [int(i) if NUMBER.fullmatch(i) and i not in text else i for i in images["image_id"]]
+        images.index = pd.Index(ids, name="image_id")
         known = {score for metric in METRICS.values() for score in metric.scores}
         judged = judge_metric([score for score in content["scores"] if score not in known])
         metrics = {name: METRICS.get(name, judged) for name in content["metrics"]}
@@ -286,13 +295,14 @@ def read_results(path: str | Path) -> dict[ImageId, str]:
     ValueError if the file is damaged or of another format, or an image is repeated.
     """
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-        pairs = [(row["image_id"], row["caption"]) for row in rows]
-    except (ValueError, TypeError, KeyError) as error:
+        rows = enumerate(json.loads(Path(path).read_bytes()), start=1)
+        kinds = {"image_id": int | str, "caption": str}
+        pairs = [take(row, f"row {number}", **kinds) for number, row in rows]
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f'{path} is no results file ([{{"image_id": ..., "caption": ...}}, ...]): {error}'
         ) from error
-    if repeated := some("image", [i for i, n in Counter(i for i, _ in pairs).items() if n > 1]):
+    if repeated := some("image", find_repeated([image_id for image_id, _ in pairs])):
         raise ValueError(f"{path} has several captions for {repeated}; keep one of each.")
     return dict(pairs)
 

@@ -48,7 +48,8 @@ def word_maps(
     words = trace.words if words is None else words
     if method not in METHODS:
         raise ValueError(f"no method {method!r}; choose one of {', '.join(METHODS)}.")
-    values = METHODS[method](trace, words) if words else ()
+    with torch.inference_mode(False):  # some need gradients
+        values = METHODS[method](trace, words) if words else ()
     return [
         PatchMap(of_word.reshape(trace.patch_grid), word.text, method)
         for word, of_word in zip(words, values, strict=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -136,23 +137,27 @@ def trace_all(
 ) -> Iterator[Trace]:
     """`trace` for many images, each with a caption or None, in batches."""
     given = repeat(None) if captions is None else captions
-    pairs = zip(images, given, strict=captions is not None)
-    while batch := list(islice(pairs, batch_size)):
+    opened = (  # one by one: an iterator may overwrite its image
+        (open_image(image), picture_name(image) or "picture", caption)
+        for image, caption in zip(images, given, strict=captions is not None)
+    )
+    while batch := list(islice(opened, batch_size)):
         yield from _trace_batch(captioner, *map(list, zip(*batch, strict=True)))
 
 
 @torch.no_grad()
 def _trace_batch(
-    captioner: Captioner, images: list[Picture], captions: list[str | None]
+    captioner: Captioner, opened: list[Image.Image], sources: list[str], captions: list[str | None]
 ) -> list[Trace]:
     model, processor = captioner.model.eval(), captioner.processor
     require_parts(model.config, "bridge")
-    opened = [open_image(image) for image in images]
     if None in captions:
         greedy = captioner.caption(opened, preset="greedy")
         captions = [g.text if c is None else c for c, g in zip(captions, greedy, strict=True)]
     inputs = processor(images=opened, text=captions).to(model.device)
     ids = inputs["input_ids"]  # [B,1+T]
+    if ids.shape[1] > 1 + (most := model.config.text_config.max_position_embeddings):
+        raise ValueError(f"a caption has {ids.shape[1]} tokens, the model {most} positions.")
     vision_states = model.vision.encode(inputs["pixel_values"])  # [B,P,C]
     outputs: dict[str, Tensor] = {}
     blocks = {f"Q-Former block {i}": block for i, block in enumerate(model.qformer.blocks)}
@@ -189,7 +194,7 @@ def _trace_batch(
         stages |= {name: states[row, :length] for name, states in text_stages.items()}
         traces.append(
             Trace(
-                source=picture_name(images[row]) or "picture",
+                source=sources[row],
                 caption=caption,
                 words=_words(caption, processor.tokenizer.convert_ids_to_tokens(token_ids)),
                 tokens=tuple(processor.tokenizer.decode([i]) for i in token_ids),

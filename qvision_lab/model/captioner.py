@@ -133,6 +133,9 @@ class QVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder.lm_head
 
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.decoder.lm_head = value
+
     def encode(
         self,
         pixel_values: Float[Tensor, "B 3 H W"] | None = None,

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from qvision_lab.captioning.images import ImageError, file_identity, open_image
-from qvision_lab.data.atomic import write_atomic
+from qvision_lab.data.atomic import atomic, write_atomic
 from qvision_lab.data.coco import CaptionDataset, CaptionedImage, ImageId
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.parameters import fingerprint_weights
@@ -64,9 +64,10 @@ class FeatureCache:
         if dtype not in DTYPES:
             raise ValueError(f"features are not kept in {dtype!r}: use {' or '.join(DTYPES)}.")
         self.folder, self.dtype = Path(folder), DTYPES[dtype]
+        preset = image_preset("training", model.config.vision_config.image_size)
         self.origin = {
             "tower": fingerprint_weights(model.vision.tower),
-            "preprocessing": str(image_preset("training", model.config.vision_config.image_size)),
+            "preprocessing": f"sRGB, {preset}",
             "dtype": dtype,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -140,13 +141,13 @@ class FeatureCache:
                 states = model.eval().vision.encode(torch.stack(copies))  # [B,3,H,W] -> [B,P,C]
                 states = states.to(self.dtype).cpu()  # cast first: half of the bytes to copy
                 path = self.folder / f"{next(iter(new))}.safetensors"
-                unfinished = path.with_suffix(f".{os.getpid()}")  # other runs may use this cache
+                own = path.with_suffix(f".{os.getpid()}")  # other runs may use this cache
                 try:
-                    save_file(dict(zip(new, states, strict=True)), unfinished, self.origin)
+                    with atomic(own) as unfinished:
+                        save_file(dict(zip(new, states, strict=True)), unfinished, self.origin)
                 except SafetensorError as error:  # its own kind, for a full disk too
-                    unfinished.unlink(missing_ok=True)
                     raise OSError(f"{path} could not be written ({error}).") from error
-                self._add(unfinished.replace(path))
+                self._add(own.replace(path))
             self.contents |= {names[key]: content for key, content in read.items()}
             if number % 64 == 0 or number == len(batches):
                 write_atomic(self.folder / "contents.json", json.dumps(self.contents))

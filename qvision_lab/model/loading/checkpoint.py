@@ -144,8 +144,10 @@ def save_checkpoint(
         checkpoint.processor.save_pretrained(new)
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8")
-        for weights in new.glob("*.safetensors"):  # safetensors makes them private
-            shutil.copymode(new / "README.md", weights)
+        for path in new.iterdir():
+            shutil.copymode(new / "README.md", path)  # safetensors makes its files private
+            with path.open("rb+") as file:  # on the disk before older weights are deleted
+                os.fsync(file.fileno())
         if present:
             dest.rename(old)
         new.replace(dest)
