@@ -22,6 +22,8 @@ from qvision_lab.interpretation.faithfulness import object_words, removal_curves
 from qvision_lab.interpretation.maps import METHODS, PatchMap, query_maps, word_maps
 from qvision_lab.interpretation.queries import profile_queries
 from qvision_lab.interpretation.trace import trace_all
+from qvision_lab.model.architecture import architecture
+from qvision_lab.model.config import QVisionConfig
 from qvision_lab.scenes.checker import RATES, Rate
 from qvision_lab.scenes.dataset import SceneJudge
 from qvision_lab.scenes.layout import COLORS
@@ -71,13 +73,17 @@ def draw_curves(output: str | Path = "figures/training.png") -> None:
 def draw_inside(
     folder: str | Path = "figures", n: int = 16, seed: int = 0, model: str | None = None
 ) -> None:
-    """Draw attention maps, query profiles and removal curves: `{words,queries,deletion}.png`.
+    """Draw `architecture.png` of the published model, and `{words,queries,deletion}.png` of one.
+
+    Those are attention maps, query profiles and removal curves.
 
     Profiles and curves are averages over the first `n` (at least 3) scenes of the split `test`.
     """
     if n <= EXAMPLE:
         raise ValueError(f"n={n} scenes are too few; choose at least {EXAMPLE + 1}.")
     folder, captioner = Path(folder), load(model)
+    diagram = plots.plot_architecture(architecture(QVisionConfig()))
+    write_figure(diagram.figure, folder / "architecture.png", dpi=120)
     images = [scene.image for scene in scenes.generate(n, split="test", seed=seed)]
     traces = list(trace_all(captioner, images))
     named = [[word for word, _ in object_words(t, SceneJudge.vocabulary)] for t in traces]
