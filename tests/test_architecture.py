@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 
@@ -30,7 +31,9 @@ def test_the_diagram_has_every_stage_and_parameter_of_a_configuration(tiny):
     assert published[3].output == "visual tokens [65, 1024]"
     files = {stage.file for stage in published if stage.file}
     assert all((Path(model.__file__).parent / file).exists() for file in files)
-    ax = plot_architecture(published, highlight="Q-Former", trained=["Q-Former", "bridge"])
+    ax = plot_architecture(
+        published, highlight="Q-Former", trained=pd.Index(["Q-Former", "bridge"])
+    )
     drawn = {text.get_text() for text in ax.texts}
     assert {*names, *(stage.output for stage in published), "qformer.py\n52,550,656"} <= drawn
     outlined = [box for box in ax.patches if box.get_linewidth() > 2]

@@ -41,7 +41,7 @@ def plot_architecture(
     Raises:
         ValueError: if a name is not that of a stage.
     """
-    by_name = {stage.name: stage for stage in stages}
+    by_name, trained = {stage.name: stage for stage in stages}, {*trained}
     for name in [*trained, *([highlight] if highlight else [])]:
         if name not in by_name:
             raise ValueError(f"no stage {name!r}; choose from {', '.join(by_name)}.")
