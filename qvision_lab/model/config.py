@@ -18,8 +18,7 @@ class QVisionConfig(PreTrainedConfig):
     """Sizes of a QVision captioner; the defaults are the published model.
 
     Args:
-        vision_config: the vision tower, CLIP's by default, else one of `towers.TOWERS` by its
-            `model_type`; its patch grid gives P image tokens.
+        vision_config: the tower, CLIP's or another of `towers.TOWERS`; its grid gives P tokens.
         text_config: GPT-Neo; its hidden size D is also the width of the Q-Former.
         num_query_tokens: Q, the learned queries, not counting the global token.
         num_qformer_blocks: Q-Former blocks, each of self-attention, FFN, cross-attention, FFN.
@@ -59,8 +58,7 @@ class QVisionConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict):
             ends = {"bos_token_id": self.start_token_id, "eos_token_id": self.end_token_id}
             self.text_config = {**self.text_config, **ends}
-        if self.vision_config is None or isinstance(self.vision_config, dict):
-            self.vision_config = tower_config(**(self.vision_config or {}))
+        self.vision_config = tower_config(self.vision_config)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):

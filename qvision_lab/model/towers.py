@@ -36,11 +36,16 @@ TIMM_TOWERS = {
 TIMM_ARGUMENTS = ("img_size", "drop_rate", "drop_path_rate")  # others can name files to read
 
 
-def tower_config(model_type: str = "clip_vision_model", **settings) -> PreTrainedConfig:
+def tower_config(settings: PreTrainedConfig | dict | None) -> PreTrainedConfig:
     """Configuration of a tower without a pooling head, whose output nothing reads.
 
-    Of timm's towers (`timm_wrapper`) `hidden_size`, `image_size` and `patch_size` must be given.
+    `model_type` is CLIP's by default. Of timm's towers (`timm_wrapper`) `hidden_size`,
+    `image_size` and `patch_size` must be given.
     """
+    if isinstance(settings, PreTrainedConfig):
+        return settings
+    settings = {"model_type": "clip_vision_model"} | (settings or {})
+    model_type = settings.pop("model_type")
     _check_known("model_type", model_type, TOWERS)
     headless = {"siglip_vision_model": {"vision_use_head": False}}
     headless |= {"timm_wrapper": {"do_pooling": False}}
