@@ -79,12 +79,14 @@ def page(lab):
         page.set_default_timeout(1000 * PATIENCE)
         expect.set_options(timeout=1000 * PATIENCE)
         page.goto(lab)
-        page.locator(".jp-Notebook .jp-CodeCell").first.click()
-        # A cell that is run before the notebook has its kernel is lost.
         page.locator(".jp-KernelName").get_by_label("Python 3").first.wait_for()
-        page.keyboard.press("Shift+Enter")
         prompt = page.locator(".jp-Notebook .jp-InputPrompt").first
-        expect(prompt).to_have_text(re.compile(r"\[(\*|\d+)\]"))  # running, or done
+        for _ in range(PATIENCE // 10):  # a key is lost before kernel and focus are there
+            page.locator(".jp-Notebook .jp-CodeCell").first.click()
+            page.keyboard.press("Shift+Enter")
+            with suppress(AssertionError):
+                expect(prompt).to_have_text(re.compile(r"\[(\*|\d+)\]"), timeout=10_000)
+                break
         yield page
         browser.close()
 
