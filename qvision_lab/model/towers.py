@@ -19,6 +19,7 @@ from transformers.image_utils import (
 )
 from transformers.utils import is_timm_available
 
+DEFAULT = "clip_vision_model"
 # By `model_type`: mean and deviation of the pixels that towers of a kind are trained on.
 TOWERS = {
     "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
@@ -44,8 +45,8 @@ def tower_config(settings: PreTrainedConfig | dict | None) -> PreTrainedConfig:
     """
     if isinstance(settings, PreTrainedConfig):
         return settings
-    settings = {"model_type": "clip_vision_model"} | (settings or {})
-    model_type = settings.pop("model_type")
+    settings = dict(settings or {})
+    model_type = settings.pop("model_type", DEFAULT)
     _check_known("model_type", model_type, TOWERS)
     headless = {"siglip_vision_model": {"vision_use_head": False}}
     headless |= {"timm_wrapper": {"do_pooling": False}}
@@ -54,8 +55,7 @@ def tower_config(settings: PreTrainedConfig | dict | None) -> PreTrainedConfig:
 
 def tower_defaults(fields: object) -> dict[str, object]:
     """All settings that a tower of the kind of these fields has, with their defaults."""
-    kind = fields.get("model_type") if isinstance(fields, dict) else None
-    kind = kind or "clip_vision_model"
+    kind = (isinstance(fields, dict) and fields.get("model_type")) or DEFAULT
     _check_known("model_type", kind, TOWERS)
     sizes = dict.fromkeys(("hidden_size", "image_size", "patch_size"), 0)
     config = CONFIG_MAPPING[kind]

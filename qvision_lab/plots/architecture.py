@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -15,18 +15,8 @@ FROZEN, TRAINED, INPUT = "#dfe5ea", "#f6d7a7", "white"
 WIDTH, HEIGHT, STEP = 2.0, 1.0, 2.5  # of a box, and from one to the next
 
 
-class Stage(Protocol):
-    """What is drawn of a stage."""
-
-    name: str
-    output: str
-    reads: tuple[str, ...]
-    file: str | None
-    parameters: int
-
-
 def plot_architecture(
-    stages: Sequence[Stage],
+    stages: Sequence[Any],
     highlight: str | None = None,
     trained: Collection[str] = (),
     ax: Axes | None = None,
@@ -72,10 +62,8 @@ def plot_architecture(
         for source in stage.reads:
             _arrow(ax, places[source], (x, y))
     if trained:
-        legend = [
-            Patch(fc=TRAINED, ec="0.45", label="trained"),
-            Patch(fc=FROZEN, ec="0.45", label="frozen"),
-        ]
+        colors = {"trained": TRAINED, "frozen": FROZEN}
+        legend = [Patch(fc=color, ec="0.45", label=label) for label, color in colors.items()]
         ax.legend(handles=legend, loc="lower left", frameon=False, fontsize=8)
     ax.set(xlim=(-0.1, right + 0.1), ylim=(-0.45, 2.95), aspect="equal")
     ax.axis("off")
