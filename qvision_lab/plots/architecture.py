@@ -11,7 +11,7 @@ from matplotlib.patches import FancyBboxPatch, Patch
 
 from qvision_lab.plots.images import INK
 
-FROZEN, TRAINED, INPUT = "#dfe5ea", "#f6d7a7", "white"
+FROZEN, TRAINED, EMPTY = "#dfe5ea", "#f6d7a7", "white"  # without parameters of its own: white
 WIDTH, HEIGHT, STEP = 2.0, 1.0, 2.5  # of a box, and from one to the next
 
 
@@ -48,7 +48,7 @@ def plot_architecture(
         ax = plt.subplots(figsize=(0.78 * right, 3.1), layout="constrained")[1]
     for name, (x, y) in places.items():
         stage = by_name[name]
-        color = INPUT if stage.file is None else TRAINED if name in trained else FROZEN
+        color = TRAINED if name in trained else FROZEN if stage.parameters else EMPTY
         edge, thick = (INK, 2.5) if name == highlight else ("0.45", 0.8)
         style = {"boxstyle": "round,pad=0,rounding_size=0.12", "fc": color, "ec": edge, "lw": thick}
         ax.add_patch(FancyBboxPatch((x, y), WIDTH, HEIGHT, **style))
