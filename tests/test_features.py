@@ -4,10 +4,11 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_images
-from PIL import Image
+from PIL import Image, ImageOps
 
 from qvision_lab.data.coco import CaptionDataset, CaptionedImage, open_dataset
 from qvision_lab.scenes.dataset import SceneDrawing
@@ -42,14 +43,14 @@ def encode(tmp_path, byte_captioner):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_states_are_the_towers(encode, byte_captioner, pictures, dtype):
     cached = encode(pictures, dtype=dtype)
-    assert len(set(cached.places.values())) == 6
+    assert len({place for views in cached.places.values() for place in views}) == 6
     assert cached.places["0.png"] == cached.places["6.png"]
     assert not cached.failed
     for image in pictures:
         pixels = byte_captioner.processor(images=Image.open(image.image))["pixel_values"]
         with torch.no_grad():
             states = byte_captioner.model.vision.encode(pixels)[0].to(features.DTYPES[dtype])
-        torch.testing.assert_close(cached[image.image_id], states, atol=1e-5, rtol=1e-2)
+        torch.testing.assert_close(cached.view(image.image_id), states, atol=1e-5, rtol=1e-2)
 
 
 def test_known_images_are_not_encoded_again(tmp_path, tiny, encode, pictures, monkeypatch):
@@ -69,6 +70,24 @@ def test_known_images_are_not_encoded_again(tmp_path, tiny, encode, pictures, mo
     assert {key for key in first.places if changed[key] != first.places[key]} == {"2.png"}
 
 
+def test_views_are_the_image_mirrored_and_cut(encode, byte_captioner, pictures):
+    plain, cached = encode(pictures), encode(pictures, views=3)
+    for image in pictures:
+        views = [cached.view(image.image_id, number) for number in range(3)]
+        assert torch.equal(views[0], plain.view(image.image_id))
+        mirrored = byte_captioner.processor(images=ImageOps.mirror(Image.open(image.image)))
+        with torch.no_grad():
+            states = byte_captioner.model.vision.encode(mirrored.pixel_values)[0]
+        torch.testing.assert_close(views[1], states, atol=1e-5, rtol=1e-2)
+    side, noise = 32, np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    crops = [features.draw_view(Image.fromarray(noise), f"{n:032x}-crop", side) for n in (1, 1, 2)]
+    assert crops[0] == crops[1] != crops[2]
+    assert encode(pictures, "afresh", views=3).places.keys() == cached.places.keys()
+    assert torch.equal(
+        encode(pictures, "afresh", views=3).view("2.png", 2), cached.view("2.png", 2)
+    )
+
+
 def test_an_interrupted_build_resumes(tmp_path, tiny, encode, pictures, monkeypatch):
     whole = encode(pictures, "whole")
     states = iter([torch.ones(3, 4, 16)])
@@ -78,9 +97,9 @@ def test_an_interrupted_build_resumes(tmp_path, tiny, encode, pictures, monkeypa
             encode(pictures, "torn")
     (tmp_path / "torn/half.123").write_bytes(b"half a file")
     cached = encode(pictures, "torn", workers=1)
-    assert (cached["2.png"] == 1).all()
+    assert (cached.view("2.png") == 1).all()
     for name in ("3.png", "4.png", "5.png"):
-        torch.testing.assert_close(cached[name], whole[name], atol=0, rtol=0)
+        torch.testing.assert_close(cached.view(name), whole.view(name), atol=0, rtol=0)
 
 
 def test_bad_pictures_are_reported_and_stop_nothing(encode, pictures):

@@ -16,7 +16,7 @@ MINIMAL = {
 
 def test_shipped_recipes_are_valid_and_overrides_change_single_values():
     names = {path.stem for path in RECIPES.iterdir()}
-    assert names == {"ablation", "finetune_coco", "finetune_scenes", "scenes"}
+    assert names == {"ablation", "finetune_coco", "finetune_scenes", "photos", "scenes"}
     for name in names:
         changes = ["training.learning_rate=1e-4", "training.phases.0.policy=0.5", "features=null"]
         recipe = load_recipe(name, changes)

@@ -159,11 +159,13 @@ def open_dataset(
     - COCO's `captions_*.json` (from `scenes.write_coco`, with its drawings and judge);
     - Karpathy's `dataset_*.json` (https://cs.stanford.edu/people/karpathy/deepimagesent/);
     - a `.csv` or `.jsonl` file with columns `file`, `file_name` or `image` (also the id) and
-      `caption`, in one row or several per image, or, in `.jsonl`, a list of `captions`;
+      `caption`, in one row or several per image, or, in `.jsonl`, a list of `captions`; a column
+      `split` is optional;
     - "NAME:...", which an installed plugin opens, such as "scenes:test" (a split of Scenes).
 
     Args:
-        split: one or more of Karpathy's ("train+restval"), or of a folder in COCO's format.
+        split: one or more of Karpathy's or a table's ("train+restval"), or of a folder in COCO's
+            format.
         n: draw so many images with `seed`; of Scenes, the first n of that seed.
         images: folder of the images; by default searched for around the captions.
         instances: COCO's `instances_*.json`; by default the one next to `captions_*.json`.
@@ -211,8 +213,7 @@ def _read(path: Path, split: str | None) -> tuple[str, list[CaptionedImage], Any
     """Name, images and judge of a captions file, with the images' paths as in the file."""
     name = path.parent.name if path.stem == "captions" else path.stem
     if path.suffix in (".csv", ".jsonl"):
-        check_split(path, split, [])
-        return name, _from_table(path), None
+        return name if split is None else f"{name} {split}", _from_table(path, split), None
     content = json.loads(path.read_bytes())
     if any(isinstance(i, dict) and "sentences" in i for i in content["images"]):
         return f"{name} {split}", _from_karpathy(path, content["images"], split), None
@@ -259,8 +260,9 @@ def _from_karpathy(path: Path, images: list[dict], split: str | None) -> list[Ca
     ]
 
 
-def _from_table(path: Path) -> list[CaptionedImage]:
+def _from_table(path: Path, split: str | None) -> list[CaptionedImage]:
     captions: dict[str, list[str]] = {}
+    splits: dict[str, str] = {}
     with open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
             rows = csv.DictReader(file, restval="")
@@ -277,7 +279,15 @@ def _from_table(path: Path) -> list[CaptionedImage]:
                     "and quotes around captions with commas"
                 )
             captions.setdefault(name, []).extend(texts)
-    return [CaptionedImage(name, Path(name), tuple(texts)) for name, texts in captions.items()]
+            part = row.get("split")
+            if splits.setdefault(name, part) != part:
+                raise ValueError(f"{path} has {name!r} in the splits {splits[name]!r} and {part!r}")
+    check_split(path, split, list(dict.fromkeys(part for part in splits.values() if part)))
+    return [
+        CaptionedImage(name, Path(name), tuple(texts))
+        for name, texts in captions.items()
+        if split is None or splits[name] in split.split("+")
+    ]
 
 
 def _find_folder(path: Path, entries: list[CaptionedImage]) -> Path:

@@ -68,7 +68,7 @@ class QVisionOutput(ModelOutput):
     """
 
     loss: Float[Tensor, ""] | dict | None = None  # ModelOutput can be built from a dict
-    logits: Float[Tensor, "R T V"] | None = None
+    logits: Float[Tensor, "*targets V"] | None = None  # [R,T,V]; of a training loss [K,V]
     past_key_values: Cache | None = None
     hidden_states: tuple[Float[Tensor, "R _ D"], ...] | None = None
     attentions: tuple[Float[Tensor, "R G _ S"], ...] | None = None  # GPT-Neo's self-attention
@@ -188,7 +188,7 @@ class QVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids: R = k * B rows, the k captions of an image next to each other; each image is
                 encoded once. By default the start token alone.
             labels: targets, not yet shifted; pads and `IGNORED_LABEL` are no targets. In training
-                mode only the targets are scored, and no logits are returned.
+                mode only the K targets are scored: the logits are then [K,V].
             num_items_in_batch: divisor of the summed loss where the batch is one part of a larger
                 one (the Trainer passes it, so that accumulation gives the same gradient).
             logits_to_keep: 0 for all positions, 1 for the last alone.
@@ -229,7 +229,7 @@ class QVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
             loss = fixed_cross_entropy(logits.float(), targets[scored], num_items_in_batch)
         return QVisionOutput(
             loss=loss,
-            logits=None if only_loss else text.logits,
+            logits=text.logits,
             past_key_values=text.past_key_values,
             hidden_states=text.hidden_states,
             attentions=text.attentions,

@@ -67,5 +67,5 @@ def fingerprint_weights(module: nn.Module) -> str:
     digest = sha256()
     for name, weight in (*module.named_parameters(), *buffers):
         digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(weight.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -87,7 +88,13 @@ def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
             f"the tower {config.architecture} needs timm: pip install 'qvision-lab[photos]'."
         )
     settings = {"add_pooling_layer": False} if config.model_type == "vit" else {}
-    return AutoModel.from_config(config, **settings)
+    return arrange(AutoModel.from_config(config, **settings))
+
+
+def arrange(tower: PreTrainedModel) -> PreTrainedModel:
+    """Order the weights of timm's convolutions as a CPU takes a third of the time for."""
+    is_timm = tower.config.model_type == "timm_wrapper"
+    return tower.to(memory_format=torch.channels_last) if is_timm else tower
 
 
 def pixel_statistics(config: PreTrainedConfig) -> tuple[list[float], list[float]]:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import groupby
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from qvision_lab.captioning.images import ImageError, file_identity, open_image
@@ -28,17 +31,18 @@ from qvision_lab.model.parameters import fingerprint_weights
 from qvision_lab.model.processor import QVisionProcessor, image_preset
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+VIEWS = ("", "-flip", "-crop")  # of an image: as it is, mirrored, a part of it; ends of their names
 
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """Memory-mapped vision states by image, and why images could not be read."""
+    """Memory-mapped vision states by image and view, and why images could not be read."""
 
-    places: dict[ImageId, tuple[Path, str]]  # the file, and the image's name in it
+    places: dict[ImageId, list[tuple[Path, str]]]  # of each view its file, and its name there
     failed: dict[ImageId, str]  # reasons
 
-    def __getitem__(self, image_id: ImageId) -> Float[Tensor, "P C"]:
-        path, name = self.places[image_id]
+    def view(self, image_id: ImageId, number: int = 0) -> Float[Tensor, "P C"]:
+        path, name = self.places[image_id][number]
         return _open(path).get_tensor(name)
 
 
@@ -98,21 +102,28 @@ class FeatureCache:
         model: QVisionForConditionalGeneration,
         processor: QVisionProcessor,
         *,
+        views: int = 1,
         batch_size: int = 64,
         workers: int | None = 0,
     ) -> CachedFeatures:
         """Encode the images that are new and return the states of all; OSError if the disk is full.
 
-        `model` is the one that the cache was opened with, and is left in evaluation mode. Images
-        are read by `workers`; None: up to 8, or none on fewer than 4 cores, which the tower needs.
+        `model` is the one that the cache was opened with, and is left in evaluation mode. Of each
+        image the first so many `VIEWS` are kept. Images are read by `workers`; None: up to 8, or
+        none on fewer than 4 cores, which the tower needs.
         """
+        names_of = partial(_names, views=VIEWS[:views])
         failed = dict.fromkeys(images.missing(), "there is no such file")
         names = {image.image_id: _name(image) for image in images if image.image_id not in failed}
         known = {key: self.contents.get(name) for key, name in names.items()}
-        contents = {key: content for key, content in known.items() if content in self.files}
+        contents = {
+            key: content
+            for key, content in known.items()
+            if content and self.files.keys() >= {*names_of(content)}
+        }
         unread = [i for i, key in enumerate(images.ids) if key in names and key not in contents]
         values = math.prod(model.config.patch_grid) * model.config.vision_config.hidden_size
-        needed = len(unread) * values * self.dtype.itemsize
+        needed = len(unread) * views * values * self.dtype.itemsize
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(
@@ -128,18 +139,22 @@ class FeatureCache:
             images,
             batch_sampler=batches,
             num_workers=workers if unread else 0,
-            collate_fn=partial(_read, processor=processor, known=frozenset(self.files)),
+            collate_fn=partial(
+                _read, processor=processor, names_of=names_of, known=frozenset(self.files)
+            ),
             pin_memory=model.device.type == "cuda",
         )
         bar = tqdm(reader, f"features (at most {needed / 1e9:.2f} GB)", unit="batch")
         for number, (read, pixels, unreadable) in enumerate(bar, start=1):
             contents |= read
             failed |= unreadable
-            new = {content: x for content, x in pixels.items() if content not in self.files}
+            new = {name: x for name, x in pixels.items() if name not in self.files}
             if new:
                 copies = [x.to(model.device, non_blocking=True) for x in new.values()]
-                states = model.eval().vision.encode(torch.stack(copies))  # [B,3,H,W] -> [B,P,C]
-                states = states.to(self.dtype).cpu()  # cast first: half of the bytes to copy
+                states = []
+                for part in torch.stack(copies).split(batch_size):  # [B,3,H,W] -> [B,P,C]
+                    encoded = model.eval().vision.encode(part)
+                    states.extend(encoded.to(self.dtype).cpu())  # cast first: fewer bytes to copy
                 path = self.folder / f"{next(iter(new))}.safetensors"
                 own = path.with_suffix(f".{os.getpid()}")  # other runs may use this cache
                 try:
@@ -151,26 +166,51 @@ class FeatureCache:
             self.contents |= {names[key]: content for key, content in read.items()}
             if number % 64 == 0 or number == len(batches):
                 write_atomic(self.folder / "contents.json", json.dumps(self.contents))
-        return CachedFeatures({k: (self.files[name], name) for k, name in contents.items()}, failed)
+        places = {
+            key: [(self.files[name], name) for name in names_of(content)]
+            for key, content in contents.items()
+        }
+        return CachedFeatures(places, failed)
 
 
 def _read(
-    images: list[CaptionedImage], processor: QVisionProcessor, known: frozenset[str]
+    images: list[CaptionedImage],
+    processor: QVisionProcessor,
+    names_of: Callable[[str], list[str]],
+    known: frozenset[str],
 ) -> tuple[dict[ImageId, str], dict[str, Float[Tensor, "3 H W"]], dict[ImageId, str]]:
-    """Digests of the images' contents; pixels by those that are not known; and problems."""
+    """Digests of the images' contents; pixels of the views that are not known; and problems."""
     contents, pixels, failed = {}, {}, {}
     for image in images:
         try:
             source = image.image.read_bytes() if image.image else image.picture
             data = source if isinstance(source, bytes) else source.tobytes()
             content = hashlib.blake2b(data, digest_size=16).hexdigest()
-            if content not in known and content not in pixels:
-                picture = open_image(source, str(image.image))
-                pixels[content] = processor(images=picture).pixel_values[0]
+            new = [name for name in names_of(content) if name not in known and name not in pixels]
+            picture = open_image(source, str(image.image)) if new else None
+            for name in new:
+                shown = draw_view(picture, name, processor.image_size)
+                pixels[name] = processor(images=shown).pixel_values[0]
             contents[image.image_id] = content
         except (ImageError, OSError) as error:
             failed[image.image_id] = str(error)
     return contents, pixels, failed
+
+
+def _names(content: str, views: Sequence[str]) -> list[str]:
+    return [content + view for view in views]
+
+
+def draw_view(picture: Image.Image, name: str, side: int) -> Image.Image:
+    """One of an image's `VIEWS`, by the end of its name; the whole name draws the crop."""
+    if name.endswith("-flip"):
+        return v2.functional.horizontal_flip(picture)
+    if not name.endswith("-crop"):
+        return picture
+    crop = v2.RandomResizedCrop(side, scale=(0.4, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(name[:15], 16))
+        return v2.RandomHorizontalFlip()(crop(picture))
 
 
 def _name(image: CaptionedImage) -> str:

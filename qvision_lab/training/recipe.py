@@ -59,6 +59,7 @@ class DataSource(Settings):
     seed: int = 0
     images: str | None = None
     captions: Count | None = None  # only the first so many captions of an image; None: all
+    as_sentences: bool = False  # captions get a capital, a full stop, and no space before it
 
 
 class Data(Settings):
@@ -74,6 +75,7 @@ class Features(Settings):
 
     folder: str | None = None  # None: inside the run's folder
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    views: int = Field(1, ge=1, le=3)  # of a training image: as it is, mirrored, a random part
     workers: int | None = Field(None, ge=0)  # reading processes; None: by the number of cores
 
 
@@ -116,6 +118,8 @@ class Training(Optimisation):
     phases: Annotated[tuple[Phase, ...], Strict(False), Field(min_length=1)]
     captions_per_image: Count = 5  # in a batch; of more, each epoch draws with the seed
     max_tokens: int = Field(40, ge=3)  # longer captions are cut before their <END>
+    label_smoothing: float = Field(0, ge=0, lt=1)  # Szegedy et al. 2016, arXiv:1512.00567
+    state_dropout: float = Field(0, ge=0, lt=1)  # of cached vision states
     best_by: Literal["cider", "loss"] = "cider"
     patience: Count | None = None  # evaluations without improvement before a phase ends
     capture: bool = True  # on one GPU, replay steps of cached features as CUDA graphs
@@ -130,11 +134,16 @@ class TowerData(Settings):
     seed: int = 0
 
 
-class Tower(Optimisation):
-    """A stage before the captioner's: a new model, whose vision tower learns from Scenes' truth."""
+class NewModel(Settings):
+    """A new model, and the tokenizer that is trained on its captions."""
 
     model: dict[str, Any]  # of `QVisionConfig`
-    vocab_size: Count  # of the tokenizer, which is trained on captions
+    vocab_size: Count  # of the tokenizer
+
+
+class Tower(NewModel, Optimisation):
+    """A stage before the captioner's: a new model, whose vision tower learns from Scenes' truth."""
+
     vocab_scenes: Count  # of so many scenes
     data: Annotated[tuple[TowerData, ...], Strict(False), Field(min_length=1)]
     held_out: Count
@@ -167,6 +176,7 @@ class Recipe(Settings):
     training: Training
     seed: int = 0
     tower: Tower | None = None  # start from this stage, instead of a checkpoint
+    imagenet: NewModel | None = None  # or from a new model behind a tower with ImageNet's weights
     checkpoint: str | None = None  # folder or Hub id; None: the embedded one
     revision: str | None = None  # on the Hub
     model: ModelChanges = ModelChanges()
@@ -184,8 +194,9 @@ class Recipe(Settings):
                     f"policy {phase.policy!r} trains the vision tower, whose states then change: "
                     "set features to null"
                 )
-        if self.tower is not None and self.checkpoint:
-            raise ValueError("tower starts a new model: leave checkpoint out")
+        starts = {"tower": self.tower, "imagenet": self.imagenet, "checkpoint": self.checkpoint}
+        if len(given := [name for name, start in starts.items() if start]) > 1:
+            raise ValueError(f"a run starts from one of {' and '.join(given)}: leave the rest out")
         return self
 
 

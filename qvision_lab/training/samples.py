@@ -25,8 +25,8 @@ PACKED_LENGTHS = 8  # packed captions fill rows whose length is a multiple of it
 class CaptionSamples(Dataset):
     """One sample per image, with the same number of captions.
 
-    Of more, each epoch draws with the seed; of fewer, rows without a target are added, so that all
-    captions weigh the same.
+    Of more, and of an image's cached views, each epoch draws with the seed; of fewer captions, rows
+    without a target are added, so that all captions weigh the same.
     """
 
     images: CaptionDataset
@@ -47,12 +47,13 @@ class CaptionSamples(Dataset):
         chosen = draw.permutation(image.references)[: self.captions_per_image].tolist()
         captions = [self._encode(caption) for caption in chosen]
         captions += [captions[0][:1]] * (self.captions_per_image - len(captions))
-        return {**self.image_inputs(image), "captions": captions}
+        return {**self.image_inputs(image, draw), "captions": captions}
 
-    def image_inputs(self, image: CaptionedImage) -> dict[str, Tensor]:
+    def image_inputs(self, image: CaptionedImage, draw: np.random.Generator) -> dict[str, Tensor]:
         """What the model takes of an image: `vision_states` [P,C] or `pixel_values` [3,H,W]."""
         if self.features is not None:
-            return {"vision_states": self.features[image.image_id]}
+            view = draw.integers(len(self.features.places[image.image_id]))
+            return {"vision_states": self.features.view(image.image_id, view)}
         return {"pixel_values": self.processor(images=open_image(image.picture)).pixel_values[0]}
 
     def lengths(self) -> list[int]:

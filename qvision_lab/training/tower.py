@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -20,22 +19,18 @@ import torch
 from accelerate import PartialState
 from jaxtyping import Bool, Float, UInt8
 from safetensors.torch import load_file
-from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
 from tqdm.auto import tqdm
-from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, set_seed
+from transformers import CLIPVisionConfig, CLIPVisionModel, set_seed
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from qvision_lab import scenes
 from qvision_lab.data.atomic import atomic
-from qvision_lab.model.captioner import QVisionForConditionalGeneration, generation_preset
-from qvision_lab.model.config import QVisionConfig
-from qvision_lab.model.loading.checkpoint import Checkpoint, Provenance, save_checkpoint
-from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.scenes.captions import caption_scene
 from qvision_lab.scenes.layout import BACKGROUNDS, CATEGORIES, COLORS, PICTURE, SKIES
+from qvision_lab.training.new_model import new_config, save_new_model, train_tokenizer
 from qvision_lab.training.recipe import Tower, TowerData
 from qvision_lab.training.trainer import train_stage
 
@@ -54,7 +49,6 @@ PATCH_HEADS = {
     "number": MOST,
 }
 SCENE_HEADS = {"background": len(BACKGROUNDS), "sky": len(SKY)}
-SPECIAL_TOKENS = {"pad_token": "<PAD>", "bos_token": "<START>", "eos_token": "<END>"}
 
 
 def train_tower(settings: Tower, seed: int, folder: Path) -> Path:
@@ -66,13 +60,7 @@ def train_tower(settings: Tower, seed: int, folder: Path) -> Path:
     layouts = (scenes.layout("train", 0, i) for i in range(settings.vocab_scenes))
     captions = (caption for layout in layouts for caption in caption_scene(layout))
     tokenizer = train_tokenizer(captions, settings.vocab_size)
-    text = {**settings.model["text_config"], "vocab_size": len(tokenizer)}
-    config = QVisionConfig(
-        **{**settings.model, "text_config": text},
-        start_token_id=tokenizer.bos_token_id,
-        end_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = new_config(settings.model, tokenizer)
     grid = config.patch_grid[0]
     *train, held_out = (
         TowerSamples(draw_records(part, grid, folder, settings.drawing_workers), grid)
@@ -93,30 +81,9 @@ def train_tower(settings: Tower, seed: int, folder: Path) -> Path:
     )
     if PartialState().is_main_process:
         learner.load_state_dict(load_file(best / "model.safetensors"))
-        model = QVisionForConditionalGeneration(config)
-        model.vision.tower.load_state_dict(learner.tower.state_dict())
-        model.generation_config = generation_preset("greedy", config)
-        origin = Provenance("the tower's stage", "native", None, {}, "float32")
-        processor = QVisionProcessor.from_config(config, tokenizer)
-        save_checkpoint(Checkpoint(model, processor, origin), dest)
+        save_new_model(config, tokenizer, learner.tower.state_dict(), seed, dest)
     PartialState().wait_for_everyone()
     return dest
-
-
-def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE (Radford et al. 2019): short for captions of Scenes, able to spell anything.
-
-    Captions get a space before and after, as in the model's text.
-    """
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(
-        (f" {caption} " for caption in captions),
-        vocab_size=vocab_size,
-        min_frequency=10,
-        special_tokens=list(SPECIAL_TOKENS.values()),
-        show_progress=False,
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **SPECIAL_TOKENS)
 
 
 def record_type(grid: int) -> np.dtype:

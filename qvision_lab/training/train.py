@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ from qvision_lab.model.loading.checkpoint import Checkpoint, load_checkpoint
 from qvision_lab.training import freezing
 from qvision_lab.training.features import FeatureCache
 from qvision_lab.training.memory import estimate_memory
+from qvision_lab.training.new_model import start_from_imagenet
 from qvision_lab.training.recipe import Data, DataSource, Phase, Recipe, Training
 from qvision_lab.training.results import describe, record_run, save_result
 from qvision_lab.training.samples import PACKED_LENGTHS, CaptionCollator, CaptionSamples
@@ -58,6 +60,11 @@ def train_captioner(recipe: Recipe, output: str | Path) -> Path:
         start = recipe.checkpoint
         if recipe.tower is not None:
             start = train_tower(recipe.tower, recipe.seed, output / "vision")
+        elif recipe.imagenet is not None:
+            captions = (caption for image in data["train"] for caption in image.references)
+            start = output / "start"
+            with state.main_process_first():
+                start_from_imagenet(recipe.imagenet, captions, recipe.seed, start)
         checkpoint = load_checkpoint(start, recipe.revision, device=state.device)
         checkpoint = change_model(checkpoint, recipe)
         samples = prepare_samples(recipe, checkpoint, data, output)
@@ -87,10 +94,20 @@ def open_data(data: Data) -> dict[str, CaptionDataset]:
 
 def _open(source: DataSource) -> CaptionDataset:
     settings = source.model_dump()
-    captions = settings.pop("captions")
+    captions, as_sentences = settings.pop("captions"), settings.pop("as_sentences")
     dataset = open_dataset(**settings)
-    images = (replace(image, references=image.references[:captions]) for image in dataset)
+    images = []
+    for image in dataset:
+        chosen = image.references[:captions]
+        chosen = tuple(map(as_sentence, chosen)) if as_sentences else chosen
+        images.append(replace(image, references=chosen))
     return replace(dataset, images=tuple(images))
+
+
+def as_sentence(caption: str) -> str:
+    """ "a dog , running ." as "A dog, running."."""
+    text = re.sub(r"\s+([.,!?;:])", r"\1", " ".join(caption.split())).rstrip(" .,;:")
+    return text[:1].upper() + text[1:] + ("" if text.endswith(("!", "?")) else ".")
 
 
 def fingerprint(images: CaptionDataset) -> str:
@@ -166,7 +183,9 @@ def prepare_samples(
             with PartialState().main_process_first():
                 folder = recipe.features.folder or output / "features"
                 cache = FeatureCache(folder, model, recipe.features.dtype)
-                features = cache.encode(images, model, processor, workers=recipe.features.workers)
+                views = recipe.features.views if name == "train" else 1
+                workers = recipe.features.workers
+                features = cache.encode(images, model, processor, views=views, workers=workers)
             failed = features.failed
         if failed:
             listed = "; ".join(f"{key}: {why}" for key, why in list(failed.items())[:5])
@@ -221,4 +240,6 @@ def train_phase(
         patience=settings.patience,
         compiled=settings.compile,
         captured=settings.capture,
+        smoothing=settings.label_smoothing,
+        state_dropout=settings.state_dropout,
     )

@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -72,8 +73,9 @@ class StageTrainer(Trainer):
         measure: numbers to be logged; called with the model in evaluation mode.
         processor: saved with each checkpoint, so that `ql.load` can read it. (As the Trainer's
             `processing_class` it would change the model's special tokens.)
-        patience, compiled, captured: of the settings `Training`. Where compiling fails in the first
-            step, training continues without; graphs are captured where one GPU trains alone.
+        patience, compiled, captured, smoothing, state_dropout: of the settings `Training`. Where
+            compiling fails in the first step, training continues without; graphs are captured where
+            one GPU trains alone, without smoothing.
     """
 
     def __init__(
@@ -84,11 +86,14 @@ class StageTrainer(Trainer):
         patience: int | None = None,
         compiled: bool = False,
         captured: bool = False,
+        smoothing: float = 0.0,
+        state_dropout: float = 0.0,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.measure, self.processor, self.patience = measure, processor, patience
         self.compiled, self.untried = compiled, compiled
+        self.smoothing, self.state_dropout = smoothing, state_dropout
         on_gpu = self.args.device.type == "cuda"
         if on_gpu and isinstance(measure, Validation):  # holding weights may move them
             measure.captioner.decoding.follow_weights()
@@ -96,16 +101,27 @@ class StageTrainer(Trainer):
         self.originals = [weight.data for weight in self.frozen]
         # Graphs write gradients to one place, which a second batch of a step would overwrite.
         alone = self.args.world_size == 1 and self.args.gradient_accumulation_steps == 1
-        self.captured = gpu.CapturedLoss(self.model) if captured and alone and on_gpu else None
+        captured &= alone and on_gpu and not smoothing
+        self.captured = gpu.CapturedLoss(self.model) if captured else None
         self.losses: list[tuple[int, Tensor]] = []  # with their steps, not yet checked
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """From cached features on one GPU by CUDA graphs; else as the model computes it."""
+        if model.training and self.state_dropout and "vision_states" in inputs:
+            inputs["vision_states"] = F.dropout(inputs["vision_states"], self.state_dropout)
         packed = {"vision_states", "places"} <= inputs.keys()
-        if self.captured is None or return_outputs or not packed:
+        if self.captured is not None and packed and not return_outputs:
+            with self.accelerator.autocast():
+                return self.captured(**inputs, num_items_in_batch=num_items_in_batch)
+        smooths = model.training and self.smoothing
+        if not smooths:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.accelerator.autocast():
-            return self.captured(**inputs, num_items_in_batch=num_items_in_batch)
+        loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
+        surprise = -output.logits.float().log_softmax(-1).mean(-1)  # of all words alike, [K]
+        uniform = surprise.sum() / (
+            len(surprise) if num_items_in_batch is None else num_items_in_batch
+        )
+        return (1 - self.smoothing) * loss + self.smoothing * uniform
 
     def train(self, *args, **kwargs):
         halves = [original.bfloat16() for original in self.originals]

