@@ -286,9 +286,9 @@ def test_validation_uses_neither_labels_nor_the_random_numbers_of_training(home,
 def test_the_number_of_evaluations_changes_no_weight(home, quick, monkeypatch):
     inputs, epochs = CaptionSamples.image_inputs, set()
 
-    def recorded(self, image):
+    def recorded(self, image, draw):
         epochs.add((self.seed, self.epoch))
-        return inputs(self, image)
+        return inputs(self, image, draw)
 
     monkeypatch.setattr(CaptionSamples, "image_inputs", recorded)
     for n in (6, 1):
