@@ -17,8 +17,9 @@ import qvision_lab as ql
 
 SUITES = (  # modules of benchmark/
     *("parameters", "latency", "peers", "loading", "preprocessing", "folder", "maps", "training"),
-    "recovery",
+    *("recovery", "baselines"),
 )
+SUITES_OF_DATA = {"maps", "baselines"}  # they take other images than Scenes
 MODEL = "--model", "--revision", "--dtype", "--device"
 SHARED = {  # options of several commands
     "--model": {"help": "folder or Hub id (default: the embedded checkpoint)"},
@@ -208,12 +209,13 @@ def train(options: argparse.Namespace) -> None:
         from torch.distributed.run import main as launch
 
         command = ["-m", "qvision_lab.cli", "train", options.recipe, "--output", options.output]
+        command += ["--data", options.data] if options.data else []
         command += ["--set", *options.set] if options.set else []
         launch([f"--nproc-per-node={options.processes}", *command])
         return
     from qvision_lab.training import load_recipe, train_captioner
 
-    recipe = load_recipe(options.recipe, options.set)
+    recipe = load_recipe(options.recipe, options.set, options.data)
     print(f"wrote {train_captioner(recipe, options.output)}")
 
 
@@ -241,12 +243,14 @@ def bench(options: argparse.Namespace) -> None:
 
     if unknown := set(options.suites) - set(SUITES):
         raise ValueError(f"no benchmarks {unknown}; choose among {', '.join(SUITES)}.")
+    if options.data and set(options.suites or SUITES) - SUITES_OF_DATA:
+        raise ValueError(f"--data is for {' and '.join(sorted(SUITES_OF_DATA))}: name them alone.")
     captioner = ql.load(options.model, options.revision, options.dtype, options.device)
     for suite in options.suites or SUITES:
         benchmarks = import_module(f"qvision_lab.benchmark.{suite}").run_benchmarks
         try:
             with time_limit(options.limit):
-                for result in benchmarks(captioner, options.quick):
+                for result in benchmarks(captioner, options.quick, **_chosen(options, "data")):
                     print(f"{result}\n  -> {result.save(options.output)}", flush=True)
         except OutOfTime:
             print(f"{suite}: {options.limit:g} s are over; what it measured is saved", flush=True)
@@ -337,6 +341,7 @@ def _parser() -> argparse.ArgumentParser:
     add("recipe", help="name of a recipe, or a YAML file")
     add("--output", required=True, metavar="DIR", help="folder of the run and its checkpoint")
     add("--processes", type=int, default=1, metavar="N", help="share every batch among N processes")
+    add("--data", metavar="DIR", help="folder or file of captions to train on and be scored on")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change values of the recipe")
 
     add = _command(commands, "ablate", ablate, "--metric", "--figures")
@@ -349,6 +354,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = _command(commands, "bench", bench, *MODEL)
     add("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (default: all)")
+    add("--data", metavar="DIR", help="captioned images for baselines and maps (default: Scenes)")
     add("--quick", action="store_true", help="few rounds: shows that it runs, measures little")
     add("--limit", type=float, metavar="S", help="seconds that each suite may take (default: any)")
     add("--output", metavar="DIR", help="folder of the results (default: the package's, by device)")

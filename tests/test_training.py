@@ -49,7 +49,7 @@ NEW = {  # a tiny new model, with a tower trained on Scenes
     "data.train.n": 12,
     "data.validation.n": 6,
     "features.workers": 0,
-    "scores": {"test": 4},
+    "scores": {"test": {"source": "scenes:test", "n": 4}},
 }
 
 RECIPE = """

@@ -363,7 +363,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> Captioner:
-    """Load a captioner: a folder, a Hub id, or (None) the embedded one; see `load_checkpoint`."""
+    """Load a captioner: a folder, a Hub id, "scenes" (None) or "photos"; see `load_checkpoint`."""
     if device is None and "LOCAL_RANK" in os.environ:  # each process has its own device
         device = _processes().device
     return Captioner(**vars(load_checkpoint(source, revision, dtype, device)))

@@ -182,7 +182,8 @@ class Recipe(Settings):
     model: ModelChanges = ModelChanges()
     reinitialise: Annotated[tuple[str, ...], Strict(False)] = ()  # modules with random weights
     features: Features | None = Features()  # None: no cache; images pass the tower in each step
-    scores: dict[str, Count] = {}  # splits of Scenes, with sizes, that the result is scored on
+    scores: dict[str, DataSource] = {}  # data sets, by a name, that the result is scored on
+    preset: Literal["greedy", "beam"] = "greedy"  # how the result captions by default
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved weights
     push_to: str | None = None  # Hub id to upload the result to
 
@@ -200,14 +201,25 @@ class Recipe(Settings):
         return self
 
 
-def load_recipe(name: str, changes: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
+def load_recipe(
+    name: str, changes: Iterable[str] | Mapping[str, Any] = (), data: str | None = None
+) -> Recipe:
     """Read a recipe by its name or path; changes are `name.name=value` or by dotted names.
+
+    `data` is a source in place of all that the recipe names.
 
     ValueError for a recipe, setting or value that does not exist or is not allowed, with those that
     are.
     """
     values = read_yaml(find_settings(name, RECIPES, "recipe"))
     changes = changes if isinstance(changes, Mapping) else parse_overrides(changes)
+    if data is not None:
+        sources = [
+            "data.train",
+            "data.validation",
+            *(f"scores.{n}" for n in values.get("scores", ())),
+        ]
+        changes = {f"{source}.source": data for source in sources} | changes
     return Recipe.parse(override(values, changes))
 
 

@@ -23,8 +23,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from qvision_lab.captioning import Captioner
 from qvision_lab.data.atomic import write_atomic
-from qvision_lab.data.coco import CaptionDataset, ImageId, open_dataset
+from qvision_lab.data.coco import CaptionDataset, ImageId
 from qvision_lab.evaluation.report import COCO_METRICS, evaluate_dataset
+from qvision_lab.model.captioner import generation_preset
 from qvision_lab.model.loading.checkpoint import Checkpoint, Provenance, save_checkpoint
 from qvision_lab.scenes.captions import caption_scene
 from qvision_lab.scenes.checker import RATES
@@ -32,7 +33,6 @@ from qvision_lab.training.recipe import Recipe, read_yaml
 from qvision_lab.training.samples import CaptionSamples
 
 CARDS = files("qvision_lab.training") / "cards"
-OVERLAPS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 UNDETERMINING = ("features.folder", "workers")  # ends of settings that change no result
 CAPTIONER, SIXTH = "captioner", "a sixth caption"  # sources of scored captions
 
@@ -88,6 +88,7 @@ def save_result(
     recipe: Recipe,
     checkpoint: Checkpoint,
     samples: Mapping[str, CaptionSamples],
+    tests: Mapping[str, CaptionDataset],
     best: Path,
     output: Path,
 ) -> None:
@@ -96,8 +97,9 @@ def save_result(
     checkpoint = replace(checkpoint, provenance=made_by)
     dtype = getattr(torch, recipe.dtype)
     rounded = checkpoint.model.to(dtype).float()  # what is scored is what is saved
+    rounded.generation_config = generation_preset(recipe.preset, rounded.config)
     captioner = Captioner(rounded, checkpoint.processor)
-    scores = {split: score_on_scenes(captioner, split, n) for split, n in recipe.scores.items()}
+    scores = {name: score_captioner(captioner, test) for name, test in tests.items()}
     log = TrainerState.load_from_json(str(best / TRAINER_STATE_NAME)).log_history
     measured = next(row for row in reversed(log) if "eval_cider" in row)
     names = {"CIDEr": "eval_cider", "loss": "eval_loss", "step": "step"}
@@ -110,9 +112,11 @@ def save_result(
         rate = phase.learning_rate or recipe.training.learning_rate
         phases.append(f"{n}. {length} of `{phase.policy}`, learning rate {rate:g}")
     origin = recipe.checkpoint or "the embedded checkpoint of `qvision_lab`"
-    card = CARDS / ("scenes.md" if recipe.tower else "finetune.md")
+    card = "scenes" if recipe.tower else "photos" if recipe.imagenet else "finetune"
     companions = {
-        "README.md": card.read_text(encoding="utf-8").format(
+        "README.md": (CARDS / f"{card}.md")
+        .read_text(encoding="utf-8")
+        .format(
             recipe=recipe,
             parameters=checkpoint.model.num_parameters() / 1e6,
             table=scores_table(scores) if scores else "",
@@ -132,34 +136,36 @@ def save_result(
     save_checkpoint(checkpoint, output / "checkpoint", companions, recipe.push_to)
 
 
-def score_on_scenes(captioner: Captioner, split: str, n: int) -> dict[str, dict]:
-    """Score captions of the first `n` scenes of a split against their truth and references.
+def score_captioner(captioner: Captioner, dataset: CaptionDataset) -> dict[str, dict]:
+    """Score a checkpoint's captions of held-out images against references, and truth if known.
 
-    By source (greedy captions, and a sixth caption by the grammar that wrote the five references,
-    which shows how far true captions differ) and score: a row of `EvaluationReport.table`.
+    By source and score: a row of `EvaluationReport.table`. Sources are the captioner and, for
+    Scenes, a sixth caption by the grammar that wrote the five references, which shows how far true
+    captions differ.
     """
-    dataset = open_dataset(f"scenes:{split}", n=n)
-    pictures = (image.picture for image in tqdm(dataset, f"captioning {split}", unit="image"))
-    captions = captioner.caption(pictures, batch_size=50, preset="greedy")
+    pictures = (image.picture for image in tqdm(dataset, f"captioning {dataset.name}"))
+    captions = captioner.caption(pictures, batch_size=50)
     ours = {i: caption.text for i, caption in zip(dataset.ids, captions, strict=True)}
-    sixth = {image.image_id: caption_scene(image.drawing.layout, 6)[5] for image in dataset}
 
     def rows(captions: dict[ImageId, str], metrics: Sequence[str]) -> dict[str, dict]:
         table = evaluate_dataset(captions, dataset, metrics).table
         return json.loads(table.to_json(orient="index", double_precision=6))
 
-    return {CAPTIONER: rows(ours, ("scenes", *COCO_METRICS)), SIXTH: rows(sixth, COCO_METRICS)}
+    if dataset.judge is None:
+        return {CAPTIONER: rows(ours, COCO_METRICS)}
+    sixth = {image.image_id: caption_scene(image.drawing.layout, 6)[5] for image in dataset}
+    judged = rows(ours, (dataset.judge.name, *COCO_METRICS))
+    return {CAPTIONER: judged, SIXTH: rows(sixth, COCO_METRICS)}
 
 
 def scores_table(scores: Mapping[str, dict[str, dict]]) -> str:
-    """Markdown table of the scores of each split, times 100, with intervals."""
-    sizes = [f"{split} ({rows[CAPTIONER]['true']['of']:,})" for split, rows in scores.items()]
-    rows = [(f"{name}, of {RATES[name]}", CAPTIONER, name) for name in RATES]
-    rows += [(name, CAPTIONER, name) for name in OVERLAPS]
-    rows += [(f"{name}, {SIXTH}", SIXTH, name) for name in OVERLAPS]
-    lines = [["", *sizes], ["---", *["---:"] * len(sizes)]]
-    for label, source, name in rows:
-        lines.append([label, *(_cell(of_split[source][name]) for of_split in scores.values())])
+    """Markdown table of the scores of each data set, times 100, with intervals."""
+    first = next(iter(scores.values()))
+    labels = {name: f"{name}, of {RATES[name]}" for name in RATES}
+    lines = [["", *scores], ["---", *["---:"] * len(scores)]]
+    for source, name in ((source, name) for source, rows in first.items() for name in rows):
+        label = labels.get(name, name) + ("" if source == CAPTIONER else f", {source}")
+        lines.append([label, *(_cell(rows[source][name]) for rows in scores.values())])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -73,14 +73,15 @@ def train_captioner(recipe: Recipe, output: str | Path) -> Path:
             best = train_phase(settings, phase, seed, checkpoint, samples, folder)
             checkpoint = load_checkpoint(best, device=state.device)
         if state.is_main_process:
-            save_result(recipe, checkpoint, samples, best, output)
+            tests = {name: open_source(source) for name, source in recipe.scores.items()}
+            save_result(recipe, checkpoint, samples, tests, best, output)
         state.wait_for_everyone()
     return output / "checkpoint"
 
 
 def open_data(data: Data) -> dict[str, CaptionDataset]:
     """Training and validation images; an image file or drawing in both is validation only."""
-    train, validation = _open(data.train), _open(data.validation)
+    train, validation = open_source(data.train), open_source(data.validation)
     if len(validation) < 2:
         raise ValueError(f"{validation.name} has one image; CIDEr needs two to validate on.")
 
@@ -92,7 +93,7 @@ def open_data(data: Data) -> dict[str, CaptionDataset]:
     return {"train": replace(train, images=kept), "validation": validation}
 
 
-def _open(source: DataSource) -> CaptionDataset:
+def open_source(source: DataSource) -> CaptionDataset:
     settings = source.model_dump()
     captions, as_sentences = settings.pop("captions"), settings.pop("as_sentences")
     dataset = open_dataset(**settings)

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -113,15 +114,10 @@ class StageTrainer(Trainer):
         if self.captured is not None and packed and not return_outputs:
             with self.accelerator.autocast():
                 return self.captured(**inputs, num_items_in_batch=num_items_in_batch)
-        smooths = model.training and self.smoothing
-        if not smooths:
+        if not (model.training and self.smoothing):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
-        surprise = -output.logits.float().log_softmax(-1).mean(-1)  # of all words alike, [K]
-        uniform = surprise.sum() / (
-            len(surprise) if num_items_in_batch is None else num_items_in_batch
-        )
-        return (1 - self.smoothing) * loss + self.smoothing * uniform
+        return smooth_loss(loss, output.logits, self.smoothing, num_items_in_batch)
 
     def train(self, *args, **kwargs):
         halves = [original.bfloat16() for original in self.originals]
@@ -211,6 +207,18 @@ class StageTrainer(Trainer):
             f"{problem} at step {step} of {self.args.output_dir}: training stops, and earlier "
             "checkpoints stay. Lower the learning rate or `clip`, in another output folder."
         )
+
+
+def smooth_loss(
+    loss: Float[Tensor, ""],
+    logits: Float[Tensor, "K V"],
+    smoothing: float,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Float[Tensor, ""]:
+    """Label smoothing (Szegedy et al. 2016, arXiv:1512.00567) of a mean over all targets."""
+    uniform = -logits.float().log_softmax(-1).mean(-1).sum()  # as if all words were targets
+    divisor = len(logits) if num_items_in_batch is None else num_items_in_batch
+    return (1 - smoothing) * loss + smoothing * uniform / divisor
 
 
 class DivergedError(ValueError):

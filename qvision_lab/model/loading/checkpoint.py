@@ -45,7 +45,7 @@ RULES = {  # patterns of values that are no sizes
 CONFIGS = {"vision_config": None, "text_config": GPTNeoConfig, "config": QVisionConfig}
 # Files that a recipe adds: card, settings, scores and the curves of its stages.
 COMPANIONS = ("README.md", "run.yaml", "scores.json", "vision.csv", "captioner.csv")
-EMBEDDED = "the embedded checkpoint"  # source of the one that ships inside the package
+EMBEDDED = "scenes"  # the checkpoint that is loaded by default; it ships inside the package
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES.values()}
 
 
@@ -78,7 +78,8 @@ def load_checkpoint(
     """Load a captioner with its processor. Only safetensors are read, and no code is run.
 
     Args:
-        source: a folder or Hub id in the published or the native layout; None: the embedded one.
+        source: a folder or Hub id in the published or the native layout, or the name of one that
+            ships inside the package: "scenes" (None: that) or "photos".
         revision: branch, tag or commit on the Hub; the commit that was loaded is recorded.
         dtype: "float32" (the default), "bfloat16", "float16", a torch dtype, or "auto" as stored.
         device: "cpu", "cuda", "cuda:1", "mps"; by default CUDA where there is one, else the CPU.
@@ -90,6 +91,7 @@ def load_checkpoint(
     device, dtype = _find_device(device), known.get(dtype, dtype)
     if dtype not in known.values():
         raise CheckpointError(f"dtype={dtype!r} is unknown; use {', '.join(DTYPES)} or auto.")
+    source = EMBEDDED if source is None else source
     folder, commit = storage.locate(source, revision, NEEDED_FILES)
     layout, weight_files = _layout(folder)
     stored = storage.read_headers(weight_files)
@@ -107,8 +109,7 @@ def load_checkpoint(
         dtype = STORED_DTYPES[found.pop()]
     _assign(model, storage.read_tensors(stored, dtype, device))
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if _is_needed(p)}
-    name = EMBEDDED if source is None else str(source)
-    origin = Provenance(name, layout, commit, files, str(dtype).removeprefix("torch."))
+    origin = Provenance(str(source), layout, commit, files, str(dtype).removeprefix("torch."))
     return Checkpoint(model.eval(), processor, origin)
 
 

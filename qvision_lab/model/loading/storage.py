@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SHIPPED = ("scenes", "photos")  # checkpoints that ship inside the package
 TEXT_BYTES = 2**25  # at most, of a text file; GPT-2's tokenizer has 1.4 million
 TOKEN_FIELDS = ("bos_token", "eos_token", "pad_token", "unk_token", "clean_up_tokenization_spaces")
 
@@ -151,14 +152,14 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def locate(
-    source: str | os.PathLike | None, revision: str | None, patterns: tuple[str, ...]
+    source: str | os.PathLike, revision: str | None, patterns: tuple[str, ...]
 ) -> tuple[Path, str | None]:
-    """Folder of a checkpoint (None: the embedded one), and its commit if it is on the Hub.
+    """Folder of a checkpoint, embedded or not, and its commit if it is on the Hub.
 
     From the Hub only files that match `patterns` are fetched.
     """
-    if source is None:
-        source = str(resources.files("qvision_lab") / "scenes_checkpoint")
+    if source in SHIPPED:
+        source = str(resources.files("qvision_lab") / f"{source}_checkpoint")
     folder = Path(source).expanduser()
     if folder.is_dir():
         if revision is not None:
