@@ -1,7 +1,5 @@
 """One diagram of the model, drawn from its stages."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -23,13 +21,8 @@ def plot_architecture(
 ) -> Axes:
     """Draw the path from an image and the words so far to the next word.
 
-    Args:
-        stages: of `qvision_lab.model.architecture.architecture(config)`.
-        highlight: name of the stage that is outlined.
-        trained: names of the stages that a phase trains; the others are frozen.
-
-    Raises:
-        ValueError: if a name is not that of a stage.
+    Stages are those of `qvision_lab.model.architecture.architecture(config)`. By name, one may be
+    outlined and some marked as trained by a phase; ValueError for a name of none.
     """
     by_name, trained = {stage.name: stage for stage in stages}, {*trained}
     for name in [*trained, *([highlight] if highlight else [])]:
@@ -52,9 +45,8 @@ def plot_architecture(
         edge, thick = (INK, 2.5) if name == highlight else ("0.45", 0.8)
         style = {"boxstyle": "round,pad=0,rounding_size=0.12", "fc": color, "ec": edge, "lw": thick}
         ax.add_patch(FancyBboxPatch((x, y), WIDTH, HEIGHT, **style))
-        lines = [stage.file or "", f"{stage.parameters:,}" if stage.parameters else ""]
-        detail = "\n".join(line for line in lines if line)
-        middle = {"ha": "center", "va": "center"}
+        lines = stage.file, f"{stage.parameters:,}" if stage.parameters else None
+        detail, middle = "\n".join(filter(None, lines)), {"ha": "center", "va": "center"}
         height = 0.72 if detail else 0.5
         ax.text(x + WIDTH / 2, y + height, name, weight="bold", fontsize=9, **middle)
         ax.text(x + WIDTH / 2, y + 0.33, detail, fontsize=7.5, **middle)

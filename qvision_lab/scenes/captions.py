@@ -6,11 +6,8 @@
     place    ->  on a beach  |  by the sea under the sun  |  nothing              PLACES, SKIES
 
 Every caption names every group with its exact number and its colour, in the layout's reading
-order. With a random order, the same image would ask for "left" and "right" in turn, and a small
-model could not learn relations.
+order: in a random one, the same image would ask for "left" and "right" in turn.
 """
-
-from __future__ import annotations
 
 import random
 
@@ -76,8 +73,7 @@ def caption_scene(layout: Layout, n: int = 5) -> tuple[str, ...]:
 def relation(layout: Layout) -> str | None:
     """The relation of the first group to the second that a caption may state.
 
-    Only for two single objects: the longer of their horizontal and vertical distances is at least
-    20 pixels and 1.3 times the other.
+    Only of two objects: the longer of their two distances is 20 pixels and 1.3 times the other.
     """
     if [group.count for group in layout.groups] != [1, 1]:
         return None

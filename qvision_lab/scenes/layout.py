@@ -4,8 +4,6 @@ Pure Python and `random.Random` seeded by text, so a layout is the same on every
 count from the upper left corner.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass
