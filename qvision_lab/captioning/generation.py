@@ -1,7 +1,5 @@
 """Generation of captions: complete, checked settings, and the search that they describe."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import dataclass
@@ -47,7 +45,7 @@ class Search:
         preprocessing: str = "training",
         seed: int = 0,
         **settings,
-    ) -> Search:
+    ) -> "Search":
         """Put settings on top of a preset, or of the model's own; ValueError if they do not fit."""
         image_preset(preprocessing, model.config.vision_config.image_size)  # raises if unknown
         seed = check_number("seed", seed)
@@ -86,7 +84,7 @@ class Search:
             config.update(**NOT_SAMPLING)  # transformers warns about a preset's sampling settings
         search = cls(config, live, seed if config.do_sample else None, preprocessing)
         positions = model.config.text_config.max_position_embeddings
-        if (new := search.new_tokens) > positions:
+        if not 1 <= (new := search.new_tokens) <= positions:
             raise ValueError(f"max_new_tokens={new}: the model has {positions:,} positions.")
         if Choice.from_config(config) is None and not is_hooked(model):
             try:
@@ -128,18 +126,15 @@ class Search:
     ) -> tuple[Int[Tensor, "R T"], Float[Tensor, "R T"]]:
         """Generate R = B * `num_return_sequences` captions, by `generate` where `decoding` cannot.
 
-        Args:
-            keys: one an image; its draws depend on its key and the seed alone.
-
-        Returns:
-            Ids, without `<START>`, and their log-probabilities (nats) under the model itself:
-            before penalties, temperature and other processing of the logits.
+        Draws for an image depend on its key and the seed alone. Returns ids, without `<START>`, and
+        their log-probabilities (nats) under the model itself: before penalties, temperature and
+        other processing of the logits.
         """
         model, k, draws = decoding.model, self.config.num_return_sequences, None
         if self.config.do_sample:
             draws = row_keys([f"{self.seed}/{key}/{n}" for key in keys for n in range(k)])
         choice = None if self.live else Choice.from_config(self.config)
-        if choice is not None and decoding.can_run(self.new_tokens):
+        if choice is not None and decoding.can_run():
             return decoding.run(choice, self.new_tokens, draws, k, pixel_values=pixel_values)
         config, live = copy.deepcopy(self.config), dict(self.live)
         _, visual = model.encode(pixel_values.to(model.device))
