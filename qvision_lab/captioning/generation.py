@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from qvision_lab.captioning.compiled import FastDecoding, is_hooked
-from qvision_lab.captioning.sampling import NOT_SAMPLING, WARPERS, Choice, row_keys
+from qvision_lab.captioning.sampling import NOT_SAMPLING, UNRECORDED, WARPERS, Choice, row_keys
 from qvision_lab.model.captioner import PLAIN, QVisionForConditionalGeneration, generation_preset
 from qvision_lab.model.processor import image_preset
 
@@ -22,8 +22,6 @@ LIMITS |= {"num_beams": (1, 1000), "num_return_sequences": (1, 1000), "top_k": (
 LIMITS |= {"seed": (-(2**63), 2**63), "batch_size": (1, 10**6), "length_penalty": (-1e6, 1e6)}
 LIMITS |= {n: (0.0, 1e6) for n in (*WARPERS, "max_time") if n not in LIMITS}
 LIMITS["repetition_penalty"] = (1e-6, 1e6)
-UNRECORDED = {"transformers_version", "return_dict_in_generate"}
-UNRECORDED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ NOT_SAMPLING = {name: off for name, (_, off) in WARPERS.items()} | {"top_k": 50,
 # What a `Choice` supports; any other setting that is not off needs transformers' `generate`.
 SUPPORTED = {"do_sample", "num_return_sequences", "temperature", "top_k", "top_p", "min_length"}
 SUPPORTED |= {"repetition_penalty", "length_penalty", "max_length", "max_new_tokens", "use_cache"}
-SUPPORTED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
-SUPPORTED |= {"transformers_version", "return_dict_in_generate"}
+UNRECORDED = {"bos_token_id", "eos_token_id", "pad_token_id"}  # they are the model's own
+UNRECORDED |= {"transformers_version", "return_dict_in_generate"}
+SUPPORTED |= UNRECORDED
 
 _LOW = 0xFFFFFFFF  # the lower 32 bits
 Keys: TypeAlias = Int[Tensor, "R 2"]  # two 32-bit numbers a row, from `row_keys`

@@ -212,8 +212,7 @@ def _read(path: Path, split: str | None) -> tuple[str, list[CaptionedImage], Any
 def _from_coco(path: Path, content: dict) -> tuple[list[CaptionedImage], Any]:
     captions = defaultdict(list)
     for number, row in enumerate(content["annotations"], start=1):
-        place = f"annotation {number} of {path}"
-        key, text = take(row, place, image_id=int | str, caption=str)
+        key, text = take(row, f"annotation {number} of {path}", image_id=int | str, caption=str)
         captions[key].append(text)
     images = enumerate(content["images"], start=1)
     listed = {take(image, f"image {n} of {path}", id=int | str)[0] for n, image in images}
