@@ -11,6 +11,7 @@ from qvision_lab.plots.images import INK
 
 FROZEN, TRAINED, EMPTY = "#dfe5ea", "#f6d7a7", "white"  # without parameters of its own: white
 WIDTH, HEIGHT, STEP = 2.0, 1.0, 2.5  # of a box, and from one to the next
+ARROW = {"arrowstyle": "-|>", "color": "0.3", "lw": 1}
 
 
 def plot_architecture(
@@ -51,8 +52,11 @@ def plot_architecture(
         ax.text(x + WIDTH / 2, y + height, name, weight="bold", fontsize=9, **middle)
         ax.text(x + WIDTH / 2, y + 0.33, detail, fontsize=7.5, **middle)
         ax.text(x + WIDTH / 2, y - 0.16, stage.output, fontsize=7.5, **middle)
-        for source in stage.reads:
-            _arrow(ax, places[source], (x, y))
+        for source in stage.reads:  # from the right of its box, perhaps in the other lane
+            from_x, from_y = places[source]
+            into = 0.5 if from_y == y else 0.75 if from_y > y else 0.25
+            start, end = (from_x + WIDTH, from_y + HEIGHT / 2), (x, y + into * HEIGHT)
+            ax.annotate("", end, start, arrowprops=ARROW)
     if trained:
         colors = {"trained": TRAINED, "frozen": FROZEN}
         legend = [Patch(fc=color, ec="0.45", label=label) for label, color in colors.items()]
@@ -60,12 +64,3 @@ def plot_architecture(
     ax.set(xlim=(-0.1, right + 0.1), ylim=(-0.45, 2.95), aspect="equal")
     ax.axis("off")
     return ax
-
-
-def _arrow(ax: Axes, source: tuple[float, float], target: tuple[float, float]) -> None:
-    """From the right of a box to the left of another, perhaps in the other lane."""
-    (x, y), (to_x, to_y) = source, target
-    start, end = (x + WIDTH, y + HEIGHT / 2), (to_x, to_y + HEIGHT / 2)
-    if y != to_y:
-        end = (to_x, to_y + (0.75 if to_y < y else 0.25) * HEIGHT)
-    ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "0.3", "lw": 1})
