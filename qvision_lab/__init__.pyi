@@ -1,5 +1,9 @@
+from . import ablation as ablation
+from . import evaluation as evaluation
+from . import figures as figures
 from . import plots as plots
 from . import scenes as scenes
+from . import training as training
 from .captioning import Caption as Caption
 from .captioning import Captioner as Captioner
 from .captioning import load as load

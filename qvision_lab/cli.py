@@ -1,13 +1,10 @@
 """The `qvision` command. Everything heavy is imported by the command that needs it."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -15,10 +12,8 @@ from tempfile import TemporaryDirectory
 
 import qvision_lab as ql
 
-SUITES = (  # modules of benchmark/
-    *("parameters", "latency", "peers", "loading", "preprocessing", "folder", "maps", "training"),
-    *("recovery", "baselines"),
-)
+SUITES = ("parameters", "latency", "peers", "loading", "preprocessing", "folder", "maps")
+SUITES += ("training", "recovery", "baselines")  # modules of benchmark/
 SUITES_OF_DATA = {"maps", "baselines"}  # they take other images than Scenes
 MODEL = "--model", "--revision", "--dtype", "--device"
 SHARED = {  # options of several commands
@@ -63,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def caption(options: argparse.Namespace) -> int:
     """Caption pictures, to the screen or to a file, from which a later call resumes."""
     from qvision_lab.captioning.images import walk_pictures
-    from qvision_lab.data.atomic import output_file
+    from qvision_lab.data.atomic import is_main_process, output_file
 
     if options.output:
         output_file(options.output)  # raises before the long load, as the next line
@@ -74,7 +69,7 @@ def caption(options: argparse.Namespace) -> int:
     with TemporaryDirectory() as temporary:
         output = options.output or Path(temporary) / "captions.jsonl"
         report = captioner.caption_folder(options.paths, output, **chosen)
-        if not _prints():
+        if not is_main_process():
             return 0
         with open(report.output, encoding="utf-8") as lines:
             for line in lines:
@@ -121,22 +116,20 @@ def info(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Score captions of a data set, captioning it first where none are given; resumes."""
-    from qvision_lab import evaluation
-    from qvision_lab.data.atomic import locked
-    from qvision_lab.data.coco import contamination, open_dataset
+    from qvision_lab.data.atomic import is_main_process, locked
     from qvision_lab.evaluation.java import find_java
 
     chosen = _chosen(options, "split", "n", "seed", "images", "instances")
-    dataset = open_dataset(options.data, **chosen)
+    dataset = ql.coco.open_dataset(options.data, **chosen)
     output = Path(options.output)
     if options.baseline and Path(options.baseline).resolve() == output.resolve():
         raise ValueError(f"--baseline {output} would be overwritten: choose another --output.")
     output.mkdir(parents=True, exist_ok=True)
     if not options.metrics or {*options.metrics} - {"chair", "scenes"}:
         find_java()  # raises before the captions are made
-    with locked(output) if _prints() else nullcontext():
+    with locked(output):
         if options.predictions:
-            captions = evaluation.read_results(options.predictions)
+            captions = ql.evaluation.read_results(options.predictions)
         else:
             if missing := dataset.missing():
                 count = f"{len(missing):,} of {len(dataset):,} pictures"
@@ -144,17 +137,17 @@ def evaluate(options: argparse.Namespace) -> None:
             captioner = ql.load(options.model, options.revision, options.dtype, options.device)
             how = _chosen(options, "preset", "batch_size")
             report = captioner.caption_dataset(dataset, output / "captions.jsonl", **how)
-            if not _prints():
+            if not is_main_process():
                 return
-            captions = evaluation.read_captions(report.output, dataset)
-            evaluation.write_results(captions, output / "results.json")
+            captions = ql.evaluation.read_captions(report.output, dataset)
+            ql.evaluation.write_results(captions, output / "results.json")
         how = _chosen(options, "confidence", "resamples")
-        report = evaluation.evaluate_dataset(captions, dataset, options.metrics, **how)
+        report = ql.evaluation.evaluate_dataset(captions, dataset, options.metrics, **how)
         print(f"{dataset.name}: {report}")
         if dataset.judge is None:  # photos
-            print(contamination(dataset, options.train_captions))
+            print(ql.coco.contamination(dataset, options.train_captions))
         if options.baseline:
-            print(evaluation.compare(report, evaluation.EvaluationReport.load(options.baseline)))
+            print(ql.compare(report, ql.EvaluationReport.load(options.baseline)))
         print(f"-> {report.save(output)}")
 
 
@@ -166,23 +159,17 @@ def convert(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """Caption held-out scenes from disk and check every caption against the truth."""
-    from qvision_lab.figures import run_demo
-
-    run_demo(options.n, options.output, options.folder, options.seed, options.model)
+    ql.figures.run_demo(options.n, options.output, options.folder, options.seed, options.model)
 
 
 def curves(options: argparse.Namespace) -> None:
     """Draw the training curves of the embedded checkpoint."""
-    from qvision_lab.figures import draw_curves
-
-    draw_curves(options.output)
+    ql.figures.draw_curves(options.output)
 
 
 def look(options: argparse.Namespace) -> None:
     """Draw the model's attention: word maps, queries, and the effect of removing patches."""
-    from qvision_lab.figures import draw_inside
-
-    draw_inside(options.folder, options.n, options.seed, options.model)
+    ql.figures.draw_inside(options.folder, options.n, options.seed, options.model)
 
 
 def scenes_write(options: argparse.Namespace) -> None:
@@ -213,28 +200,22 @@ def train(options: argparse.Namespace) -> None:
         command += ["--set", *options.set] if options.set else []
         launch([f"--nproc-per-node={options.processes}", *command])
         return
-    from qvision_lab.training import load_recipe, train_captioner
-
-    recipe = load_recipe(options.recipe, options.set, options.data)
-    print(f"wrote {train_captioner(recipe, options.output)}")
+    recipe = ql.training.load_recipe(options.recipe, options.set, options.data)
+    print(f"wrote {ql.training.train_captioner(recipe, options.output)}")
 
 
 def ablate(options: argparse.Namespace) -> None:
     """Run a study of variants and print what its intervals support; run again, it resumes."""
-    from qvision_lab.ablation import Study
-    from qvision_lab.figures import draw_findings
-
-    study = Study.read(options.study)
+    study = ql.ablation.Study.read(options.study)
     output = options.output or f"runs/{study.name}"
     study.run(output, processes=options.processes)
-    draw_findings(output, options.metric, options.figures)
+    ql.figures.draw_findings(output, options.metric, options.figures)
 
 
 def findings(options: argparse.Namespace) -> None:
     """Print and draw the findings of a finished study."""
-    from qvision_lab.figures import STUDY, draw_findings
-
-    draw_findings(options.results or STUDY, options.metric, options.figures)
+    results = options.results or ql.figures.STUDY
+    ql.figures.draw_findings(results, options.metric, options.figures)
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -259,13 +240,12 @@ def bench(options: argparse.Namespace) -> None:
 def tables(options: argparse.Namespace) -> None:
     """Draw the tables of pages, and figures of speed and recovery, from benchmark results."""
     from qvision_lab.benchmark import tables
-    from qvision_lab.figures import findings_table, write_figure
 
     for page in options.pages or [tables.PAGE]:
-        print(f"wrote {tables.fill(Path(page), more={'study': findings_table})}")
+        print(f"wrote {tables.fill(Path(page), more={'study': ql.figures.findings_table})}")
     for name, draw in tables.FIGURES.items() if options.figures else ():
         figure = Path(options.figures, f"{name}.png")
-        write_figure(draw().figure, figure, dpi=150)
+        ql.figures.write_figure(draw().figure, figure, dpi=150)
         print(f"wrote {figure}")
 
 
@@ -372,11 +352,6 @@ def _command(commands, name: str, run: Callable, *shared: str) -> Callable[..., 
     for option in shared:
         command.add_argument(option, **SHARED[option])
     return command.add_argument
-
-
-def _prints() -> bool:
-    """Whether this process is the first of a launcher's, or alone, where a RANK means nothing."""
-    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK") == "0"
 
 
 def _chosen(options: argparse.Namespace, *names: str) -> dict:

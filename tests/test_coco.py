@@ -7,6 +7,7 @@ from PIL import Image
 
 from qvision_lab import scenes
 from qvision_lab.data.coco import Contamination, contamination, open_dataset
+from qvision_lab.evaluation import read_results
 
 
 def coco(captions, ids=None):
@@ -189,7 +190,6 @@ TEXTS = {i: ["A cat."] for i in range(1, 8)}
         ("captions.csv", "file,caption\na.jpg,A cat, asleep\n", "quotes around captions"),
         ("captions.csv", "file,caption\na.jpg\n", r"no caption of 1 image \('a.jpg'\)"),
         ("captions.jsonl", '{"file": "a", "caption": "A"}\n{"file": "b", "ca', "line 2"),
-        ("captions.jsonl", '{"file": "a.jpg", "caption": null}\n', "row 1 .* needs caption"),
     ],
 )
 def test_bad_files_are_named(write, name, content, match):
@@ -209,3 +209,34 @@ def test_folders_and_splits_that_are_not_there(write, tmp_path):
         open_dataset(tmp_path)
     with pytest.raises(ValueError, match=r"no split 'test' in .*: there is val2017"):
         open_dataset(path, split="test")
+
+
+GOOD = {"image_id": 1, "caption": "a"}
+IMAGE = {"imgid": 1, "split": "test", "filename": "a", "sentences": [{"raw": "a"}]}
+ODD = (None, 5, [], "text", {})
+WRONG = (*ODD, *({"image_id": 1, "caption": value} for value in (None, 5, ["a"])))
+TORN = ("", "{", "3", "[" * 10**5, "\xff{}")
+CASES = [
+    *(("captions_a.json", {"images": [], "annotations": [GOOD, x]}, "annotation 2") for x in WRONG),
+    *(("captions_a.json", {"images": [{"id": 1}, x], "annotations": []}, "image 2") for x in ODD),
+    *(("dataset_a.json", {"images": [IMAGE, {"sentences": x}]}, "image 2") for x in ODD),
+    ("dataset_a.json", {"images": [{**IMAGE, "sentences": [{"raw": None}]}]}, "image 1"),
+    *(
+        ("captions.jsonl", f'{{"file": "a", "caption": "a"}}\n{json.dumps(x)}', "row 2")
+        for x in ODD
+    ),
+    *(("captions.jsonl", {"file": "a", "captions": ["a", x]}, "row 1") for x in ODD[:3]),
+    ("captions.csv", "file,caption\na,b\n" + "c" * 200_000 + ",d\n", "captions.csv is"),
+    *(("results.json", [GOOD, x], "row 2") for x in WRONG),
+    *((name, text, name) for name in ("results.json", "captions_a.json") for text in TORN),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "place"), CASES)
+def test_the_file_and_the_place_are_named(tmp_path, name, content, place):
+    path, split = tmp_path / name, "test" if "dataset" in name else None
+    text = content if isinstance(content, str) else json.dumps(content)
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=place) as refused:
+        read_results(path) if name == "results.json" else open_dataset(path, split=split)
+    assert name in str(refused.value)

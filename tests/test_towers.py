@@ -2,7 +2,6 @@
 
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 from conftest import tiny_captioner, tiny_model, with_noise
@@ -48,16 +47,10 @@ def captioner(kind):
     return tiny_captioner(model_with(TOWERS[kind]))
 
 
-@pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
-    draw = np.random.default_rng(0)
-    return [Image.fromarray(draw.integers(0, 256, (40, 60, 3), np.uint8)) for _ in range(3)]
-
-
-def test_each_patch_has_a_state(captioner, kind, pictures):
+def test_each_patch_has_a_state(captioner, kind, noise):
     model = captioner.model
     assert type(model.vision.tower).__name__ == kind
-    pixels = captioner.processor(images=pictures).pixel_values
+    pixels = captioner.processor(images=noise).pixel_values
     states = model.vision.encode(pixels)
     assert states.shape == (3, 4, model.config.vision_config.hidden_size)
     from_states, from_pixels = model(vision_states=states), model(pixel_values=pixels)
@@ -68,16 +61,16 @@ def test_each_patch_has_a_state(captioner, kind, pictures):
         VisionEncoder(model.vision.tower, 9, 32).encode(pixels)
 
 
-def test_it_is_saved_and_loaded_with_its_class(captioner, kind, pictures, tmp_path):
-    expected = [caption.token_ids for caption in captioner.caption(pictures, preset="greedy")]
+def test_it_is_saved_and_loaded_with_its_class(captioner, kind, noise, tmp_path):
+    expected = [caption.token_ids for caption in captioner.caption(noise, preset="greedy")]
     captioner.model.save_pretrained(tmp_path)
     captioner.processor.save_pretrained(tmp_path)
     loaded = ql.load(tmp_path, device="cpu")
     assert type(loaded.model.vision.tower).__name__ == kind
     assert loaded.model.config.patch_grid == (2, 2)
-    assert [c.token_ids for c in loaded.caption(pictures, preset="greedy")] == expected
-    pixels = captioner.processor(images=pictures).pixel_values
-    assert torch.equal(loaded.processor(images=pictures).pixel_values, pixels)
+    assert [c.token_ids for c in loaded.caption(noise, preset="greedy")] == expected
+    pixels = captioner.processor(images=noise).pixel_values
+    assert torch.equal(loaded.processor(images=noise).pixel_values, pixels)
     assert torch.equal(loaded.model.vision(pixels), captioner.model.vision(pixels))
     assert not any(buffer.is_meta for buffer in loaded.model.buffers())
 
@@ -89,17 +82,17 @@ def test_pixels_are_normalised_as_the_tower_expects(captioner):
     assert_close(grey[0, :, 0, 0], expected)
 
 
-def test_maps_lie_on_its_patches(captioner, pictures):
-    trace = ql.trace(captioner, pictures[0], "a b c")
+def test_maps_lie_on_its_patches(captioner, noise):
+    trace = ql.trace(captioner, noise[0], "a b c")
     for word in ql.word_maps(trace):
         assert word.values.shape == (2, 2)
 
 
-def test_a_frozen_tower_keeps_its_statistics(captioner, pictures):
+def test_a_frozen_tower_keeps_its_statistics(captioner, noise):
     model = model_with(captioner.model.config.vision_config.to_dict())
     freezing.apply(model, "captioner")
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    pixels = captioner.processor(images=pictures).pixel_values
+    pixels = captioner.processor(images=noise).pixel_values
     expected = model.vision.encode(pixels)
     assert torch.equal(model.train().vision.encode(pixels), expected)
     assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())

@@ -71,13 +71,13 @@ def test_without_a_caption_it_is_the_greedy_one(byte_captioner, noise):
 
 
 def test_saved_and_loaded_it_is_the_same(byte_captioner, noise, tmp_path):
-    traced = trace(byte_captioner, noise[0], CAPTION)
-    traced.save(tmp_path / "one.safetensors")
-    loaded = Trace.load(tmp_path / "one.safetensors", byte_captioner)
+    traced, path = trace(byte_captioner, noise[0], CAPTION), tmp_path / "run.1"
+    traced.save(path)
+    loaded = Trace.load(path, byte_captioner)
     for name in (f.name for f in fields(traced)):
         np.testing.assert_equal(getattr(loaded, name), getattr(traced, name))
-    assert [path.name for path in tmp_path.iterdir()] == ["one.safetensors"]
-    without_model = Trace.load(tmp_path / "one.safetensors")
+    assert list(tmp_path.iterdir()) == [path]
+    without_model = Trace.load(path)
     maps = (word_maps(each, "rollout") for each in (without_model, traced))
     for mine, expected in zip(*maps, strict=True):
         np.testing.assert_array_equal(mine.values, expected.values)

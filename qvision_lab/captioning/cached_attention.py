@@ -1,7 +1,5 @@
 """Attention of one new token over its KV cache: a single Triton kernel on CUDA, else PyTorch."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -24,8 +22,7 @@ def attend_to_cache(
 ) -> Float[Tensor, "R D"]:
     """Causal self-attention of one token; `made` is its query, key and value, which join the cache.
 
-    Scores are not scaled, as in GPT-Neo. The token at `position` attends to at most `window`
-    tokens, itself included.
+    Unscaled, as in GPT-Neo, to at most `window` tokens, that at `position` included.
     """
     if triton is not None and made.is_cuda and cache.shape[3] <= LONGEST:
         return launch(made.contiguous(), cache, position, window)

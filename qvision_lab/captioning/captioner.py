@@ -1,14 +1,12 @@
 """The Captioner: images of any kind, one, many or a folder of them -> Caption records."""
 
-from __future__ import annotations
-
 import json
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -96,13 +94,9 @@ class Captioner:
                 (`temperature`, `top_k`, `top_p`, ...) turns sampling on, and `num_beams` turns it
                 off, unless `do_sample` says otherwise.
 
-        Returns:
-            A Caption for one image, a list for an iterable; with `num_return_sequences=k` > 1 a
-            list of k in place of each Caption, in the order of `generate`.
-
-        Raises:
-            ImageError: if an image cannot be read (`caption_folder` records it and continues).
-            ValueError: if there is no image, or a setting does not exist or does not fit.
+        Returns a Caption for one image, a list for an iterable; with `num_return_sequences=k` > 1 a
+        list of k in place of each Caption, in the order of `generate`. ImageError for an image that
+        cannot be read; ValueError for no image at all, and a setting that does not exist or fit.
         """
         how = {"preset": preset, "preprocessing": preprocessing, "seed": seed}
         search = Search.from_settings(self.model, **how, **settings)
@@ -139,9 +133,8 @@ class Captioner:
         and `settings`, with k > 1 captions `captions` and `scores` too; or `error` in their place.
         They are written batch by batch in the order of `walk_pictures`. Images are streamed: memory
         holds a few batches, and some 250 bytes for each name. Resuming skips what is captioned,
-        retries what failed, and captions again what has changed.
-        Draws for an image depend on `seed` and its path inside the folder, so other images, batch
-        sizes and interruptions change nothing.
+        retries what failed, and captions again what has changed. Draws for an image depend on
+        `seed` and its path inside the folder, so that other images and interruptions change none.
 
         Under `accelerate launch` the processes share the images. Each writes a separate file
         next to `output`; they are merged into it at the end, or when the job is started again.
@@ -151,9 +144,8 @@ class Captioner:
                 iterator is read as it is needed.
             how: `batch_size`, `preset`, `preprocessing`, `seed` and settings, as in `caption`.
 
-        Raises:
-            ValueError: if there is no image, or `output` is no regular file, is being written by
-                another command, or was made with other settings or weights.
+        ValueError if there is no image, or `output` is no regular file, is being written by another
+        command, or was made with other settings or weights.
         """
         known = not isinstance(paths, Iterator)
         total = sum(1 for _ in walk_pictures(paths, recursive)) if known else None
@@ -174,7 +166,7 @@ class Captioner:
         total = len(images) if isinstance(images, Sized) else None
         return self._caption_to_file(map(item, images), total, output, **how)
 
-    def compile(self, batch_size: int = 1, *, length: int = 32, int8: bool = False) -> Captioner:
+    def compile(self, batch_size: int = 1, *, length: int = 32, int8: bool = False) -> "Captioner":
         """A captioner of the same model whose decoding step is compiled for one batch size.
 
         Compiling takes `captioner.decoding.compile_seconds`, about half a minute at the published
@@ -184,13 +176,12 @@ class Captioner:
             batch_size: captions per batch; a batch of more than half of it is padded.
             int8: round the decoder to 8 bits, on a CPU: half of bfloat16; captions may change.
 
-        Raises:
-            ValueError: for an unsupported variant of the architecture, and int8 on a GPU.
+        ValueError for an unsupported variant of the architecture, and int8 on a GPU.
         """
         model, origin = self.model, self.provenance
-        if int8 and model.device.type != "cpu":
-            raise ValueError(f"int8=True gains nothing on {model.device}: use it on a CPU.")
         if int8:
+            if model.device.type != "cpu":
+                raise ValueError(f"int8=True gains nothing on {model.device}: use it on a CPU.")
             model = copy_sharing_weights(model)
             model.decoder = Int8Decoder(model.decoder)
             origin = origin and replace(origin, dtype="int8")  # captions may differ
@@ -202,7 +193,7 @@ class Captioner:
         self, items: Iterable[Item], total: int | None, output: str | os.PathLike, **how
     ) -> FolderReport:
         path = output_file(output)
-        with locked(path) if _processes().is_main_process else nullcontext():
+        with locked(path):
             return replace(self._write_records(items, total, path, **how), output=Path(output))
 
     def _write_records(

@@ -1,7 +1,5 @@
 """Fast decoding: one loop over fixed buffers, captured in CUDA graphs, or compiled."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -38,20 +36,16 @@ class FastDecoding:
     A step scores the next token and chooses it, over buffers of fixed size. On CUDA encoding and
     step are captured in graphs at the first batch of a size, and later batches are padded up to an
     existing size. Graphs read the weights by address, so changes in place take effect, and
-    everything is captured again where they moved.
+    everything is captured again where they moved. There the query, key and value matrices of each
+    layer become views of one matrix, and the tied embedding one of a matrix with more rows.
 
-    Args:
-        model: on CUDA the query, key and value matrices of each layer become views of one matrix,
-            and the tied embedding one of a matrix with more rows.
-        rows: captions per batch that inductor compiles the step for, which takes `compile_seconds`.
-        length: maximum tokens of a caption in the compiled step.
+    Inductor compiles a step for batches of `rows` captions of at most `length` tokens.
     """
 
     def __init__(
         self, model: QVisionForConditionalGeneration, rows: int | None = None, length: int = 32
     ):
-        self.model = model
-        self.rows, self.length = rows, length
+        self.model, self.rows, self.length = model, rows, length
         self.compile_seconds: float | None = None
         self._lock = Lock()  # two threads would share the buffers
         self._refused = False  # whether CUDA failed to capture
@@ -87,14 +81,10 @@ class FastDecoding:
         if self._captures:
             torch.cuda.empty_cache()
 
-    def can_run(self, steps: int) -> bool:
-        """Whether this, rather than `generate`, can run so many steps of the model as it is now.
-
-        Not with hooks, which may change what its parts compute (interventions do).
-        """
-        positions = self.model.config.text_config.max_position_embeddings
+    def can_run(self) -> bool:
+        """Whether this can run the model as it is now: not with hooks, as of interventions."""
         supported = self._supports_architecture() and self.model.device.type in ("cpu", "cuda")
-        return supported and 1 <= steps <= positions and not is_hooked(self.model)
+        return supported and not is_hooked(self.model)
 
     def _supports_architecture(self) -> bool:
         config = self.model.config
@@ -110,15 +100,11 @@ class FastDecoding:
         captions_per_image: int = 1,
         **image: Tensor,
     ) -> tuple[Int[Tensor, "R T"], Float[Tensor, "R T"]]:
-        """Caption images with a model in evaluation mode.
+        """Caption images, one of the inputs of `encode`, with a model in evaluation mode.
 
-        Args:
-            steps: maximum number of new tokens.
-            draws: for sampling, `row_keys` of the captions, an image's next to each other.
-            image: one of the inputs of the model's `encode`.
-
-        Returns:
-            Ids (padded after `<END>`) and log-probabilities on the CPU, as `Search.run` does.
+        At most `steps` tokens are chosen; sampling takes the captions' `row_keys` as draws, an
+        image's next to each other. Returns ids (padded after `<END>`) and log-probabilities on the
+        CPU, as `Search.run` does.
         """
         with self._lock:
             self.follow_weights()

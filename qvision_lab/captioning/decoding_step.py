@@ -1,7 +1,5 @@
 """One decoding step over buffers of fixed address, with few kernels and copies; int8 weights."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 
@@ -19,10 +17,7 @@ PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # oneDNN's, wher
 
 @dataclass
 class Buffers:
-    """Tensors that the steps of a batch read and write, at fixed addresses, as graphs need.
-
-    R rows, S positions of the cache, N visual tokens; GPT-Neo has G heads, the bridge H.
-    """
+    """Tensors of fixed address that steps read and write; GPT-Neo has G heads, the bridge H."""
 
     ids: Int[Tensor, "R S+1"]  # `<START>`, the tokens so far, and `<START>` again
     logprobs: Float[Tensor, "R S"]
@@ -33,7 +28,7 @@ class Buffers:
     bridge: Float[Tensor, "2 R H N C"]  # the bridge's keys and values of the visual tokens
 
     @classmethod
-    def allocate(cls, model: QVisionForConditionalGeneration, rows: int, length: int) -> Buffers:
+    def allocate(cls, model: QVisionForConditionalGeneration, rows: int, length: int) -> "Buffers":
         config, text = model.config, model.config.text_config
         number = {"dtype": model.decoder.language_model.dtype, "device": model.device}
         width, heads = config.hidden_size, config.num_attention_heads
@@ -64,9 +59,7 @@ def score_next_token(
 ) -> Float[Tensor, "R V"]:
     """Logits of the next token, after one more token is read and written to the cache.
 
-    Args:
-        projections: of each layer, for query, key and value: one joined module, or three.
-        head: the LM head, perhaps padded with more rows.
+    A layer's projections are one joined module or three; the head may have more rows.
     """
     text, bridge, position = decoder.language_model, decoder.bridge, buffers.position
     token = buffers.ids.index_select(1, position)[:, 0]
@@ -94,7 +87,7 @@ def score_next_token(
     return product(states, head)[:, : text.config.vocab_size]  # [R,V]
 
 
-def product(x: Float[Tensor, "R I"], linear: nn.Linear | Int8Linear) -> Float[Tensor, "R O"]:
+def product(x: Float[Tensor, "R I"], linear: "nn.Linear | Int8Linear") -> Float[Tensor, "R O"]:
     """A linear layer applied by `multiply`."""
     return multiply(x, linear.weight, linear.bias, getattr(linear, "scale", None))
 
@@ -121,10 +114,7 @@ def multiply(
 
 
 def join(layers: list[nn.Linear], multiple: int = 1) -> nn.Linear:
-    """Layers without biases as one, padded with rows of zeros up to a multiple.
-
-    Unless their matrices are views of its matrix already, they become so.
-    """
+    """Layers without biases as one with rows of zeros added, of which their matrices are views."""
     parts = [layer.weight for layer in layers]
     rows = -(-sum(map(len, parts)) // multiple) * multiple
     first, width = parts[0].detach(), parts[0].shape[1]

@@ -1,7 +1,5 @@
 """Generation of captions: complete, checked settings, and the search that they describe."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from qvision_lab.captioning.compiled import FastDecoding, is_hooked
-from qvision_lab.captioning.sampling import NOT_SAMPLING, WARPERS, Choice, row_keys
+from qvision_lab.captioning.sampling import NOT_SAMPLING, UNRECORDED, WARPERS, Choice, row_keys
 from qvision_lab.model.captioner import PLAIN, QVisionForConditionalGeneration, generation_preset
 from qvision_lab.model.processor import image_preset
 
@@ -24,8 +22,6 @@ LIMITS |= {"num_beams": (1, 1000), "num_return_sequences": (1, 1000), "top_k": (
 LIMITS |= {"seed": (-(2**63), 2**63), "batch_size": (1, 10**6), "length_penalty": (-1e6, 1e6)}
 LIMITS |= {n: (0.0, 1e6) for n in (*WARPERS, "max_time") if n not in LIMITS}
 LIMITS["repetition_penalty"] = (1e-6, 1e6)
-UNRECORDED = {"transformers_version", "return_dict_in_generate"}
-UNRECORDED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class Search:
         preprocessing: str = "training",
         seed: int = 0,
         **settings,
-    ) -> Search:
+    ) -> "Search":
         """Put settings on top of a preset, or of the model's own; ValueError if they do not fit."""
         image_preset(preprocessing, model.config.vision_config.image_size)  # raises if unknown
         seed = check_number("seed", seed)
@@ -86,7 +82,7 @@ class Search:
             config.update(**NOT_SAMPLING)  # transformers warns about a preset's sampling settings
         search = cls(config, live, seed if config.do_sample else None, preprocessing)
         positions = model.config.text_config.max_position_embeddings
-        if (new := search.new_tokens) > positions:
+        if not 1 <= (new := search.new_tokens) <= positions:
             raise ValueError(f"max_new_tokens={new}: the model has {positions:,} positions.")
         if Choice.from_config(config) is None and not is_hooked(model):
             try:
@@ -128,18 +124,15 @@ class Search:
     ) -> tuple[Int[Tensor, "R T"], Float[Tensor, "R T"]]:
         """Generate R = B * `num_return_sequences` captions, by `generate` where `decoding` cannot.
 
-        Args:
-            keys: one an image; its draws depend on its key and the seed alone.
-
-        Returns:
-            Ids, without `<START>`, and their log-probabilities (nats) under the model itself:
-            before penalties, temperature and other processing of the logits.
+        Draws for an image depend on its key and the seed alone. Returns ids, without `<START>`, and
+        their log-probabilities (nats) under the model itself: before penalties, temperature and
+        other processing of the logits.
         """
         model, k, draws = decoding.model, self.config.num_return_sequences, None
         if self.config.do_sample:
             draws = row_keys([f"{self.seed}/{key}/{n}" for key in keys for n in range(k)])
         choice = None if self.live else Choice.from_config(self.config)
-        if choice is not None and decoding.can_run(self.new_tokens):
+        if choice is not None and decoding.can_run():
             return decoding.run(choice, self.new_tokens, draws, k, pixel_values=pixel_values)
         config, live = copy.deepcopy(self.config), dict(self.live)
         _, visual = model.encode(pixel_values.to(model.device))

@@ -1,7 +1,5 @@
 """Opening images of any kind: paths, URLs, bytes, PIL images, arrays and tensors -> RGB."""
 
-from __future__ import annotations
-
 import io
 import os
 import urllib.request
@@ -37,21 +35,16 @@ class ImageError(ValueError):
 
 
 def open_image(picture: Picture, name: str | None = None) -> Image.Image:
-    """Open an image as RGB, the way a viewer shows it.
+    """Open an image as RGB, the way a viewer shows it; errors call it `name`.
 
     EXIF orientation is applied, an RGB image with an ICC profile converted to sRGB, transparency
     composited on white, 16-bit grey scaled to 8; of an animation the first frame is taken.
+    ImageError if it cannot be read, or decoding needs more than 2 * `PIL.Image.MAX_IMAGE_PIXELS`.
 
     Args:
         picture: a path; an http(s) URL of at most 64 MiB; an encoded file (one of `FORMATS`) as
             bytes or file object; a PIL image; an array or tensor [H,W], [H,W,C] or [C,H,W] with C
             of 1, 3 or 4, uint8, uint16, bool or floats from 0 to 1.
-        name: its name in error messages.
-
-    Raises:
-        ImageError: if it cannot be read, or decoding needs more than 2 *
-            `PIL.Image.MAX_IMAGE_PIXELS`.
-        TypeError: if it is of another type.
     """
     name = name or picture_name(picture) or type(picture).__name__
     if isinstance(picture, np.ndarray):
@@ -90,11 +83,8 @@ def walk_pictures(
 ) -> Iterator[tuple[str, str]]:
     """Images in folders, each folder sorted with its subfolders last, and listed files and URLs.
 
-    Yields:
-        A path or URL, and its name: the path inside the folder, the file's own name, or the URL.
-
-    Raises:
-        ValueError: at the end, if there was none.
+    Yields a path or URL, and its name: the path inside the folder, the file's own name, or the
+    URL. ValueError at the end, if there was none.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else paths
     found = None

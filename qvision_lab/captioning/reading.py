@@ -1,7 +1,5 @@
 """Reading images ahead of the model: by threads, or for a GPU by processes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,11 +36,11 @@ class Batch:
     pixels: UInt8[Tensor, "B H W 3"]  # of those without an error
 
     @classmethod
-    def join(cls, parts: list[Batch]) -> Batch:
+    def join(cls, parts: list["Batch"]) -> "Batch":
         items = [pair for part in parts for pair in part.items]
         return cls(items, torch.cat([part.pixels for part in parts]))
 
-    def split(self, count: int) -> tuple[Batch, Batch]:
+    def split(self, count: int) -> "tuple[Batch, Batch]":
         """The first `count` items, and the others."""
         good = sum(error is None for _, error in self.items[:count])
         return (
@@ -50,7 +48,7 @@ class Batch:
             Batch(self.items[count:], self.pixels[good:]),
         )
 
-    def pin_memory(self) -> Batch:  # the DataLoader calls it
+    def pin_memory(self) -> "Batch":  # the DataLoader calls it
         return Batch(self.items, self.pixels.pin_memory())
 
 

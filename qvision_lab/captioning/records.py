@@ -1,7 +1,5 @@
 """Caption records: captions of an image, and the JSON Lines file of them that a job resumes."""
 
-from __future__ import annotations
-
 import glob
 import json
 from collections.abc import Iterator
@@ -63,8 +61,7 @@ def gather_records(output: Path, settings: dict, *, keep_failures: bool) -> None
 def read_records(path: Path, settings: dict) -> Iterator[tuple[dict, str]]:
     """Records of a file with their lines; a line truncated by an interruption ends them.
 
-    Raises:
-        ValueError: for a line that is not a record, or was made with other settings.
+    ValueError for a line that is not a record, or was made with other settings.
     """
     if not path.exists():
         return

@@ -1,12 +1,11 @@
 """Choice of the next token: penalties, logits warpers and batch-invariant sampling."""
 
-from __future__ import annotations
-
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -30,8 +29,9 @@ NOT_SAMPLING = {name: off for name, (_, off) in WARPERS.items()} | {"top_k": 50,
 # What a `Choice` supports; any other setting that is not off needs transformers' `generate`.
 SUPPORTED = {"do_sample", "num_return_sequences", "temperature", "top_k", "top_p", "min_length"}
 SUPPORTED |= {"repetition_penalty", "length_penalty", "max_length", "max_new_tokens", "use_cache"}
-SUPPORTED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
-SUPPORTED |= {"transformers_version", "return_dict_in_generate"}
+UNRECORDED = {"bos_token_id", "eos_token_id", "pad_token_id"}  # they are the model's own
+UNRECORDED |= {"transformers_version", "return_dict_in_generate"}
+SUPPORTED |= UNRECORDED
 
 _LOW = 0xFFFFFFFF  # the lower 32 bits
 Keys: TypeAlias = Int[Tensor, "R 2"]  # two 32-bit numbers a row, from `row_keys`
@@ -57,10 +57,9 @@ def random_integers(keys: Keys, step: Step, tokens: Int[Tensor, "#R K"]) -> Int[
 
 def row_keys(names: Sequence[str]) -> Keys:
     """Keys of the random draws of each row, hashed from names; the same in every process."""
-    encoded = [name.encode("utf-8", "surrogatepass") for name in names]  # of any file name
-    digests = [hashlib.blake2b(name, digest_size=8).digest() for name in encoded]
-    halves = [[int.from_bytes(d[:4], "big"), int.from_bytes(d[4:], "big")] for d in digests]
-    return torch.tensor(halves, dtype=torch.int64).reshape(-1, 2)
+    encoded = (name.encode("utf-8", "surrogatepass") for name in names)  # of any file name
+    digests = b"".join(blake2b(name, digest_size=8).digest() for name in encoded)
+    return torch.from_numpy(np.frombuffer(digests, ">u4").astype(np.int64)).reshape(-1, 2)
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Choice:
     sampling: tuple[tuple[str, float | None], ...] | None = None  # values of the `WARPERS`
 
     @classmethod
-    def from_config(cls, config: GenerationConfig) -> Choice | None:
+    def from_config(cls, config: GenerationConfig) -> "Choice | None":
         """The choice that settings describe; None where they need transformers' `generate`."""
         off = {name: value for name, (_, value) in WARPERS.items()} | PLAIN
         beyond = any(
@@ -92,7 +91,7 @@ class Choice:
         return cls(penalty, length, cls.sampler(config).sampling if config.do_sample else None)
 
     @classmethod
-    def sampler(cls, config: GenerationConfig) -> Choice:
+    def sampler(cls, config: GenerationConfig) -> "Choice":
         """The choice that samples by the warpers of the settings alone."""
         return cls(sampling=tuple((name, getattr(config, name, None)) for name in WARPERS))
 

@@ -1,7 +1,5 @@
 """Files to write: their paths, atomic writes, and the lock of what one command writes to."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator
@@ -50,9 +48,20 @@ def write_atomic(path: Path, text: str) -> Path:
     return path
 
 
+def is_main_process() -> bool:
+    """Whether this process is the first of a launcher's, or alone, where a RANK means nothing."""
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK") == "0"
+
+
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Hold the lock of a folder, `.lock` in it, or of a file; ValueError if another holds it."""
+    """Hold the lock of a folder, `.lock` in it, or of a file; ValueError if another command does.
+
+    Of the processes of a launcher the main one holds it.
+    """
+    if not is_main_process():
+        yield
+        return
     folder, name = (output, ".lock") if output.is_dir() else (output.parent, f".{output.name}.lock")
     try:
         lock = FileLock(folder / name).acquire(timeout=0)

@@ -1,7 +1,5 @@
 """Images with reference captions, from COCO's files, Karpathy's, plain folders or plugins."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os
@@ -14,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -30,14 +28,6 @@ DAMAGE = AttributeError, LookupError, TypeError, UnicodeError, RecursionError
 DAMAGE += csv.Error, json.JSONDecodeError
 
 
-class Drawing(Protocol):
-    """An image that a program draws, such as `scenes.dataset.SceneDrawing`."""
-
-    name: str  # identifies its pixels across data sets, processes and versions of the program
-
-    def draw(self) -> Image.Image: ...
-
-
 @dataclass(frozen=True)
 class CaptionedImage:
     """An image with its reference captions and the objects in it."""
@@ -47,7 +37,9 @@ class CaptionedImage:
     references: tuple[str, ...]
     # COCO category and box (x, y, width, height in pixels) of each object; None where unknown
     boxes: tuple[tuple[str, Sequence[float]], ...] | None = None
-    drawing: Drawing | None = None
+    # Has `draw() -> Image.Image`, and a `name` that identifies its pixels across data sets,
+    # processes and versions of what draws them, as `scenes.dataset.SceneDrawing`
+    drawing: Any = None
 
     @property
     def objects(self) -> frozenset[str] | None:
@@ -102,7 +94,7 @@ class CaptionDataset(Sequence[CaptionedImage]):
         """Ids of the images whose file does not exist."""
         return [i.image_id for i in self.images if i.image and not os.path.isfile(i.image)]
 
-    def subset(self, n: int, seed: int = 0) -> CaptionDataset:
+    def subset(self, n: int, seed: int = 0) -> "CaptionDataset":
         """`n` images (1 to all) drawn without replacement, in the same order."""
         if not 1 <= n <= len(self):
             raise ValueError(f"cannot draw n={n} of the {len(self):,} images of {self.name}")
@@ -163,17 +155,14 @@ def open_dataset(
       `split` is optional;
     - "NAME:...", which an installed plugin opens, such as "scenes:test" (a split of Scenes).
 
+    FileNotFoundError without captions; ValueError where they are damaged or make no valid data set.
+
     Args:
         split: one or more of Karpathy's or a table's ("train+restval"), or of a folder in COCO's
             format.
         n: draw so many images with `seed`; of Scenes, the first n of that seed.
         images: folder of the images; by default searched for around the captions.
         instances: COCO's `instances_*.json`; by default the one next to `captions_*.json`.
-
-    Raises:
-        FileNotFoundError: there is no such file, or no captions in the folder.
-        ValueError: the file is damaged or of another format, lacks the split, has captions of
-            images that it does not list, or makes no valid `CaptionDataset`; no such plugin.
     """
     if isinstance(source, str) and (plugin := re.match(r"\w\w+(?=:)", source)):  # C: is a drive
         installed = entry_points(group=PLUGINS)
@@ -224,8 +213,7 @@ def _read(path: Path, split: str | None) -> tuple[str, list[CaptionedImage], Any
 def _from_coco(path: Path, content: dict) -> tuple[list[CaptionedImage], Any]:
     captions = defaultdict(list)
     for number, row in enumerate(content["annotations"], start=1):
-        place = f"annotation {number} of {path}"
-        key, text = take(row, place, image_id=int | str, caption=str)
+        key, text = take(row, f"annotation {number} of {path}", image_id=int | str, caption=str)
         captions[key].append(text)
     images = enumerate(content["images"], start=1)
     listed = {take(image, f"image {n} of {path}", id=int | str)[0] for n, image in images}

@@ -1,7 +1,5 @@
 """CHAIR, object hallucination (Rohrbach et al. 2018, section 2.1), with any `Vocabulary`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,28 +121,20 @@ def chair(
     vocabulary: Vocabulary | None = None,
     references: Mapping[Hashable, Sequence[str]] | None = None,
 ) -> pd.DataFrame:
-    """Count the objects that captions name against those in the images.
+    """Count the objects that captions name against those in the images, by their ids.
 
     As in the paper's code, repeated mentions count each time, and the truth is the labelled
-    objects together with those that the references name, if given.
+    objects together with those that the references name, if given. The vocabulary is COCO's by
+    default. A prediction's row, by `image_id`, has the integers `captions` (1), `mentioned` and
+    `hallucinated` (mentions), `has_hallucination` (0 or 1), `objects` (categories in the truth) and
+    `recalled` (those that are named), and the categories of the `hallucinated_objects`, a tuple.
 
         CHAIR-i = sum(hallucinated) / sum(mentioned)
         CHAIR-s = sum(has_hallucination) / sum(captions)
         object recall = sum(recalled) / sum(objects)
 
-    Args:
-        objects: image id -> names of the categories in the image; may have more images.
-        vocabulary: by default COCO's.
-        references: image id -> captions by people; may have more images.
-
-    Returns:
-        A row for each prediction, by `image_id`. Integers: `captions` (1), `mentioned` and
-        `hallucinated` (mentions), `has_hallucination` (0 or 1), `objects` (categories in the
-        truth) and `recalled` (those that are named); and `hallucinated_objects`, a tuple of
-        category names, one for each hallucinated mention.
-
-    ValueError for an image without objects (a set may be empty) or references, or a category that
-    is not in the vocabulary.
+    ValueError for a prediction without objects (a set may be empty) or references, or a category
+    that is not in the vocabulary.
     """
     vocabulary = vocabulary or coco_vocabulary()
     for name, known in (("objects", objects), ("references", references)):

@@ -1,7 +1,5 @@
 """Length, diversity and novelty of captions."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable
 from itertools import pairwise
@@ -12,9 +10,8 @@ def caption_statistics(
 ) -> dict[str, float | None]:
     """Describe a set of captions (ValueError if empty), and its overlap with `training` captions.
 
-    Words are lower-case, without punctuation; shares are from 0 to 1, those of words nan without
-    any word. Distinct-1 and distinct-2 (Li et al. 2016, arXiv:1510.03055) are both divided by the
-    number of words. They fall as captions are added: compare sets of one size.
+    Shares are from 0 to 1, those of words nan without any word. Distinct-1 and distinct-2 (Li et
+    al. 2016, arXiv:1510.03055) fall as captions are added: compare sets of one size.
     """
     if not captions:
         raise ValueError("no captions: there is nothing to describe.")

@@ -1,7 +1,5 @@
 """Faithfulness of maps: pointing game, deletion and insertion, and randomised weights."""
 
-from __future__ import annotations
-
 import copy
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -76,10 +74,9 @@ def score_maps(
     Two baselines are added: "centre", a Gaussian on the middle of the image, and "chance", whose
     pointing is the share of the image that the boxes cover, and whose order of patches is random.
 
-    Returns:
-        A row for each `method`, `size` of what is named ("small": every box has a side shorter
-        than a patch) and `measure`: `value`, `low` and `high` (95%, over images: `share_interval`
-        of hits in pointing, else bootstrap), and the number of `words` and `images`.
+    Returns a row for each `method`, `size` of what is named and `measure`: `value`, `low` and
+    `high` (95%, over images: `share_interval` of hits in pointing, else bootstrap), and the number
+    of `words` and `images`.
     """
     rng = np.random.default_rng(0)
 
@@ -112,10 +109,8 @@ def check_randomised(
 
     From the words to the pixels, the weights of one part after another are shuffled within each
     tensor, in a copy of the model. The measure is the rank correlation of a word's map with that of
-    the original model: near 1, a map does not depend on what the model has learned.
-
-    Returns:
-        As `score_maps`, a row for each `method` and last `shuffled` part.
+    the original model: near 1, a map does not depend on what the model has learned. The table is as
+    that of `score_maps`, with a row for each `method` and last `shuffled` part.
     """
     located = list(_locate(captioner, examples))
     traces, words = [t for t, _ in located], [[x.word for x in targets] for _, targets in located]

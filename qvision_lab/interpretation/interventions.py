@@ -1,15 +1,10 @@
 """Interventions: parts of a model muted, or replaced by the activations of another image.
 
-An `Intervention` says where, and in which rows of a batch, an activation is replaced. Forward hooks
-do it, in a `with` block and in the single batch of `effects` alike:
-
     with mute(captioner.model, queries=[3], heads=[(0, 5)]):
         captioner.caption("beach.jpg")
 
 Blocks nest. After one the model is what it was before, also where an exception left it.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -105,7 +100,7 @@ class Intervention:
     edits: tuple[Edit, ...]
     _entered: list[ExitStack] = field(default_factory=list, init=False, repr=False, compare=False)
 
-    def __enter__(self) -> Intervention:
+    def __enter__(self) -> "Intervention":
         self._entered.append(ExitStack())
         for edit in self.edits:
             self._entered[-1].enter_context(edit.site(edit.module, edit.change))
@@ -126,25 +121,16 @@ def mute(
     blocks: Iterable[int] = (),
     bridge: bool = False,
 ) -> Intervention:
-    """Ablate parts of a model.
-
-    A muted query is masked out of every attention, as if it did not exist: neither the bridge nor
-    another query reads it, and the others share the attention (attention knockout, Geva et al.
-    2023, arXiv:2304.14767). Were its token set to zero instead, its key would still draw attention.
-    Where visual tokens are passed to the model the Q-Former does not run, so only the bridge is
-    masked.
+    """Ablate parts of a model; ValueError for one that it does not have.
 
     Args:
-        queries: from 0 to Q - 1; the global token is not counted.
+        queries: from 0 to Q - 1. A muted one is masked out of every attention, as if it did not
+            exist (attention knockout, Geva et al. 2023, arXiv:2304.14767); were its token set to
+            zero, its key would still draw attention. ValueError in the forward pass if none is left
         heads: (block, head) of the Q-Former's cross-attention; its output is set to zero.
-        self_heads: likewise, of its self-attention.
-        bridge_heads: likewise, of the bridge.
+        self_heads: likewise, of its self-attention; and `bridge_heads` of the bridge.
         blocks: of the Q-Former; the queries leave such a block unchanged.
         bridge: its attention adds nothing, so the text alone is left.
-
-    Raises:
-        ValueError: if one does not exist, or the model has no Q-Former or no bridge; in the forward
-            pass, if no visual token is left.
     """
     require_parts(model.config, "Q-Former", "bridge")
     tokens, num_heads = model.config.visual_token_labels, model.config.num_attention_heads
@@ -182,10 +168,7 @@ def mute(
 
 
 def blank_image(model: QVisionForConditionalGeneration) -> Intervention:
-    """Set all image tokens to zero, as the original code does with `use_image=False`.
-
-    The Q-Former still runs, on its biases. Visual tokens passed to the model are not changed.
-    """
+    """Set all image tokens to zero, as the original with `use_image=False`."""
     blank = Edit(model.qformer, _input, _mark([0], 1), torch.zeros(1, 1, 1))
     return Intervention(model, "blank image", (blank,))
 
@@ -200,11 +183,8 @@ def patch(
 
     Args:
         stage: "image_tokens"; "block 0" and so on, the output of a block of the Q-Former; or
-            "visual_tokens", all that the bridge reads.
+            "visual_tokens", all that the bridge reads. ValueError for any other.
         positions: these patches or visual tokens alone; visual token 0 is the global one.
-
-    Raises:
-        ValueError: if the stage or a position does not exist, or the model has no Q-Former.
     """
     model = captioner.model.eval()
     require_parts(model.config, "Q-Former")
@@ -247,10 +227,7 @@ def stack(interventions: Sequence[Intervention]) -> Intervention:
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """Log-probabilities (nats) of the W words of a caption, before and after an intervention.
-
-    A word's is the sum over its tokens, given the image and the words before it.
-    """
+    """Log-probabilities (nats) of the W words of a caption, before and after an intervention."""
 
     label: str
     words: tuple[Word, ...]
@@ -266,19 +243,13 @@ class Effect:
 def sweep(trace: Trace, over: str) -> list[Effect]:
     """`effects` of muting every part of a kind, each by itself.
 
-    Args:
-        over: "queries" (all visual tokens, in their order), "heads" or "self_heads" (each L * H,
-            block by block), "bridge_heads" (H) or "blocks" (L); see `mute`.
+    The kinds of `mute` are "queries" (all visual tokens, in their order), "heads" or "self_heads"
+    (each L * H, block by block), "bridge_heads" (H) and "blocks" (L).
     """
-    model = trace.model
+    model, queries = trace.model, range(trace.model.config.num_query_tokens)
     heads, blocks = range(model.config.num_attention_heads), range(len(model.qformer.blocks))
-    parts = {
-        "queries": range(model.config.num_query_tokens),
-        "heads": product(blocks, heads),
-        "self_heads": product(blocks, heads),
-        "bridge_heads": heads,
-        "blocks": blocks,
-    }
+    parts = {"queries": queries, "blocks": blocks, "bridge_heads": heads}
+    parts |= {"heads": product(blocks, heads), "self_heads": product(blocks, heads)}
     if over not in parts:
         raise ValueError(f"no sweep over {over!r}; choose one of {', '.join(parts)}.")
     has_global = over == "queries" and model.config.global_token != "none"
@@ -288,11 +259,10 @@ def sweep(trace: Trace, over: str) -> list[Effect]:
 
 @torch.no_grad()
 def effects(trace: Trace, interventions: Sequence[Intervention]) -> list[Effect]:
-    """Effects on each word of a caption: a batch with a row for each intervention, and one without.
+    """Effects on each word of a caption, in a batch with a row for each intervention.
 
-    Image tokens and GPT-Neo's output, which no intervention changes, are those of the trace. Inside
-    the `with` block of another intervention, that one holds in every row. ValueError if the caption
-    has no word, the interventions do not `stack`, or the trace was loaded without its captioner.
+    ValueError for a caption without words. Image tokens and GPT-Neo's output are the trace's. In
+    the `with` block of another intervention, that one holds in every row.
     """
     if not trace.words:
         raise ValueError(f"there is no word in the caption {trace.caption!r}; write one.")

@@ -5,8 +5,6 @@ use the trace alone; the others run the Q-Former, the bridge and the head again 
 in the trace). Attention is read where a token is predicted, not where it stands.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -40,10 +38,9 @@ class PatchMap:
 def word_maps(
     trace: Trace, method: str = DEFAULT_METHOD, words: Sequence[Word] | None = None
 ) -> list[PatchMap]:
-    """A map for each word (by default all of the caption).
+    """A map for each word (by default all of the caption), by one of `METHODS`.
 
-    The default method points best, but runs the model again; `composition` and `rollout` do not.
-    ValueError if `method` is no key of `METHODS`, or needs the captioner of a loaded trace.
+    All but `composition` and `rollout` run the model again: ValueError in a trace without it.
     """
     words = trace.words if words is None else words
     if method not in METHODS:
@@ -99,8 +96,7 @@ def rolled_out(trace: Trace) -> Float[np.ndarray, "N N+P"]:
 def gradient(trace: Trace, words: Sequence[Word]) -> Float[np.ndarray, "W P"]:
     """Attention weighted by the gradient of the word's log-probability; never negative.
 
-    Chefer, Gur and Wolf 2021 (arXiv:2103.15679), equations 5 to 11, through the blocks of the
-    Q-Former and the bridge.
+    Chefer, Gur and Wolf 2021 (arXiv:2103.15679), equations 5 to 11.
     """
     qformer, tokens = trace.model.qformer, trace.to_tensor(trace.image_tokens)
     require_parts(trace.model.config, "Q-Former")
@@ -130,10 +126,9 @@ def gradient(trace: Trace, words: Sequence[Word]) -> Float[np.ndarray, "W P"]:
 
 @torch.no_grad()
 def occlusion(trace: Trace, words: Sequence[Word]) -> Float[np.ndarray, "W P"]:
-    """Fall of the word's log-probability (nats) when one image token is removed.
+    """Fall of the word's log-probability (nats) when one image token is left out.
 
-    After Zeiler and Fergus 2014 (arXiv:1311.2901). The token leaves the sequence, so nothing takes
-    its place: the Q-Former knows no positions. CLIP has already mixed it into its neighbours.
+    After Zeiler and Fergus 2014 (arXiv:1311.2901). CLIP has already mixed it into its neighbours.
     """
     tokens, patches = trace.to_tensor(trace.image_tokens), np.arange(len(trace.image_tokens))
     others = np.stack([np.delete(patches, patch) for patch in patches])  # [P,P-1]
@@ -163,11 +158,7 @@ def integrated_gradients(trace: Trace, words: Sequence[Word]) -> Float[np.ndarra
 
 
 def agreement(trace: Trace, words: Sequence[Word]) -> Float[np.ndarray, "W P"]:
-    """`composition` of block 0 times `integrated_gradients`: where attention and gradients agree.
-
-    A patch must be attended to, and the word must depend on it. The two err in different places:
-    attention in what is read and not used, gradients in what words share.
-    """
+    """`composition` of block 0 times `integrated_gradients`: attended to, and depended on."""
     return composition(trace, words, block=0) * integrated_gradients(trace, words)
 
 

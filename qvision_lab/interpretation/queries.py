@@ -1,7 +1,5 @@
 """Profiles of the learned queries: where they attend, what reads them, and which are redundant."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

@@ -1,9 +1,4 @@
-"""One forward pass, recorded: what every part of the model read to predict each word.
-
-A trace keeps what the later stages need, so that they can be run again on other image tokens.
-"""
-
-from __future__ import annotations
+"""One forward pass, recorded: what every part of the model read to predict each word."""
 
 import json
 import re
@@ -109,7 +104,7 @@ class Trace:
             save_file(arrays, partial, {"trace": json.dumps(rest, default=vars)})
 
     @classmethod
-    def load(cls, path: str | Path, captioner: Captioner | None = None) -> Trace:
+    def load(cls, path: str | Path, captioner: Captioner | None = None) -> "Trace":
         """Read what `save` wrote; whatever runs the model again needs the captioner."""
         with safe_open(path, "numpy") as file:
             rest = json.loads(file.metadata()["trace"])
@@ -137,9 +132,9 @@ def trace_all(
 ) -> Iterator[Trace]:
     """`trace` for many images, each with a caption or None, in batches."""
     given = repeat(None) if captions is None else captions
+    pairs = zip(images, given, strict=captions is not None)
     opened = (  # one by one: an iterator may overwrite its image
-        (open_image(image), picture_name(image) or "picture", caption)
-        for image, caption in zip(images, given, strict=captions is not None)
+        (open_image(image), picture_name(image) or "picture", caption) for image, caption in pairs
     )
     while batch := list(islice(opened, batch_size)):
         yield from _trace_batch(captioner, *map(list, zip(*batch, strict=True)))
@@ -168,12 +163,8 @@ def _trace_batch(
                 outputs[name] = output[0]
 
             hooks.enter_context(module.register_forward_hook(keep))
-        output = model(
-            input_ids=ids[:, :-1],
-            vision_states=vision_states,
-            output_attentions=True,
-            output_hidden_states=True,
-        )
+        everything = {"output_attentions": True, "output_hidden_states": True}
+        output = model(input_ids=ids[:, :-1], vision_states=vision_states, **everything)
     logprobs = output.logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]  # [B,T]
     bridge_attentions = _stack("bridge", (output.decoder_cross_attentions,))[:, 0]  # [B,H,T,N]
     of_image = {

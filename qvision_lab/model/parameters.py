@@ -25,11 +25,10 @@ class PartSize:
 
 
 def parameter_table(config: QVisionConfig) -> list[PartSize]:
-    """Sizes of all parts.
+    """Sizes of all parts; for the published sizes also of those that captioning does not need.
 
-    The published run trained the Q-Former, the bridge and the upper 60% of GPT-Neo. For the
-    published sizes, CLIP's text tower (with both projections and the temperature) and the layer
-    `query_proj`, which captioning does not need, are listed too: the sums are the model card's.
+    The sums are the model card's: CLIP's text tower (with both projections and the temperature)
+    and `query_proj` count. Trained were the Q-Former, the bridge and the upper 60% of GPT-Neo.
     """
     with torch.device("meta"):
         model = QVisionForConditionalGeneration(config)

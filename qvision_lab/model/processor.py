@@ -1,7 +1,5 @@
 """Preprocessing: images -> pixel values, and text <-> ids."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from os import PathLike
@@ -51,11 +49,7 @@ def image_preset(name: str, side: int) -> dict:
 
 
 class QVisionProcessor(ProcessorMixin):
-    """Preprocessing that matches one model; `from_config(model.config, tokenizer)` builds it.
-
-    The tokenizer's bos, eos and pad tokens are the model's start, end and pad tokens. It may be
-    None, as for models that were published without one: then text raises a ValueError.
-    """
+    """Preprocessing that matches one model; without a tokenizer, text raises a ValueError."""
 
     def __init__(
         self,
@@ -69,7 +63,7 @@ class QVisionProcessor(ProcessorMixin):
     @classmethod
     def from_config(
         cls, config: QVisionConfig, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> QVisionProcessor:
+    ) -> "QVisionProcessor":
         """The preprocessing that a model of this configuration was trained with."""
         vision = config.vision_config
         mean, deviation = pixel_statistics(vision)
@@ -80,7 +74,7 @@ class QVisionProcessor(ProcessorMixin):
         return processor
 
     @classmethod
-    def from_pretrained(cls, source: str | PathLike, **kwargs) -> QVisionProcessor:
+    def from_pretrained(cls, source: str | PathLike, **kwargs) -> "QVisionProcessor":
         """Read a folder or Hub id, and its tokenizer if it has one; `ql.load` checks more."""
         kwargs["trust_remote_code"] = False  # no code of a checkpoint runs, whatever is asked
         image_processor = CLIPImageProcessorPil.from_pretrained(source, **kwargs)
@@ -122,15 +116,9 @@ class QVisionProcessor(ProcessorMixin):
         preset: str = "training",
         return_tensors: str = "pt",
     ) -> BatchFeature:
-        """Convert images and captions to the inputs of the model.
+        """PIL images -> `pixel_values` [B,3,H,W]; captions -> `input_ids`, `attention_mask` [R,T].
 
-        Args:
-            images: PIL images of any size and mode.
-            text: captions; start and end tokens are added.
-            preset: one of `IMAGE_PRESETS`.
-
-        Returns:
-            `pixel_values` [B,3,H,W]; `input_ids` and `attention_mask` [R,T], padded on the right.
+        Start and end tokens are added, padding on the right; `preset` is one of `IMAGE_PRESETS`.
         """
         if images is None and text is None:
             raise ValueError("pass images, text, or both; got neither.")
@@ -151,10 +139,9 @@ class QVisionProcessor(ProcessorMixin):
         return features.convert_to_tensors(return_tensors)
 
     def encode(self, caption: str, max_length: int | None = None) -> Int[Tensor, " T"]:
-        """Ids of `"<START> " + caption + " <END>"`, the text that the model was trained on.
+        """Ids of "<START> caption <END>", the text of training, cut to `max_length` before its end.
 
-        Special tokens that are spelled out inside a caption are read as plain characters. Captions
-        are cut to `max_length` tokens; the end token stays.
+        Special tokens that are spelled out inside a caption are read as plain characters.
         """
         tokenizer = self._require_tokenizer()
         words = tokenizer(f" {caption} ", add_special_tokens=False, split_special_tokens=True)

@@ -3,47 +3,28 @@
 from collections.abc import Iterable
 
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.image_utils import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_STANDARD_MEAN,
-    IMAGENET_STANDARD_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import image_utils as pixels
 from transformers.utils import is_timm_available
 
 DEFAULT = "clip_vision_model"
+IMAGENET = pixels.IMAGENET_DEFAULT_MEAN, pixels.IMAGENET_DEFAULT_STD
+HALF = pixels.IMAGENET_STANDARD_MEAN, pixels.IMAGENET_STANDARD_STD  # 0.5 each
 # By `model_type`: mean and deviation of the pixels that towers of a kind are trained on.
 TOWERS = {
-    "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
-    "vit": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
-    "dinov2": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
-    "timm_wrapper": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),  # but for some of these:
+    "clip_vision_model": (pixels.OPENAI_CLIP_MEAN, pixels.OPENAI_CLIP_STD),
+    **{"vit": HALF, "siglip_vision_model": HALF, "dinov2": IMAGENET},
+    "timm_wrapper": IMAGENET,  # but for some of these:
 }
 TIMM_TOWERS = {
     "tf_efficientnet_lite0": ([127 / 255] * 3, [128 / 255] * 3),
-    "resnet18": TOWERS["timm_wrapper"],
-    "resnet50": TOWERS["timm_wrapper"],
-    "vit_small_patch16_224": TOWERS["vit"],
+    **{"resnet18": IMAGENET, "resnet50": IMAGENET, "vit_small_patch16_224": HALF},
 }
 TIMM_ARGUMENTS = ("img_size", "drop_rate", "drop_path_rate")  # others can name files to read
 
 
 def tower_config(settings: PreTrainedConfig | dict | None) -> PreTrainedConfig:
-    """Configuration of a tower without a pooling head, whose output nothing reads.
-
-    `model_type` is CLIP's by default. Of timm's towers (`timm_wrapper`) `hidden_size`,
-    `image_size` and `patch_size` must be given.
-    """
+    """Configuration of a tower, by default CLIP's, without the pooling head: nothing reads it."""
     if isinstance(settings, PreTrainedConfig):
         return settings
     settings = dict(settings or {})
@@ -78,15 +59,10 @@ def check_tower(config: PreTrainedConfig) -> None:
 
 
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """A tower with random weights.
-
-    Raises:
-        ImportError: if it is timm's, and timm is not installed.
-    """
+    """A tower with random weights; ImportError if it is timm's, and timm is not installed."""
     if config.model_type == "timm_wrapper" and not is_timm_available():
-        raise ImportError(
-            f"the tower {config.architecture} needs timm: pip install 'qvision-lab[photos]'."
-        )
+        remedy = "pip install 'qvision-lab[photos]'"
+        raise ImportError(f"the tower {config.architecture} needs timm: {remedy}.")
     settings = {"add_pooling_layer": False} if config.model_type == "vit" else {}
     return arrange(AutoModel.from_config(config, **settings))
 

@@ -1,7 +1,5 @@
 """One diagram of the model, drawn from its stages."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ from qvision_lab.plots.images import INK
 
 FROZEN, TRAINED, EMPTY = "#dfe5ea", "#f6d7a7", "white"  # without parameters of its own: white
 WIDTH, HEIGHT, STEP = 2.0, 1.0, 2.5  # of a box, and from one to the next
+ARROW = {"arrowstyle": "-|>", "color": "0.3", "lw": 1}
 
 
 def plot_architecture(
@@ -23,13 +22,8 @@ def plot_architecture(
 ) -> Axes:
     """Draw the path from an image and the words so far to the next word.
 
-    Args:
-        stages: of `qvision_lab.model.architecture.architecture(config)`.
-        highlight: name of the stage that is outlined.
-        trained: names of the stages that a phase trains; the others are frozen.
-
-    Raises:
-        ValueError: if a name is not that of a stage.
+    Stages are those of `qvision_lab.model.architecture.architecture(config)`. By name, one may be
+    outlined and some marked as trained by a phase; ValueError for a name of none.
     """
     by_name, trained = {stage.name: stage for stage in stages}, {*trained}
     for name in [*trained, *([highlight] if highlight else [])]:
@@ -52,15 +46,17 @@ def plot_architecture(
         edge, thick = (INK, 2.5) if name == highlight else ("0.45", 0.8)
         style = {"boxstyle": "round,pad=0,rounding_size=0.12", "fc": color, "ec": edge, "lw": thick}
         ax.add_patch(FancyBboxPatch((x, y), WIDTH, HEIGHT, **style))
-        lines = [stage.file or "", f"{stage.parameters:,}" if stage.parameters else ""]
-        detail = "\n".join(line for line in lines if line)
-        middle = {"ha": "center", "va": "center"}
+        lines = stage.file, f"{stage.parameters:,}" if stage.parameters else None
+        detail, middle = "\n".join(filter(None, lines)), {"ha": "center", "va": "center"}
         height = 0.72 if detail else 0.5
         ax.text(x + WIDTH / 2, y + height, name, weight="bold", fontsize=9, **middle)
         ax.text(x + WIDTH / 2, y + 0.33, detail, fontsize=7.5, **middle)
         ax.text(x + WIDTH / 2, y - 0.16, stage.output, fontsize=7.5, **middle)
-        for source in stage.reads:
-            _arrow(ax, places[source], (x, y))
+        for source in stage.reads:  # from the right of its box, perhaps in the other lane
+            from_x, from_y = places[source]
+            into = 0.5 if from_y == y else 0.75 if from_y > y else 0.25
+            start, end = (from_x + WIDTH, from_y + HEIGHT / 2), (x, y + into * HEIGHT)
+            ax.annotate("", end, start, arrowprops=ARROW)
     if trained:
         colors = {"trained": TRAINED, "frozen": FROZEN}
         legend = [Patch(fc=color, ec="0.45", label=label) for label, color in colors.items()]
@@ -68,12 +64,3 @@ def plot_architecture(
     ax.set(xlim=(-0.1, right + 0.1), ylim=(-0.45, 2.95), aspect="equal")
     ax.axis("off")
     return ax
-
-
-def _arrow(ax: Axes, source: tuple[float, float], target: tuple[float, float]) -> None:
-    """From the right of a box to the left of another, perhaps in the other lane."""
-    (x, y), (to_x, to_y) = source, target
-    start, end = (x + WIDTH, y + HEIGHT / 2), (to_x, to_y + HEIGHT / 2)
-    if y != to_y:
-        end = (to_x, to_y + (0.75 if to_y < y else 0.25) * HEIGHT)
-    ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "0.3", "lw": 1})

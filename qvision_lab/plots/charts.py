@@ -1,28 +1,21 @@
 """Charts of scores, curves, effects and studies; each returns its axes, by default new ones."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
+from matplotlib.axes import Axes
 
 from qvision_lab.plots.images import INK, WRONG
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 LEGEND = {"frameon": False, "fontsize": 8}
 
 
 def plot_training_curves(log: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Loss and measures of a training stage over its steps, from its `curve.csv`.
-
-    `loss` goes on the left axis, the columns `eval_*` that are shares, 0 to 1, on the right one.
-    """
+    """Loss (left axis) and shares among the measures (right) of a training stage's `curve.csv`."""
     ax = ax or plt.subplots(layout="constrained")[1]
     loss = log.dropna(subset=["loss"])
     ax.plot(loss["step"], loss["loss"], color=INK, lw=1.2, label="loss")
@@ -40,10 +33,7 @@ def plot_training_curves(log: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def plot_scores(
     tables: Mapping[str, pd.DataFrame], scale: float = 100, ax: Axes | None = None
 ) -> Axes:
-    """Scores, times `scale`, of one or several systems as dots with their intervals.
-
-    Each system's table has a row for each score with `score`, `low` and `high`.
-    """
+    """Scores, times `scale`, of systems as dots with their intervals: `score`, `low`, `high`."""
     names = list(dict.fromkeys(name for table in tables.values() for name in table.index))
     ax = ax or plt.subplots(figsize=(6, 1 + 0.3 * len(names)), layout="constrained")[1]
     for i, (system, table) in enumerate(tables.items()):
@@ -63,10 +53,7 @@ def plot_scores(
 def plot_differences(
     differences: pd.DataFrame, label: str = "above the base", ax: Axes | None = None
 ) -> Axes:
-    """Differences of a study's variants from its base: dots with their intervals, best first.
-
-    A row a variant, as `ablation.differences` gives; those without an interval are left out.
-    """
+    """Dots and intervals of `ablation.differences`, best first; those without one are left out."""
     rows = differences.dropna(subset=["low", "high"]).sort_values("difference", ascending=False)
     ax = plot_scores({label: rows.rename(columns={"difference": "score"})}, scale=1, ax=ax)
     ax.axvline(0, color=WRONG, lw=0.8)
@@ -80,12 +67,7 @@ def plot_removal_curves(
     curves: Mapping[str, Float[np.ndarray, "W S"]],
     ax: Axes | None = None,
 ) -> Axes:
-    """Mean probability of words while patches are removed or added in the order of maps.
-
-    Args:
-        kept: shares of the patches that are kept, 0 to 1.
-        curves: by what chose the order: probabilities of W words; the legend adds the areas.
-    """
+    """Mean probability of W words over the share of patches kept, and its area, by their order."""
     ax = ax or plt.subplots(layout="constrained")[1]
     for name, probabilities in curves.items():
         mean = probabilities.mean(0)
@@ -97,10 +79,7 @@ def plot_removal_curves(
 
 
 def plot_effects(effects: Sequence[Any], ax: Axes | None = None) -> Axes:
-    """Change of each word's log-probability (nats), with a bar for every intervention.
-
-    Effects have `label`, `words` and `change`, as `interpretation.interventions.Effect`.
-    """
+    """Change of each word's log-probability (nats): a bar for every `interventions.Effect`."""
     words = [word.text for word in effects[0].words]
     ax = ax or plt.subplots(figsize=(1 + 0.7 * len(words), 2.8), layout="constrained")[1]
     places, width = np.arange(len(words)), 0.8 / len(effects)
@@ -115,10 +94,7 @@ def plot_effects(effects: Sequence[Any], ax: Axes | None = None) -> Axes:
 
 
 def plot_tradeoff(table: pd.DataFrame, cost: str, quality: str, ax: Axes | None = None) -> Axes:
-    """Quality of runs against their cost: a small dot a run, a named one for a variant's mean.
-
-    The table has a row a run with `variant` and both columns, as `ablation.Study.table` gives.
-    """
+    """Columns of `ablation.Study.table`: a small dot a run, a named one for a variant's mean."""
     ax = ax or plt.subplots(figsize=(8, 5), layout="constrained")[1]
     means = table.groupby("variant", sort=False)[[cost, quality]].mean().sort_values(quality)
     line = {"arrowstyle": "-", "lw": 0.4, "color": INK, "relpos": (0, 0.5)}
@@ -134,10 +110,7 @@ def plot_tradeoff(table: pd.DataFrame, cost: str, quality: str, ax: Axes | None 
 
 
 def plot_curves(curves: pd.DataFrame, measure: str = "loss", ax: Axes | None = None) -> Axes:
-    """Training curves of variants: the mean over their seeds, in a band from least to most.
-
-    A row a logged step with `variant`, `step` and the measure, as `ablation.Study.curves` gives.
-    """
+    """Of `ablation.Study.curves`, the mean over a variant's seeds in a band from least to most."""
     ax = ax or plt.subplots(layout="constrained")[1]
     for variant, rows in curves.dropna(subset=[measure]).groupby("variant", sort=False):
         by_step = rows.groupby("step")[measure].agg(["mean", "min", "max"])

@@ -4,20 +4,16 @@ An image is a PIL image, an array [H,W] or [H,W,C] of bytes, or the path of a fi
 `values` [rows, columns], a `label` and its `method`, as `interpretation.maps.PatchMap`.
 """
 
-from __future__ import annotations
-
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 ImageLike: TypeAlias = Image.Image | np.ndarray | str | os.PathLike
 
@@ -37,10 +33,8 @@ def caption_sheet(
 ) -> Figure:
     """Images with their captions below, in rows of `ncols`; ValueError if they do not match.
 
-    Args:
-        captions: with `text` and `source`, as `Captioner.caption` returns them.
-        images: by default the files at the captions' `source`.
-        marks: whether each caption is right, drawn as a green tick or a red cross.
+    Captions have `text` and `source`, as `Captioner.caption` returns them; by default the images
+    are the files there. Marks are whether each is right, drawn as a green tick or a red cross.
     """
     for name, values in (("images", images), ("marks", marks)):
         if values is not None and len(values) != len(captions):
@@ -71,12 +65,10 @@ def plot_patch_map(
     vmax: float | None = None,
     grid: bool = False,
 ) -> Axes:
-    """A map over its image in grey, with one flat colour for each patch.
+    """A map over its image in grey, with one flat colour for each patch; `grid` draws the borders.
 
-    Args:
-        image: None for a map of several images, such as a mean.
-        vmax: the value of the brightest colour (None: the map's largest); 0 and less is darkest.
-        grid: draw the borders of the patches.
+    A map of several images, such as a mean, has None. The brightest colour stands for `vmax` (None:
+    the map's largest value), the darkest for 0 and less.
     """
     ax = ax or plt.subplots(layout="constrained")[1]
     values, (rows, columns) = patch_map.values, patch_map.values.shape
@@ -101,10 +93,7 @@ def plot_patch_map(
 def map_sheet(
     image: ImageLike | None, rows: Mapping[str, Sequence[Any]], grid: bool = False
 ) -> Figure:
-    """Maps of one image in named rows: words by methods, or heads by blocks.
-
-    Maps of one method share a colour scale, with a colour bar. ValueError if there is no map.
-    """
+    """Maps of one image in named rows; those of one method share a colour scale, with a bar."""
     maps = [patch_map for row in rows.values() for patch_map in row]
     if not maps:
         raise ValueError("no map to draw; pass at least one.")
@@ -125,12 +114,7 @@ def map_sheet(
 
 
 def query_sheet(profiles: Sequence[Any], image: ImageLike | None = None) -> Figure:
-    """Maps of queries on one colour scale, with the words that read them and what muting costs.
-
-    Args:
-        profiles: with `map`, `words` and `cost`, as `interpretation.queries.QueryProfile`.
-        image: where the maps are of a single one.
-    """
+    """Maps of `interpretation.queries.QueryProfile`s on one colour scale, with words and cost."""
     vmax = max(profile.map.values.max() for profile in profiles)
     figure, axes = _tiles(-(-len(profiles) // 5), 5, below=0.75)
     for ax, profile in zip(axes.flat, profiles, strict=False):

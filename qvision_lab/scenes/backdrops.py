@@ -1,9 +1,4 @@
-"""The seven backgrounds and what is in their skies: one method each, named by its name.
-
-A background returns the height from which objects stand on the ground, 0 to 1 from the top.
-"""
-
-from __future__ import annotations
+"""The seven backgrounds, which return where the ground begins (0 to 1), and sun and moon."""
 
 from math import cos, pi, sin
 

@@ -6,55 +6,15 @@
     place    ->  on a beach  |  by the sea under the sun  |  nothing              PLACES, SKIES
 
 Every caption names every group with its exact number and its colour, in the layout's reading
-order. With a random order, the same image would ask for "left" and "right" in turn, and a small
-model could not learn relations.
+order: in a random one, the same image would ask for "left" and "right" in turn.
 """
-
-from __future__ import annotations
 
 import random
 
-from qvision_lab.scenes.layout import CATEGORIES, Group, Layout
+from qvision_lab.scenes.layout import CATEGORIES, WORLD, Group, Layout
 
-NUMERALS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-
-# Weights; the first is the largest, so that a scene has a most likely caption.
-FRAMES: dict[str, int] = {
-    "{things} {place}": 6,
-    "there {be} {things} {place}": 4,
-    "a picture of {things} {place}": 3,
-    "{things} can be seen {place}": 3,
-    "{scenery} {sky} with {things}": 2,
-    "{place} there {be} {things}": 2,
-}
-
-# Wordings: captions use the first (of places and skies, the first two), `checker` knows all.
-# Captions never say "right of" or "below", since the left or upper group comes first.
-PLACES: dict[str, tuple[str, ...]] = {
-    place: tuple(wordings.split(" | "))
-    for place, wordings in {
-        "beach": "on a beach | by the sea | at the beach | on the beach | on the sand",
-        "field": "in a field | on the grass | in the field | on a field | in the grass",
-        "street": "on a street | in the city | on the street | in a city | on a road | on the road",
-        "room": "in a room | indoors | in the room | inside a room",
-        "snow": "in the snow | on a snowy day | on the snow",
-        "lake": "by a lake | at the lake | by the lake | at a lake | on a lake | on the lake",
-        "night": "at night | in the dark | in the night | under a night sky",
-    }.items()
-}
-SCENERY: dict[str, str] = {place: f"a {place}" for place in PLACES}
-SCENERY |= {"snow": "a snowy scene", "night": "a night scene"}
-SKIES: dict[str, tuple[str, ...]] = {
-    "sun": ("under the sun", "in the sun", "with the sun in the sky"),
-    "moon": ("under the moon", "in the moonlight", "with the moon in the sky"),
-}
-RELATIONS: dict[str, tuple[str, ...]] = {
-    "left of": ("to the left of", "left of", "on the left of"),
-    "right of": ("to the right of", "right of", "on the right of"),
-    "above": ("above", "over"),
-    "below": ("below", "under", "beneath"),
-}
-
+PARTS = "numerals", "frames", "places", "scenery", "skies", "relations"
+NUMERALS, FRAMES, PLACES, SCENERY, SKIES, RELATIONS = (WORLD[part] for part in PARTS)
 STATES_PLACE, STATES_SKY, STATES_RELATION = 0.85, 0.33, 0.7  # probabilities
 MOST = 12  # distinct captions that the grammar has for any scene
 
@@ -76,8 +36,7 @@ def caption_scene(layout: Layout, n: int = 5) -> tuple[str, ...]:
 def relation(layout: Layout) -> str | None:
     """The relation of the first group to the second that a caption may state.
 
-    Only for two single objects: the longer of their horizontal and vertical distances is at least
-    20 pixels and 1.3 times the other.
+    Only of two objects: the longer of their two distances is 20 pixels and 1.3 times the other.
     """
     if [group.count for group in layout.groups] != [1, 1]:
         return None

@@ -6,8 +6,6 @@ What is outside the language cannot be checked: its part of the caption, between
 makes no claims, and the caption is never true.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Scenes as a data set: captioned drawings with their judge, or a folder in COCO's format."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from qvision_lab.scenes.layout import CATEGORIES, PICTURE, Layout, layout
 
 @dataclass(frozen=True)
 class SceneDrawing:
-    """A scene that is drawn when asked; see `data.coco.Drawing`."""
+    """A scene that is drawn when asked; see `data.coco.CaptionedImage`."""
 
     layout: Layout
 

@@ -1,10 +1,7 @@
 """Drawing scenes with Pillow: a backdrop, then every object in a separate tile.
 
-Everything is drawn at double size and halved at the end, which smooths edges. A sketch reaches all
-four sides of its tile, so that an object fills its box on every version of Pillow.
+Everything is drawn at double size and halved at the end, which smooths edges.
 """
-
-from __future__ import annotations
 
 import random
 from collections.abc import Iterator

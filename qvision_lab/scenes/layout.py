@@ -4,14 +4,16 @@ Pure Python and `random.Random` seeded by text, so a layout is the same on every
 count from the upper left corner.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
+from pathlib import Path
 from statistics import mean, median
+from typing import NamedTuple
+
+import yaml
 
 PICTURE = 224  # side of the square image in pixels
 MARGIN = 2  # pixels between a box and the image's edge
@@ -20,62 +22,27 @@ SMALLEST, LARGEST = 26, 130  # shorter side of a box in pixels
 SPLITS = ("train", "val", "test", "compose", "crowd")
 SIZES = ("small", "medium", "large")
 SIZE_STEPS = (40, 68)  # shorter sides in pixels at which medium and large begin
-BACKGROUNDS = ("beach", "field", "street", "room", "snow", "lake", "night")
-SKIES = ("sun", "moon")
-PREDICATES = ("left of", "right of", "above", "below")
-
-COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (222, 36, 40),
-    "orange": (246, 134, 24),
-    "yellow": (252, 226, 44),
-    "green": (34, 160, 66),
-    "blue": (36, 92, 222),
-    "purple": (142, 52, 178),
-    "white": (244, 244, 246),
-    "black": (38, 38, 44),
-}
+# Colours, categories and wordings; everything of the world that is not drawn.
+WORLD = yaml.safe_load(Path(__file__).with_name("world.yaml").read_text(encoding="utf-8"))
+BACKGROUNDS, SKIES, PREDICATES = (tuple(WORLD[part]) for part in ("places", "skies", "relations"))
+COLORS: dict[str, tuple[int, int, int]] = {n: tuple(rgb) for n, rgb in WORLD["colors"].items()}
 
 Point = tuple[float, float]  # x, y in pixels
 Box = tuple[int, int, int, int]  # x, y, width, height in pixels
 
 
-@dataclass(frozen=True)
-class Category:
-    """A kind of object: its COCO name and id (from 1001 up: ours), and what captions call it."""
+class Category(NamedTuple):
+    """A kind of object, as `world.yaml` describes it."""
 
     name: str
     noun: str
     plural: str
     coco_id: int
     aspect: float  # width / height
-    zone: str = "ground"  # its foot is in the lower 60%; or 'air': its centre is in the upper 60%
+    zone: str  # "ground" or "air"
 
 
-CATEGORIES: dict[str, Category] = {
-    row[0]: Category(*row)
-    for row in (
-        ("car", "car", "cars", 3, 1.75),
-        ("bus", "bus", "buses", 6, 1.55),
-        ("train", "train", "trains", 7, 1.5),
-        ("boat", "boat", "boats", 9, 1.1),
-        ("airplane", "airplane", "airplanes", 5, 1.8, "air"),
-        ("cat", "cat", "cats", 17, 0.95),
-        ("dog", "dog", "dogs", 18, 1.25),
-        ("bird", "bird", "birds", 16, 1.3, "air"),
-        ("sports ball", "ball", "balls", 37, 1.0),
-        ("kite", "kite", "kites", 38, 0.72, "air"),
-        ("umbrella", "umbrella", "umbrellas", 28, 1.0),
-        ("cup", "cup", "cups", 47, 1.1),
-        ("apple", "apple", "apples", 53, 0.92),
-        ("book", "book", "books", 84, 1.4),
-        ("clock", "clock", "clocks", 85, 1.0),
-        ("chair", "chair", "chairs", 62, 0.72),
-        ("tree", "tree", "trees", 1001, 0.82),
-        ("house", "house", "houses", 1002, 1.1),
-        ("flower", "flower", "flowers", 1003, 0.72),
-        ("fish", "fish", "fish", 1004, 1.6),
-    )
-}
+CATEGORIES = {name: Category(name, *fields) for name, fields in WORLD["categories"].items()}
 
 # One colour of every category, two or three categories of every colour: only `compose` has them.
 HELD_OUT: frozenset[tuple[str, str]] = frozenset(

@@ -1,7 +1,5 @@
 """Pen: the shapes and colours that scenes are drawn with."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ Every sketch reaches all four sides of its tile, is mostly of the object's colou
 recognised by its outline down to 30 pixels.
 """
 
-from __future__ import annotations
-
 from math import cos, pi, sin
 
 from qvision_lab.scenes.pen import CLEAR, DARK, GLASS, GOLD, LEAF, SILVER, WHITE, WOOD, Pen

@@ -7,7 +7,6 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -53,7 +52,7 @@ def train_captioner(recipe: Recipe, output: str | Path) -> Path:
     batch_share(settings.batch_size)  # an error before the work, if any
     data = open_data(recipe.data)
     output.mkdir(parents=True, exist_ok=True)
-    with locked(output) if state.is_main_process else nullcontext():
+    with locked(output):
         with state.main_process_first():
             fingerprints = {name: fingerprint(images) for name, images in data.items()}
             record_run(output, recipe.model_dump(mode="json"), fingerprints)

@@ -1,7 +1,5 @@
 """Loading and saving: a folder or Hub id in either layout -> a model and its matching processor."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -77,15 +75,14 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a captioner with its processor. Only safetensors are read, and no code is run.
 
+    CheckpointError names the file, tensor or value that is wrong, and the remedy.
+
     Args:
         source: a folder or Hub id in the published or the native layout, or the name of one that
             ships inside the package: "scenes" (None: that) or "photos".
         revision: branch, tag or commit on the Hub; the commit that was loaded is recorded.
         dtype: "float32" (the default), "bfloat16", "float16", a torch dtype, or "auto" as stored.
         device: "cpu", "cuda", "cuda:1", "mps"; by default CUDA where there is one, else the CPU.
-
-    Raises:
-        CheckpointError: naming the file, tensor or value that is wrong, and the remedy.
     """
     known = {**DTYPES, None: torch.float32, "auto": None}
     device, dtype = _find_device(device), known.get(dtype, dtype)
@@ -122,11 +119,8 @@ def save_checkpoint(
     """Write the native layout, which `ql.load` and transformers' `from_pretrained` read.
 
     The write is atomic. An older checkpoint in `dest` is replaced together with its companions,
-    which belong to other weights; any other folder that is not empty is refused.
-
-    Args:
-        companions: texts by file name, such as scores; README.md has the provenance by default.
-        push_to: Hub id to upload the folder to.
+    texts by file name that belong to its weights, such as scores (README.md has the provenance by
+    default); any other folder that is not empty is refused. `push_to` is a Hub id to upload it to.
     """
     dest = Path(dest)
     if dest.exists() and not dest.is_dir():
@@ -170,12 +164,8 @@ def convert(
 ) -> Path:
     """Write a checkpoint of either layout in the native one; its outputs stay bitwise the same.
 
-    Copies of a weight that differ are refused. Companions (card, scores, curves) are copied.
-
-    Args:
-        dest: a new or empty folder, or `source` itself.
-        dtype: as in `load_checkpoint`, but as stored by default.
-        push_to: as in `save_checkpoint`.
+    `dest` is a new or empty folder, or `source` itself; `dtype` is as stored by default. Copies of
+    a weight that differ are refused. Companions (card, scores, curves) are copied.
     """
     wanted = (*NEEDED_FILES, *COMPANIONS, published.THIRD_COPY)
     folder, commit = storage.locate(source, revision, wanted)

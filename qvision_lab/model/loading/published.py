@@ -1,7 +1,5 @@
 """The published layout: three safetensors files with most weights two or three times."""
 
-from __future__ import annotations
-
 import os
 import re
 import warnings
@@ -87,10 +85,7 @@ def read_tokenizer(folder: Path, config: QVisionConfig) -> PreTrainedTokenizerFa
 
 
 def check_copies(folder: Path) -> None:
-    """Raise CheckpointError if two copies of a weight differ, naming the tensor.
-
-    The original code loads one over the other, so either one may be in use.
-    """
+    """CheckpointError if two copies of a weight differ: the original code may use either one."""
     third = (THIRD_COPY,) if os.path.lexists(folder / THIRD_COPY) else ()
     stored = read_headers(folder / name for name in (*WEIGHT_FILES, *third))
     for name, copy in stored.items():

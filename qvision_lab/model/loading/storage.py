@@ -1,7 +1,5 @@
 """Files of a checkpoint: found in a folder or on the Hub, and read, headers first."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -154,10 +152,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def locate(
     source: str | os.PathLike, revision: str | None, patterns: tuple[str, ...]
 ) -> tuple[Path, str | None]:
-    """Folder of a checkpoint, embedded or not, and its commit if it is on the Hub.
-
-    From the Hub only files that match `patterns` are fetched.
-    """
+    """Folder of a checkpoint, embedded or not, and its commit if it is on the Hub."""
     if source in SHIPPED:
         source = str(resources.files("qvision_lab") / f"{source}_checkpoint")
     folder = Path(source).expanduser()
