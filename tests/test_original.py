@@ -95,9 +95,9 @@ def test_fast_decoding_is_generate(tiny, pixels, settings, dtype):
     model, k = copy.deepcopy(tiny).to(dtype), 1 + settings["do_sample"]
     config = {**PLAIN, **settings, "num_return_sequences": k}
     search = Search.from_settings(model, preset="greedy", seed=3, **config, max_new_tokens=20)
-    fast = search.run(FastDecoding(model), pixels, list("abcd"))
+    fast = search.run(FastDecoding(model), list("abcd"), pixel_values=pixels)
     plain = replace(search, live={"logits_processor": []})  # live objects need `generate`
-    slow = plain.run(FastDecoding(model), pixels, list("abcd"))
+    slow = plain.run(FastDecoding(model), list("abcd"), pixel_values=pixels)
     assert len(fast[0]) == 4 * k
     if dtype == torch.float32:
         ends = slow[0].shape[1]
@@ -114,7 +114,7 @@ def test_settings_beyond_a_choice_go_to_generate(tiny, pixels):
     for settings in ({"no_repeat_ngram_size": 2}, {"num_beams": 2}, {"typical_p": 0.5}):
         search = Search.from_settings(tiny, preset="greedy", **settings)
         assert Choice.from_config(search.config) is None
-        assert len(search.run(FastDecoding(tiny), pixels, list("abcd"))[0]) == 4
+        assert len(search.run(FastDecoding(tiny), list("abcd"), pixel_values=pixels)[0]) == 4
 
 
 def test_fast_decoding_follows_weights_that_change(tiny, pixels):

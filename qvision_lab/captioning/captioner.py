@@ -39,7 +39,9 @@ from qvision_lab.captioning.records import Caption, digest
 from qvision_lab.data.atomic import locked, output_file
 from qvision_lab.data.coco import CaptionedImage
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
+from qvision_lab.model.familiarity import Familiarity
 from qvision_lab.model.loading.checkpoint import Provenance, load_checkpoint
+from qvision_lab.model.loading.storage import SHIPPED
 from qvision_lab.model.parameters import fingerprint_weights
 from qvision_lab.model.processor import QVisionProcessor
 
@@ -56,6 +58,7 @@ class FolderReport:
     skipped: int  # captioned already: by an earlier call, or under the same name
     failed: int
     output: Path
+    unfamiliar: int = 0  # of the captioned: unlike the images that the model learned from
 
 
 @dataclass(eq=False, repr=False)
@@ -65,6 +68,7 @@ class Captioner:
     model: QVisionForConditionalGeneration
     processor: QVisionProcessor
     provenance: Provenance | None = None
+    familiarity: Familiarity | None = None  # of images; None: what it learned from is not known
     decoding: FastDecoding = field(init=False)  # on CUDA, captures a graph for each batch size
 
     def __post_init__(self):
@@ -117,6 +121,8 @@ class Captioner:
                 results.append(captions if len(captions) > 1 else captions[0])
         if not results:
             raise ValueError("there is nothing to caption: images is empty; pass at least one.")
+        first = [result[0] if isinstance(result, list) else result for result in results]
+        self._warn_of_unfamiliar(sum(caption.familiar is False for caption in first), len(first))
         return results[0] if single else results
 
     def caption_folder(
@@ -240,6 +246,7 @@ class Captioner:
                 record["settings"] = recorded
                 file.write(json.dumps(record) + "\n")
                 counts["failed" if isinstance(captions, ImageError) else "captioned"] += 1
+                counts["unfamiliar"] += not record.get("familiar", True)
                 progress.update(count)
             file.flush()
 
@@ -257,12 +264,26 @@ class Captioner:
                     written = writer.submit(write, batch)
             written.result()
         everyones = gather_object([counts])  # waits for all processes
-        captioned, failed = (sum(c[name] for c in everyones) for name in ("captioned", "failed"))
+        names = "captioned", "failed", "unfamiliar"
+        captioned, failed, unfamiliar = (sum(c[name] for c in everyones) for name in names)
         added_to = known_before and captioned + failed  # it may hold an image's older record
         if (count > 1 or added_to) and processes.is_main_process:
             records.gather_records(output, recorded, keep_failures=True)
         processes.wait_for_everyone()
-        return FolderReport(captioned, counts["skipped"], failed, output)
+        if processes.is_main_process:
+            self._warn_of_unfamiliar(unfamiliar, captioned)
+        return FolderReport(captioned, counts["skipped"], failed, output, unfamiliar)
+
+    def _warn_of_unfamiliar(self, count: int, total: int) -> None:
+        if count:
+            name = self.provenance.source if self.provenance else "the model"
+            others = {kind: other for other, kind in SHIPPED.items() if other != name}
+            hints = (f" For {kind}: ql.load({other!r})." for kind, other in others.items())
+            warnings.warn(
+                f"{count:,} of {total:,} pictures are unlike those that {name} learned from: its "
+                f"captions of them mean little.{next(hints) if name in SHIPPED else ''}",
+                stacklevel=3,
+            )
 
     def _reading_processes(self, total: int | None, sharing: int) -> int:
         """Number of processes that read images: for many and a GPU, all cores but one; else 0."""
@@ -309,11 +330,16 @@ class Captioner:
         if any(module.training for module in self.model.modules()):
             self.model.eval()
         ids = logprobs = torch.zeros(0, 0)
+        familiar = []
         if keys := [item.key for item, error in batch.items if not error]:
             pixels = batch.pixels.to(self.model.device)
             pixels = self.processor.normalise(pixels, search.preprocessing)
-            ids, logprobs = search.run(self.decoding, pixels, keys)
-        return self._make_captions(batch.items, search, ids, logprobs)
+            image = {"pixel_values": pixels}
+            if self.familiarity is not None:
+                image = {"image_tokens": self.model.vision(pixels)}  # [B,P,D]
+                familiar = self.familiarity.holds(image["image_tokens"].mean(1)).tolist()
+            ids, logprobs = search.run(self.decoding, keys, **image)
+        return self._make_captions(batch.items, search, ids, logprobs, familiar)
 
     def _make_captions(
         self,
@@ -321,12 +347,13 @@ class Captioner:
         search: Search,
         ids: Int[Tensor, "R T"],
         logprobs: Float[Tensor, "R T"],
+        familiar: list[bool],
     ) -> Iterator[Captioned]:
         """Captions from the rows of readable images, and the errors of the others."""
         processor, config, settings = self.processor, self.model.config, search.describe()
-        rows = zip(ids.tolist(), logprobs, strict=True)
+        rows, known = zip(ids.tolist(), logprobs, strict=True), iter(familiar)
         for item, error in items:
-            captions = []
+            captions, is_familiar = [], None if error else next(known, None)
             for row, scores in islice(rows, 0 if error else search.config.num_return_sequences):
                 if config.end_token_id in row:
                     row = row[: row.index(config.end_token_id) + 1]
@@ -343,6 +370,7 @@ class Captioner:
                     source=item.source,
                     settings=settings,
                     seed=search.seed,
+                    familiar=is_familiar,
                 )
                 captions.append(caption)
             yield item, error or captions

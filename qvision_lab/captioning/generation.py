@@ -120,10 +120,11 @@ class Search:
         return plain({"preprocessing": self.preprocessing, **changed, **live})
 
     def run(
-        self, decoding: FastDecoding, pixel_values: Float[Tensor, "B 3 H W"], keys: list[str]
+        self, decoding: FastDecoding, keys: list[str], **image: Tensor
     ) -> tuple[Int[Tensor, "R T"], Float[Tensor, "R T"]]:
         """Generate R = B * `num_return_sequences` captions, by `generate` where `decoding` cannot.
 
+        `image` is one of the inputs of `encode`, on the model's device.
         Draws for an image depend on its key and the seed alone. Returns ids, without `<START>`, and
         their log-probabilities (nats) under the model itself: before penalties, temperature and
         other processing of the logits.
@@ -133,9 +134,9 @@ class Search:
             draws = row_keys([f"{self.seed}/{key}/{n}" for key in keys for n in range(k)])
         choice = None if self.live else Choice.from_config(self.config)
         if choice is not None and decoding.can_run():
-            return decoding.run(choice, self.new_tokens, draws, k, pixel_values=pixel_values)
+            return decoding.run(choice, self.new_tokens, draws, k, **image)
         config, live = copy.deepcopy(self.config), dict(self.live)
-        _, visual = model.encode(pixel_values.to(model.device))
+        _, visual = model.encode(**image)
         visual_tokens = visual.visual_tokens  # [B,1+Q,D]
         if draws is not None:
             sampler, draws = Choice.sampler(config), draws.to(model.device)

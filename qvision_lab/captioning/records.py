@@ -24,6 +24,7 @@ class Caption:
     source: str  # path or URL, else "picture 3" by its place in the call
     settings: dict  # of generation and preprocessing, those that differ from the defaults
     seed: int | None  # None where nothing was sampled
+    familiar: bool | None = None  # is the image like those learned from? None: not known
 
 
 def make_record(captions: list[Caption] | ImageError) -> dict:
@@ -33,7 +34,8 @@ def make_record(captions: list[Caption] | ImageError) -> dict:
     texts = [caption.text for caption in captions]
     scores = [round(caption.score, 4) for caption in captions]  # later digits depend on the batch
     several = {"captions": texts, "scores": scores} if len(captions) > 1 else {}
-    return {"caption": texts[0], "score": scores[0], **several}
+    unlike = {"familiar": False} if captions[0].familiar is False else {}
+    return {"caption": texts[0], "score": scores[0], **several, **unlike}
 
 
 def digest(name: str) -> bytes:

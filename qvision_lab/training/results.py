@@ -25,7 +25,8 @@ from qvision_lab.captioning import Captioner
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, ImageId
 from qvision_lab.evaluation.report import COCO_METRICS, evaluate_dataset
-from qvision_lab.model.captioner import generation_preset
+from qvision_lab.model.captioner import QVisionForConditionalGeneration, generation_preset
+from qvision_lab.model.familiarity import Familiarity
 from qvision_lab.model.loading.checkpoint import Checkpoint, Provenance, save_checkpoint
 from qvision_lab.scenes.captions import caption_scene
 from qvision_lab.scenes.checker import RATES
@@ -34,6 +35,7 @@ from qvision_lab.training.samples import CaptionSamples
 
 CARDS = files("qvision_lab.training") / "cards"
 UNDETERMINING = ("features.folder", "workers")  # ends of settings that change no result
+FAMILIAR = 10_000
 CAPTIONER, SIXTH = "captioner", "a sixth caption"  # sources of scored captions
 
 
@@ -94,7 +96,8 @@ def save_result(
 ) -> None:
     """Write the checkpoint with its card, recipe, scores and curves; upload it if asked."""
     made_by = Provenance(f"the recipe {recipe.name}", "native", None, {}, recipe.dtype)
-    checkpoint = replace(checkpoint, provenance=made_by)
+    familiarity = fit_familiarity(checkpoint.model, samples)
+    checkpoint = replace(checkpoint, provenance=made_by, familiarity=familiarity)
     dtype = getattr(torch, recipe.dtype)
     rounded = checkpoint.model.to(dtype).float()  # what is scored is what is saved
     rounded.generation_config = generation_preset(recipe.preset, rounded.config)
@@ -134,6 +137,21 @@ def save_result(
         companions["vision.csv"] = (output / "vision/curve.csv").read_text(encoding="utf-8")
     checkpoint.model.to(dtype)
     save_checkpoint(checkpoint, output / "checkpoint", companions, recipe.push_to)
+
+
+def fit_familiarity(
+    model: QVisionForConditionalGeneration, samples: Mapping[str, CaptionSamples]
+) -> Familiarity | None:
+    """From cached states, by `FAMILIAR` training images; None without a cache, or of too few."""
+    means = []
+    for part in (samples["train"], samples["validation"]):
+        if part.features is None or len(samples["train"]) <= model.config.hidden_size:
+            return None
+        states = (part.features.view(image_id) for image_id in part.images.ids[:FAMILIAR])
+        mean_states = torch.stack([x.float().mean(0) for x in states])  # [N,C]
+        with torch.no_grad():
+            means.append(model.vision.project(mean_states.to(model.device)).float().cpu())
+    return Familiarity.fit(*means)
 
 
 def score_captioner(captioner: Captioner, dataset: CaptionDataset) -> dict[str, dict]:

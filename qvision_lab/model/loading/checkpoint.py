@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import BatchNorm2d
 from transformers import CLIPImageProcessorPil, GenerationConfig, GPTNeoConfig
@@ -18,16 +19,18 @@ from transformers.activations import ACT2FN
 
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
+from qvision_lab.model.familiarity import Familiarity
 from qvision_lab.model.loading import published, storage
 from qvision_lab.model.loading.storage import STORED_DTYPES, CheckpointError, read_json
 from qvision_lab.model.processor import QVisionProcessor, holds_tokenizer
 from qvision_lab.model.towers import arrange, tower_defaults
 
 WEIGHTS, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
+FAMILIARITY = "familiarity.safetensors"
 NEEDED_FILES = (
     *("config.json", "architecture.json", "generation_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
-    *(WEIGHTS, SHARD_INDEX, "model-*.safetensors", *published.WEIGHT_FILES),
+    *(WEIGHTS, SHARD_INDEX, "model-*.safetensors", FAMILIARITY, *published.WEIGHT_FILES),
 )
 MOST = {"num_channels": 3, "max_position_embeddings": 2**14}  # GPT-Neo's masks have its square
 POSITIVE, COLOUR = r"[0.]*[1-9][\d.e-]*", r"[\d.e-]+"
@@ -65,6 +68,7 @@ class Checkpoint:
     model: QVisionForConditionalGeneration
     processor: QVisionProcessor
     provenance: Provenance
+    familiarity: Familiarity | None = None  # kept in FAMILIARITY, where it is known
 
 
 def load_checkpoint(
@@ -107,7 +111,7 @@ def load_checkpoint(
     _assign(model, storage.read_tensors(stored, dtype, device))
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if _is_needed(p)}
     origin = Provenance(str(source), layout, commit, files, str(dtype).removeprefix("torch."))
-    return Checkpoint(model.eval(), processor, origin)
+    return Checkpoint(model.eval(), processor, origin, _read_familiarity(folder, model))
 
 
 def save_checkpoint(
@@ -137,6 +141,8 @@ def save_checkpoint(
         new.mkdir(parents=True)
         checkpoint.model.save_pretrained(new)
         checkpoint.processor.save_pretrained(new)
+        if checkpoint.familiarity is not None:
+            save_file(vars(checkpoint.familiarity), new / FAMILIARITY)
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8")
         for path in new.iterdir():
@@ -309,6 +315,18 @@ def _assign(model: QVisionForConditionalGeneration, weights: dict[str, Tensor]) 
     masks = {"global": causal, "local": causal.triu(1 - text.window_size)}
     for block in model.decoder.language_model.h:
         block.attn.attention.bias = masks[block.attn.attention_type]
+
+
+def _read_familiarity(folder: Path, model: QVisionForConditionalGeneration) -> Familiarity | None:
+    """What a checkpoint knows of its images; CheckpointError where it does not fit the model."""
+    path, width = folder / FAMILIARITY, model.config.hidden_size
+    if not os.path.lexists(path):
+        return None
+    stored = storage.read_headers([path])
+    shapes = {"mean": (width,), "whitening": (width, width), "limit": ()}
+    if {name: tensor.shape for name, tensor in stored.items()} != shapes:
+        raise CheckpointError(f"{path} has not the tensors {shapes}; delete or download it again.")
+    return Familiarity(**storage.read_tensors(stored, torch.float32, torch.device("cpu")))
 
 
 def _is_needed(path: Path) -> bool:

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SHIPPED = ("scenes", "photos")  # checkpoints that ship inside the package
+# Checkpoints that ship inside the package, and what they learned from.
+SHIPPED = {"scenes": "drawn scenes", "photos": "photographs"}
 TEXT_BYTES = 2**25  # at most, of a text file; GPT-2's tokenizer has 1.4 million
 TOKEN_FIELDS = ("bos_token", "eos_token", "pad_token", "unk_token", "clean_up_tokenization_spaces")
 
