@@ -1,7 +1,5 @@
 """Confidence intervals of scores and shares, and paired tests, over images."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -28,7 +26,10 @@ def bootstrap_interval(
     not averaged over images. ValueError for a confidence not between 0 and 1, or no image.
     """
     draws = [formula(weights @ counts) for weights in _resample(len(counts), resamples, seed)]
-    return _interval(np.concatenate(draws), confidence)
+    tail = _tail(confidence)
+    with warnings.catch_warnings():  # a score that no draw has is nan
+        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
+        return np.nanquantile(np.concatenate(draws), [tail, 1 - tail], axis=0)
 
 
 def share_interval(hits: Counts, cases: Counts, confidence: float = 0.95) -> Counts:
@@ -99,13 +100,6 @@ def _tail(confidence: float) -> float:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1, as 0.95 does.")
     return (1 - confidence) / 2
-
-
-def _interval(draws: Float[np.ndarray, "R S"], confidence: float) -> Float[np.ndarray, "2 S"]:
-    tail = _tail(confidence)
-    with warnings.catch_warnings():  # a score that no draw has is nan
-        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
-        return np.nanquantile(draws, [tail, 1 - tail], axis=0)
 
 
 def _resample(n: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "R images"]]:

