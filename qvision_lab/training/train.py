@@ -225,10 +225,10 @@ def train_phase(
     epoch = ceil(len(train) // settings.batch_size / settings.accumulation)  # in steps
     positions = model.config.text_config.max_position_embeddings
     packed = model.device.type == "cuda" and settings.max_tokens + PACKED_LENGTHS <= positions
-    scale = (phase.learning_rate or settings.learning_rate) / settings.learning_rate
-    rates = {"learning_rate": scale * settings.learning_rate}
-    if settings.matrix_learning_rate is not None:
-        rates["matrix_learning_rate"] = scale * settings.matrix_learning_rate
+    rates = {"learning_rate": phase.learning_rate or settings.learning_rate}
+    if matrix_rate := settings.matrix_learning_rate:
+        scale = rates["learning_rate"] / settings.learning_rate
+        rates["matrix_learning_rate"] = scale * matrix_rate
     return train_stage(
         model,
         settings.model_copy(update=rates),
