@@ -28,7 +28,8 @@ def test_a_table_is_saved_in_the_folder_of_its_device(tmp_path, monkeypatch):
     assert saved["settings"] == {"size": 1}
     assert saved["machine"]["cores"]
     assert saved["machine"]["gpu"] is None
-    assert {"python", "torch", "cuda"} <= saved["versions"].keys()
+    assert {"python", "torch", "qvision-lab"} <= saved["versions"].keys()
+    assert {"model", "data", "commit"} <= saved.keys()
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     table = Table(name="a b", rows=())

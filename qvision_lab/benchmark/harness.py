@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
@@ -20,9 +19,9 @@ import numpy as np
 import torch
 
 from qvision_lab.data.atomic import write_atomic
+from qvision_lab.data.identity import identify
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("qvision-lab", "torch", "transformers", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,6 @@ def machine(gpu: bool = True) -> dict:
     }
 
 
-def _versions() -> dict[str, str | None]:
-    packages = {package: version(package) for package in PACKAGES}
-    return {"python": platform.python_version(), **packages, "cuda": torch.version.cuda}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Rows of one kind that one run measured, by field, and what they depend on."""
@@ -80,7 +74,7 @@ class Table:
     settings: dict = field(default_factory=dict)
     quick: bool = False
     machine: dict = field(default_factory=machine)
-    versions: dict[str, str | None] = field(default_factory=_versions)
+    identity: dict = field(default_factory=identify)
     taken: str = field(default_factory=lambda: f"{datetime.now(timezone.utc):%FT%T+00:00}")
     rows: tuple[dict, ...]
 
@@ -90,7 +84,9 @@ class Table:
         folder = Path(folder or RESULTS / device)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name.replace(' ', '_')}.json"
-        return write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
+        content = asdict(self)
+        content = {"name": self.name, **content.pop("identity"), **content}
+        return write_atomic(path, json.dumps(content, indent=1) + "\n")
 
     def __str__(self) -> str:
         """The last row; of samples in seconds, their median and quartiles."""
