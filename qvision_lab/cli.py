@@ -134,6 +134,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if not options.metrics or {*options.metrics} - {"chair", "scenes"}:
         find_java()  # raises before the captions are made
     with locked(output) if _prints() else nullcontext():
+        how = _chosen(options, "confidence", "resamples")
         if options.predictions:
             captions = evaluation.read_results(options.predictions)
         else:
@@ -141,13 +142,13 @@ def evaluate(options: argparse.Namespace) -> None:
                 count = f"{len(missing):,} of {len(dataset):,} pictures"
                 raise ValueError(f"{count} are not on disk ({missing[:5]}, ...); set --images.")
             captioner = ql.load(options.model, options.revision, options.dtype, options.device)
-            how = _chosen(options, "preset", "batch_size")
-            report = captioner.caption_dataset(dataset, output / "captions.jsonl", **how)
+            chosen = _chosen(options, "preset", "batch_size")
+            report = captioner.caption_dataset(dataset, output / "captions.jsonl", **chosen)
             if not _prints():
                 return
             captions = evaluation.read_captions(report.output, dataset)
             evaluation.write_results(captions, output / "results.json")
-        how = _chosen(options, "confidence", "resamples")
+            how["model"] = report.weights
         report = evaluation.evaluate_dataset(captions, dataset, options.metrics, **how)
         print(f"{dataset.name}: {report}")
         if dataset.judge is None:  # photos

@@ -24,6 +24,8 @@ REFUSED = {
     **{"repetition_penalty": (0.0, -1.0, NAN, "x"), "length_penalty": (NAN,), "max_time": (NAN,)},
     **{"seed": ("x", 1.5, NAN, None), "batch_size": ("4", 0.5, NAN, -1), "min_length": (-1, "3")},
     **{"stop_strings": (["a"],), "guidance_scale": (2.0,), "sequence_bias": ({},)},
+    **{"logits_processor": ("x", [5]), "stopping_criteria": (5, "x"), "streamer": ("x", [])},
+    **{"prefix_allowed_tokens_fn": (5,), "tokenizer": (5,)},
     **{"no_repeat_ngram_size": ("2",), "cache_implementation": ("quantized",), "max_length": (1,)},
 }
 
@@ -41,6 +43,25 @@ def test_other_values_are_refused_before_the_first_batch(byte_captioner, name, v
     unread = (pytest.fail("a picture was read") for _ in range(1))
     with pytest.raises(ValueError, match=name):
         byte_captioner.caption(unread, **{name: value})
+
+
+def test_processors_criteria_and_streamers_work_alone_and_in_lists(byte_captioner, noise):
+    def forbid(ids, scores):
+        return scores.index_fill(1, torch.arange(255), -torch.inf)
+
+    def stop(ids, scores, **_):
+        return torch.full((len(ids),), ids.shape[1] > 2)
+
+    class Heard(list):
+        put, end = list.append, list.clear
+
+    for how in ({"preset": "greedy"}, {"temperature": 0.5}):
+        for several in (lambda x: x, lambda x: [x], lambda x: (x,)):
+            settings = {"logits_processor": several(forbid), "stopping_criteria": several(stop)}
+            for caption in byte_captioner.caption(noise, max_new_tokens=9, **how, **settings):
+                assert len(caption.token_ids) <= 2
+                assert set(caption.token_ids) <= {255, 256, 257, 258}
+    byte_captioner.caption(noise[0], preset="greedy", streamer=Heard())
 
 
 def test_inference_mode_changes_nothing(byte_captioner, noise):

@@ -58,6 +58,7 @@ class FolderReport:
     skipped: int  # captioned already: by an earlier call, or under the same name
     failed: int
     output: Path
+    weights: str  # digest of the model's
 
 
 @dataclass(eq=False, repr=False)
@@ -271,7 +272,7 @@ class Captioner:
         if (count > 1 or added_to) and processes.is_main_process:
             records.gather_records(output, recorded, keep_failures=True)
         processes.wait_for_everyone()
-        return FolderReport(captioned, counts["skipped"], failed, output)
+        return FolderReport(captioned, counts["skipped"], failed, output, recorded["weights"])
 
     def _reading_processes(self, total: int | None, sharing: int) -> int:
         """Number of processes that read images: for many and a GPU, all cores but one; else 0."""

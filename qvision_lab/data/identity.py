@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def fingerprint(images: CaptionDataset) -> str:
     return digest.hexdigest()[:16]
 
 
+@cache
 def _commit() -> str | None:
     """The git commit of the code, where it is in a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
