@@ -16,8 +16,7 @@ from tempfile import TemporaryDirectory
 import qvision_lab as ql
 
 SUITES = (  # modules of benchmark/
-    *("parameters", "latency", "peers", "loading", "preprocessing", "folder", "maps", "training"),
-    "recovery",
+    *("parameters", "latency", "peers", "loading", "folder", "maps", "training", "recovery"),
 )
 MODEL = "--model", "--revision", "--dtype", "--device"
 SHARED = {  # options of several commands

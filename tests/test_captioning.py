@@ -17,6 +17,7 @@ from transformers import MaxLengthCriteria
 
 from qvision_lab.captioning import Captioner
 from qvision_lab.captioning.images import ImageError
+from qvision_lab.data.atomic import locked
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 
 GREEDY = {"preset": "greedy"}
@@ -251,7 +252,7 @@ os.write(1, f"{counts(report)}\\n".encode())  # in one write: both processes sha
 
 
 def test_processes_share_a_folder_and_resume_after_a_kill(captioner, pictures, tmp_path):
-    """Two processes of `accelerate launch`, one of them killed and the job started again."""
+    """Two processes of `accelerate launch`: refused, one of them killed, and started again."""
     folder, output = tmp_path / "pictures", tmp_path / "shared.jsonl"
     folder.mkdir()
     for i in range(12):
@@ -265,6 +266,11 @@ def test_processes_share_a_folder_and_resume_after_a_kill(captioner, pictures, t
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *sys.path]), "OMP_NUM_THREADS": "1"}
     how = {"env": env, "capture_output": True, "text": True}
 
+    with locked(output):
+        refused = subprocess.run([*launch, "none"], **how)
+    assert refused.returncode != 0
+    assert "another command is writing to" in refused.stderr
+    assert not list(tmp_path.glob("shared.jsonl*"))
     assert subprocess.run([*launch, "1"], **how).returncode != 0
     assert 2 <= sum(len(read(part)) for part in tmp_path.glob("shared.jsonl*")) < 12
     again = subprocess.run([*launch, "none"], **how)

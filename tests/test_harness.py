@@ -52,7 +52,7 @@ def test_a_table_is_saved_row_by_row(tmp_path):
         saved = json.loads(table.save(tmp_path).read_text())
         assert [row["ratio"]["median"] for row in saved["rows"]] == [*range(i + 1)]
         assert saved["quick"]
-    assert str(table) == "ratio 1 (2 to 3), seconds 1 (1 to 1)"
+    assert str(table) == "ratio 1 (2 to 3)"
 
 
 def test_a_suite_out_of_time_keeps_what_it_measured():
