@@ -175,7 +175,7 @@ def test_every_device_has_its_own_rows(devices):
 
 def test_claims_record_what_they_were_measured_on(devices):
     claims = tables.read_table("claims", devices)
-    assert claims.on.all()
+    assert claims[claims.measured != tables.NOT_MEASURED].on.all()
     timed = claims[claims.line == "QVision, time"]
     assert timed.claimed.str.contains("names no hardware").all()
     assert {"CPU, Some CPU, 2 threads", "NVIDIA A", "NVIDIA B"} == set(timed.on)
@@ -242,4 +242,5 @@ def test_the_packages_results_fill_every_column(name):
     table = tables.read_table(name)
     empty = table.columns[~table.astype(bool).any()]
     unmeasured = {"seconds to compile", "the same in the epoch that fills the cache"}
-    assert set(empty) <= unmeasured  # of a training step: the time ran out before
+    unmeasured |= {"times as fast as the card's"} if name == "loading" else set()  # three rounds
+    assert set(empty) <= unmeasured  # of a training step: by a run before they were measured

@@ -168,13 +168,14 @@ def _scores(_: Path) -> Iterator[Row]:
 def _pick(name: str, folder: Path) -> Iterator[Row]:
     """Cells of those rows of other tables that have given values, and how they are measured."""
     for line in LAYOUT[name]:
-        found = [
-            {"measured": _fill_in(line["cell"], row), "on": row.get("device", "CPU")}
+        found = dict.fromkeys(  # once, where several devices counted the same
+            (_fill_in(line["cell"], row), row.get("device", "CPU"))
             for row in read_table(line["table"], folder).to_dict("records")
             if line["where"].items() <= row.items()
-        ]
-        for row in found or [{"measured": NOT_MEASURED, "on": ""}]:
-            yield line["line"] | row | {"command": f"`qvision {line['command']}`"}
+        )
+        for measured, on in found or {(NOT_MEASURED, ""): None}:
+            cells = {"measured": measured, "on": on, "command": f"`qvision {line['command']}`"}
+            yield line["line"] | cells
 
 
 TABLES = {"maps": _maps, "scores": _scores}
