@@ -165,7 +165,7 @@ def caption_by_gpt4(image: Picture, max_new_tokens: int = 20, timeout: float = 6
     """Caption by a chat model, in one request; needs the extra `qvision-lab[gpt4]`.
 
     The key is read from `OPENAI_API_KEY`, an endpoint other than OpenAI's from `OPENAI_BASE_URL`.
-    ConnectionError where there is none, it times out, fails, or answers without text.
+    ConnectionError for no endpoint, one that fails or times out, or an answer without text.
     """
     from openai import OpenAI, OpenAIError
 
