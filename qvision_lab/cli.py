@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 
 import qvision_lab as ql
 
-SUITES = ("parameters", "latency", "peers", "loading", "preprocessing", "folder", "maps")
-SUITES += ("training", "recovery", "baselines")  # modules of benchmark/
+SUITES = ("parameters", "latency", "peers", "loading", "folder", "maps", "training", "recovery")
+SUITES += ("baselines",)  # modules of benchmark/
 SUITES_OF_DATA = {"maps", "baselines"}  # they take other images than Scenes
 MODEL = "--model", "--revision", "--dtype", "--device"
 SHARED = {  # options of several commands
@@ -128,6 +128,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if not options.metrics or {*options.metrics} - {"chair", "scenes"}:
         find_java()  # raises before the captions are made
     with locked(output):
+        how = _chosen(options, "confidence", "resamples")
         if options.predictions:
             captions = ql.evaluation.read_results(options.predictions)
         else:
@@ -135,13 +136,13 @@ def evaluate(options: argparse.Namespace) -> None:
                 count = f"{len(missing):,} of {len(dataset):,} pictures"
                 raise ValueError(f"{count} are not on disk ({missing[:5]}, ...); set --images.")
             captioner = ql.load(options.model, options.revision, options.dtype, options.device)
-            how = _chosen(options, "preset", "batch_size")
-            report = captioner.caption_dataset(dataset, output / "captions.jsonl", **how)
+            chosen = _chosen(options, "preset", "batch_size")
+            report = captioner.caption_dataset(dataset, output / "captions.jsonl", **chosen)
             if not is_main_process():
                 return
             captions = ql.evaluation.read_captions(report.output, dataset)
             ql.evaluation.write_results(captions, output / "results.json")
-        how = _chosen(options, "confidence", "resamples")
+            how["model"] = report.weights
         report = ql.evaluation.evaluate_dataset(captions, dataset, options.metrics, **how)
         print(f"{dataset.name}: {report}")
         if dataset.judge is None:  # photos

@@ -154,6 +154,19 @@ def test_arms_without_a_qformer_have_maps_where_they_read_patches(tmp_path):
     assert np.isnan(table.loc["mean_image_token", "pointing"])
 
 
+def test_a_second_command_is_refused_while_a_study_runs(tmp_path):
+    class Nested(InTurn):
+        def map(self, *arguments):
+            with pytest.raises(ValueError, match="another command is writing to"):
+                TINY.run(tmp_path, InTurn(), processes=1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        TINY.run(tmp_path, Nested(), processes=1)
+    with locked(tmp_path):  # released
+        assert not list(tmp_path.glob("runs/*/row.json"))
+
+
 def test_the_command_runs_a_study_in_spawned_processes(finished, tmp_path, capsys):
     _, table = finished
     path, drawn, output = tmp_path / "study.yaml", tmp_path / "figures", str(tmp_path / "out")

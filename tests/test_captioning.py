@@ -18,6 +18,7 @@ from transformers import MaxLengthCriteria
 from qvision_lab.captioning import Captioner
 from qvision_lab.captioning.images import ImageError
 from qvision_lab.captioning.reading import Batch, Item, Reader, read_batches
+from qvision_lab.data.atomic import locked
 from qvision_lab.interpretation.maps import METHODS, word_maps
 from qvision_lab.interpretation.trace import trace
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
@@ -158,6 +159,8 @@ REFUSED = {
     "temperatur": (0.5,),
     **{"stop_strings": (["a"],), "guidance_scale": (2.0,), "sequence_bias": ({},)},
     **{"no_repeat_ngram_size": ("2",), "cache_implementation": ("quantized",), "max_length": (1,)},
+    **{"logits_processor": ("x", [5]), "stopping_criteria": (5, "x"), "streamer": ("x", [])},
+    **{"prefix_allowed_tokens_fn": (5,), "tokenizer": (5,)},
 }
 CASES = [({name: x}, name) for name, values in REFUSED.items() for x in values]
 CASES += [
@@ -180,6 +183,25 @@ def test_other_values_are_refused_before_the_first_batch(captioner, settings, na
     unread = (pytest.fail("a picture was read") for _ in range(1))
     with pytest.raises(ValueError, match=named):
         captioner.caption(unread, **settings)
+
+
+def test_processors_criteria_and_streamers_work_alone_and_in_lists(captioner, pictures):
+    def forbid(ids, scores):
+        return scores.index_fill(1, torch.arange(255), -torch.inf)
+
+    def stop(ids, scores, **_):
+        return torch.full((len(ids),), ids.shape[1] > 2)
+
+    class Heard(list):
+        put, end = list.append, list.clear
+
+    for how in ({"preset": "greedy"}, {"temperature": 0.5}):
+        for several in (lambda x: x, lambda x: [x], lambda x: (x,)):
+            settings = {"logits_processor": several(forbid), "stopping_criteria": several(stop)}
+            for caption in captioner.caption(pictures, max_new_tokens=9, **how, **settings):
+                assert len(caption.token_ids) <= 2
+                assert set(caption.token_ids) <= {255, 256, 257, 258}
+    captioner.caption(pictures[0], preset="greedy", streamer=Heard())
 
 
 def test_inference_mode_changes_nothing(captioner, pictures):
@@ -282,7 +304,7 @@ os.write(1, f"{counts(report)}\\n".encode())  # in one write: both processes sha
 
 
 def test_processes_share_a_folder_and_resume_after_a_kill(captioner, pictures, tmp_path):
-    """Two processes of `accelerate launch`, one of them killed and the job started again."""
+    """Two processes of `accelerate launch`: refused, one of them killed, and started again."""
     folder, output = tmp_path / "pictures", tmp_path / "shared.jsonl"
     folder.mkdir()
     for i in range(12):
@@ -296,6 +318,11 @@ def test_processes_share_a_folder_and_resume_after_a_kill(captioner, pictures, t
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *sys.path]), "OMP_NUM_THREADS": "1"}
     how = {"env": env, "capture_output": True, "text": True}
 
+    with locked(output):
+        refused = subprocess.run([*launch, "none"], **how)
+    assert refused.returncode != 0
+    assert "another command is writing to" in refused.stderr
+    assert not list(tmp_path.glob("shared.jsonl*"))
     assert subprocess.run([*launch, "1"], **how).returncode != 0
     assert 2 <= sum(len(read(part)) for part in tmp_path.glob("shared.jsonl*")) < 12
     again = subprocess.run([*launch, "none"], **how)

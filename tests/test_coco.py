@@ -226,7 +226,10 @@ CASES = [
         for x in ODD
     ),
     *(("captions.jsonl", {"file": "a", "captions": ["a", x]}, "row 1") for x in ODD[:3]),
-    ("captions.csv", "file,caption\na,b\n" + "c" * 200_000 + ",d\n", "captions.csv is"),
+    ("captions.csv", "file,caption\na,b\n" + "c" * 200_000 + ",d\n", "line 3 of"),
+    ("captions.csv", 'file,caption\na,"b\nc"\nd,"e\nf,g\nh,i\n', "line 4 of"),  # a quote is open
+    ("captions.csv", 'file,caption\na,"b\nc,"d"\n', "line 2 of"),
+    ("captions.csv", '"file,caption\na,b\n', "line 1 of"),
     *(("results.json", [GOOD, x], "row 2") for x in WRONG),
     *((name, text, name) for name in ("results.json", "captions_a.json") for text in TORN),
 ]

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import random_images, tiny_captioner, with_noise
@@ -12,6 +13,7 @@ from qvision_lab.evaluation.chair import Vocabulary
 from qvision_lab.interpretation.faithfulness import (
     Example,
     check_randomised,
+    compare_methods,
     examples_of,
     removal_curves,
     score_maps,
@@ -73,6 +75,25 @@ def test_pointing_is_exact_for_known_maps(captioner, example):
     assert row.high == pytest.approx(0.7935, abs=1e-4)  # Wilson's
     with pytest.raises(ValueError, match="no caption names an object"):
         score_maps(captioner, [replace(example, caption="a cat")], methods)
+
+
+def test_methods_are_compared_on_the_same_words():
+    hits = {"best": [1] * 40, "worse": [1] * 30 + [0] * 10, "same": [1] * 40}
+    words = [{"image": i // 2, "size": "large"} for i in range(40)]
+    scores = pd.DataFrame(
+        word | {"method": name, "pointing": float(hit), "deletion": 0.2 + 0.1 * hit}
+        for name, row in hits.items()
+        for word, hit in zip(words, row, strict=True)
+    )
+    both = compare_methods(scores, {"worse": "best", "same": "best"}).set_index("method")
+    for measure, difference in (("pointing", -0.25), ("deletion", -0.025)):
+        worse, same = both[both.measure == measure].loc[["worse", "same"]].to_dict("records")
+        assert worse["difference"] == pytest.approx(difference)
+        assert worse["least"] < difference < worse["most"] < 0
+        assert worse["p"] < 0.2
+        assert (same["difference"], same["p"]) == (pytest.approx(0), pytest.approx(1))
+        (alone,) = compare_methods(scores, {"worse": "best"}).query("measure == @measure").p
+        assert worse["p"] == pytest.approx(2 * alone)  # Holm's, of two
 
 
 @pytest.mark.parametrize(("row", "hit"), [(4, 1), (5, 0), (6, 1)])

@@ -28,7 +28,8 @@ def test_a_table_is_saved_in_the_folder_of_its_device(tmp_path, monkeypatch):
     assert saved["settings"] == {"size": 1}
     assert saved["machine"]["cores"]
     assert saved["machine"]["gpu"] is None
-    assert {"python", "torch", "cuda"} <= saved["versions"].keys()
+    assert {"python", "torch", "qvision-lab"} <= saved["versions"].keys()
+    assert {"model", "data", "commit"} <= saved.keys()
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     table = Table(name="a b", rows=())
@@ -51,7 +52,7 @@ def test_a_table_is_saved_row_by_row(tmp_path):
         saved = json.loads(table.save(tmp_path).read_text())
         assert [row["ratio"]["median"] for row in saved["rows"]] == [*range(i + 1)]
         assert saved["quick"]
-    assert str(table) == "ratio 1 (2 to 3), seconds 1 (1 to 1)"
+    assert str(table) == "ratio 1 (2 to 3)"
 
 
 def test_a_suite_out_of_time_keeps_what_it_measured():

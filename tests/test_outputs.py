@@ -4,15 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.metadata import version
 
 import pandas as pd
 import pytest
+from conftest import save_captioner
 
 from qvision_lab.captioning import Captioner
 from qvision_lab.cli import main
 from qvision_lab.data.atomic import atomic, locked
-from qvision_lab.data.coco import CaptionDataset, CaptionedImage
+from qvision_lab.data.coco import CaptionDataset, CaptionedImage, open_dataset
+from qvision_lab.data.identity import fingerprint, identify
 from qvision_lab.evaluation import EvaluationReport, evaluate, java, read_results
+from qvision_lab.model.parameters import fingerprint_weights
 
 GREEDY = {"preset": "greedy", "max_new_tokens": 3}
 FOREIGN = [
@@ -97,6 +102,27 @@ def test_ids_and_captions_come_back_as_saved(tmp_path):
         read_results(path)
     path.write_bytes(b'\xef\xbb\xbf[{"image_id": 1, "caption": "a"}]')  # a byte-order mark
     assert read_results(path) == {1: "a"}
+
+
+def test_scores_record_what_they_depend_on(byte_captioner, tmp_path):
+    model = save_captioner(byte_captioner, tmp_path / "model")
+    words = ["eval", "--data", "scenes:test", "--n", "2", "--metrics", "chair", "--model"]
+    assert main([*words, str(model), "--output", str(tmp_path / "a")]) == 0
+    path = tmp_path / "a/scores.json"
+    content = json.loads(path.read_text())
+    assert content["model"] == fingerprint_weights(byte_captioner.model)
+    dataset = open_dataset("scenes:test", n=2)
+    assert content["data"] == {dataset.name: fingerprint(dataset)}
+    assert content["versions"]["qvision-lab"] == version("qvision-lab")
+    assert EvaluationReport.load(tmp_path / "a").identity == identify(
+        content["model"], content["data"]
+    )
+    path.write_text(json.dumps({k: v for k, v in content.items() if k not in ("model", "data")}))
+    older = EvaluationReport.load(tmp_path / "a").identity
+    assert (older["model"], older["data"]) == ("not recorded", "not recorded")
+    fewer = replace(dataset, images=dataset.images[:1])
+    changed = replace(dataset, images=tuple(replace(i, references=("a",)) for i in dataset))
+    assert len({fingerprint(data) for data in (dataset, fewer, changed)}) == 3
 
 
 def test_a_java_that_does_not_run_is_passed_over(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from transformers import TrainerState
 import qvision_lab as ql
 from qvision_lab.data.atomic import locked
 from qvision_lab.model.captioner import IGNORED_LABEL
+from qvision_lab.model.parameters import fingerprint_weights
 from qvision_lab.training import freezing, load_recipe, train_captioner, trainer
 from qvision_lab.training.memory import estimate_memory
 from qvision_lab.training.optimizers import MuonAdamW
@@ -225,6 +227,29 @@ def test_two_commands_do_not_write_to_one_folder(home):
         run(home, "run")
     with locked(home / "run"):  # released, also after the error
         assert not (home / "run/run.yaml").exists()
+
+
+def test_a_second_command_is_refused_and_the_first_goes_on(home, monkeypatch):
+    step, refused = StageTrainer.training_step, []
+
+    def nested(trainer, *args, **kwargs):
+        if not refused:
+            with pytest.raises(ValueError, match="another command is writing to"):
+                run(home, "run", BRIDGE)
+            refused.append(True)
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(StageTrainer, "training_step", nested)
+    checkpoint = run(home, "run", BRIDGE)
+    assert refused
+    recorded = yaml.safe_load((checkpoint / "run.yaml").read_text())
+    before = ql.load(home / "base")
+    assert recorded["model"] == fingerprint_weights(before.model)
+    shutil.rmtree(home / "base")
+    next(before.model.qformer.parameters()).data.add_(1)
+    save_captioner(before, home / "base")
+    with pytest.raises(ValueError, match=r"settings of model \(\w+, not \w+\)"):
+        run(home, "run", BRIDGE)
 
 
 def test_an_image_of_training_and_validation_is_validation_only(home):

@@ -20,6 +20,7 @@ from qvision_lab.ablation.arm import Run, carry_out
 from qvision_lab.captioning import load
 from qvision_lab.data.atomic import locked, write_atomic
 from qvision_lab.data.coco import open_dataset
+from qvision_lab.data.identity import fingerprint
 from qvision_lab.model.parameters import fingerprint_weights
 from qvision_lab.training.features import FeatureCache
 from qvision_lab.training.recipe import (
@@ -32,7 +33,7 @@ from qvision_lab.training.recipe import (
     read_yaml,
 )
 from qvision_lab.training.results import record_run
-from qvision_lab.training.train import changed_config, fingerprint, open_data
+from qvision_lab.training.train import changed_config, open_data
 
 STUDIES = files("qvision_lab.ablation") / "studies"
 BASE = "base"

@@ -1,31 +1,37 @@
-"""Folders of many images: memory over time, and the rate next to the model's alone."""
+"""Folders of many images: memory, the rate next to the model's alone, and preprocessing."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import psutil
 from PIL import Image
+from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
 from qvision_lab import scenes
-from qvision_lab.benchmark.harness import Spread, Table, interleave
+from qvision_lab.benchmark.harness import ROUNDS, Spread, Table, identity_of, interleave, machine
 from qvision_lab.captioning.captioner import BATCH_SIZES, Captioner
 from qvision_lab.captioning.sampling import Choice
+from qvision_lab.model.processor import image_preset
 
 PICTURES, EARLY = {"cpu": 5_000, "cuda": 20_000}, 1_000
-TIMED, ROUNDS = {"cpu": 512, "cuda": 8_192}, {"cpu": 7, "cuda": 3}
+TIMED = {"cpu": 512, "cuda": 8_192}
 SIZE, NOISE = (640, 480), 6  # pixels, and the deviation of noise like a camera's, of 255
 DRAWN = 64  # distinct images; the others are the same files under other names
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": 30}
 
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
-    """Caption many JPEG files as large as photographs; in turn, some of them as tensors."""
-    device = captioner.model.device.type
+    """Caption many JPEG files as large as photographs; in turn, some of them as tensors.
+
+    Then preprocess scenes, and images as large as photographs, by the preset "training".
+    """
+    device, resident = captioner.model.device.type, {}  # bytes, by the number of images read
     count, early, timed = (64, 32, 32) if quick else (PICTURES[device], EARLY, TIMED[device])
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -51,8 +57,7 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
                     resident[number] = sum(process.memory_info().rss for process in processes)
 
         candidates = {"model_seconds": caption_tensors, "seconds": caption_files}
-        seconds = interleave(candidates, ROUNDS[device], quick)  # of `timed_pictures`
-        resident: dict[int, int] = {}  # bytes, by the number of images read
+        seconds = interleave(candidates, ROUNDS, quick)  # of `timed_pictures`
         captioner.caption_folder(watched_paths(), folder / "all.jsonl", **GREEDY)
     row = {
         "pictures": count,
@@ -65,7 +70,38 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
     }
     settings = {**GREEDY, "format": "JPEG", "size": SIZE, "timed_pictures": timed}
     settings |= {"batch": BATCH_SIZES[device], "parameters": captioner.model.num_parameters()}
-    yield Table(name="folder", rows=(row,), quick=quick, settings=settings)
+    about = {"quick": quick, "settings": settings, "identity": identity_of(captioner)}
+    yield Table(name="folder", rows=(row,), **about)
+    rows, about = (*_preprocess(captioner, quick),), {"images": DRAWN}
+    on_cpu = machine(gpu=False)
+    yield Table(name="preprocessing", rows=rows, quick=quick, settings=about, machine=on_cpu)
+
+
+def _preprocess(captioner: Captioner, quick: bool) -> Iterator[dict]:
+    """Time from images to pixel values, on a CPU: our processor and transformers', in turn."""
+    drawn = [scene.image for scene in scenes.generate(DRAWN, split="test")]
+    with TemporaryDirectory() as temporary:
+        paths = write_pictures(Path(temporary, "pictures"), DRAWN)
+        photographs = [Image.open(path).convert("RGB") for path in paths]
+    preset = image_preset("training", captioner.processor.image_size)
+    for images in (drawn, photographs):
+        methods = {
+            f"transformers' {kind.__name__}": partial(kind(**preset), images, return_tensors="pt")
+            for kind in (CLIPImageProcessorPil, CLIPImageProcessor)
+        }
+        first, *_ = methods
+        expected = methods[first]()["pixel_values"]
+        methods["QVisionProcessor"] = partial(captioner.processor, images=images)
+        seconds = interleave(methods, ROUNDS, quick)
+        for name, samples in seconds.items():
+            equal = methods[name]()["pixel_values"] == expected  # to the bit
+            yield {
+                **{"method": name, "size": "{} x {}".format(*images[0].size)},  # in pixels
+                "seconds_per_image": Spread.of(taken / DRAWN for taken in samples),
+                "share_of_time": Spread.ratio(samples, seconds[first]),  # of the first method's
+                "equal_values": equal.float().mean().item(),  # share of the pixel values
+                "seconds": samples,  # of all images in one call, round by round
+            }
 
 
 def write_pictures(folder: Path, count: int) -> list[Path]:

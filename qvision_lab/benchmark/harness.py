@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
@@ -19,10 +18,14 @@ from time import perf_counter
 import numpy as np
 import torch
 
+from qvision_lab.captioning import Captioner
 from qvision_lab.data.atomic import write_atomic
+from qvision_lab.data.coco import CaptionDataset
+from qvision_lab.data.identity import fingerprint, identify
+from qvision_lab.model.parameters import fingerprint_weights
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("qvision-lab", "torch", "transformers", "numpy", "pillow")
+ROUNDS = 5  # of which a ratio is reported, at least
 
 
 @dataclass(frozen=True)
@@ -44,18 +47,15 @@ class Spread:
         return cls.of(b / c for b, c in zip(baseline, candidate, strict=True))
 
     def __format__(self, spec: str) -> str:
-        """All three numbers; `ms` gives the median alone, in milliseconds."""
+        """All three numbers, by default short; `ms` gives the median alone, in milliseconds."""
         if spec == "ms":
-            milliseconds = 1000 * self.median
-            return f"{milliseconds:{',.0f' if milliseconds >= 100 else '.3g'}}"
+            return f"{1000 * self.median:{',.0f' if self.median >= 0.1 else '.3g'}}"
+        spec = spec or ".3g"
         return f"{self.median:{spec}} ({self.lower:{spec}} to {self.upper:{spec}})"
 
 
 def machine(gpu: bool = True) -> dict:
-    """Hardware that times depend on, without names of hosts or users.
-
-    `gpu` is False for what runs on the CPU although CUDA is in use.
-    """
+    """Hardware that times depend on, by model; `gpu`: whether what is timed uses CUDA if in use."""
     cpuinfo = Path("/proc/cpuinfo")  # on Linux
     names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return {
@@ -67,11 +67,6 @@ def machine(gpu: bool = True) -> dict:
     }
 
 
-def _versions() -> dict[str, str | None]:
-    packages = {package: version(package) for package in PACKAGES}
-    return {"python": platform.python_version(), **packages, "cuda": torch.version.cuda}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Rows of one kind that one run measured, by field, and what they depend on."""
@@ -80,7 +75,7 @@ class Table:
     settings: dict = field(default_factory=dict)
     quick: bool = False
     machine: dict = field(default_factory=machine)
-    versions: dict[str, str | None] = field(default_factory=_versions)
+    identity: dict = field(default_factory=identify)
     taken: str = field(default_factory=lambda: f"{datetime.now(timezone.utc):%FT%T+00:00}")
     rows: tuple[dict, ...]
 
@@ -90,15 +85,20 @@ class Table:
         folder = Path(folder or RESULTS / device)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name.replace(' ', '_')}.json"
-        return write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
+        content = asdict(self)
+        content = {"name": self.name, **content.pop("identity"), **content}
+        return write_atomic(path, json.dumps(content, indent=1) + "\n")
 
     def __str__(self) -> str:
-        """The last row; of samples in seconds, their median and quartiles."""
-        row = self.rows[-1]
-        times = {k: Spread.of(v) for k, v in row.items() if isinstance(v, list) and "seconds" in k}
-        shown = {k: v for k, v in (row | times).items() if not isinstance(v, list | None)}
-        short = {k: f"{v:.3g}" for k, v in shown.items() if isinstance(v, float | Spread)}
-        return ", ".join(f"{name} {value}" for name, value in (shown | short).items())
+        """The last row, without its samples."""
+        row = {k: v for k, v in self.rows[-1].items() if not isinstance(v, list | None)}
+        return ", ".join(f"{name} {value}" for name, value in row.items())
+
+
+def identity_of(captioner: Captioner, **data: CaptionDataset) -> dict:
+    """Identity of a result that depends on a captioner's weights, and on data sets."""
+    digests = {name: fingerprint(images) for name, images in data.items()}
+    return identify(fingerprint_weights(captioner.model), digests)
 
 
 def growing_table(name: str, rows: Iterable[dict], **about) -> Iterator[Table]:
@@ -118,22 +118,18 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     def stop(*_):
         raise OutOfTime
 
-    before = signal.signal(signal.SIGALRM, stop)
+    signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds or 0)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def interleave(
     candidates: Mapping[str, Callable[[], object]], rounds: int, quick: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of callables run in turn; the i-th of each were taken in the same round.
-
-    Each is warmed up once, then run `rounds` times; `quick` takes at most two.
-    """
+    """Seconds of callables, each warmed up once, then run in turn in each round (`quick`: two)."""
     for run in candidates.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
@@ -150,10 +146,3 @@ def clock() -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return perf_counter()
-
-
-def process_bytes(file: str, field: str) -> int:
-    """A count of bytes that Linux keeps of this process in /proc/self; elsewhere 0."""
-    path = Path("/proc/self") / file
-    found = re.search(rf"{field}:\s+(\d+)( kB)?", path.read_text()) if path.exists() else None
-    return int(found[1]) * (1024 if found[2] else 1) if found else 0

@@ -12,14 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch._inductor import config as inductor
 
-from qvision_lab.benchmark.harness import Spread, Table, growing_table, interleave
+from qvision_lab.benchmark.harness import ROUNDS, Spread, Table, growing_table, interleave
 from qvision_lab.captioning import Captioner
 from qvision_lab.captioning.compiled import FastDecoding
 from qvision_lab.captioning.decoding_step import Int8Decoder, copy_sharing_weights
 from qvision_lab.captioning.sampling import Choice
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
-from qvision_lab.model.decoder import Decoder
 from qvision_lab.model.loading.checkpoint import EMBEDDED
 
 TOKENS = 20  # generated for every image, whatever it shows
@@ -27,7 +26,6 @@ BATCH = 16
 BATCHES = {"cpu": (1, BATCH), "cuda": (1, BATCH, 64, 256)}
 COMPILED = {"cpu": (1,), "cuda": (1, 256)}  # on CUDA in bfloat16 alone
 CHECKED = 4  # images whose tokens are compared with the original's
-ROUNDS = 5
 LENGTH = {"max_new_tokens": TOKENS, "min_length": TOKENS + 1}  # and <START>
 GREEDY = {**LENGTH, "do_sample": False, "repetition_penalty": 1.0}
 CHOICE = Choice(repetition_penalty=1.0, min_length=LENGTH["min_length"], sampling=None)
@@ -46,10 +44,7 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
 
 
 def timed_model(captioner: Captioner, quick: bool) -> QVisionForConditionalGeneration:
-    """The captioner's model; for the embedded one, random weights of the published sizes.
-
-    Neither time nor memory depend on their values.
-    """
+    """The captioner's model; for the embedded one, random weights of the published sizes."""
     if quick or captioner.provenance.source != EMBEDDED:
         return captioner.model
     with torch.device(captioner.model.device):
@@ -59,17 +54,11 @@ def timed_model(captioner: Captioner, quick: bool) -> QVisionForConditionalGener
 def race(
     model: QVisionForConditionalGeneration, bandwidth: float, quick: bool = False
 ) -> Iterator[dict]:
-    """A row for each method, timed in turn with the original's, in the dtype of the model.
-
-    Single images and batches; compiled too, on a CPU in bfloat16 with int8 weights as well. The
-    limit follows from `bandwidth`, the bytes per second that can be read.
-    """
+    """A row for each method, timed in turn with the original's, in the dtype of the model."""
     device, dtype = model.device.type, DTYPES[model.dtype]
     place = "cpu" if quick else device
     size = model.config.vision_config.image_size
-    noise = torch.Generator().manual_seed(0)
-    pixels = torch.randn(max(BATCHES[place]), 3, size, size, generator=noise)
-    pixels = pixels.to(model.device, model.dtype)
+    pixels = torch.randn(max(BATCHES[place]), 3, size, size).to(model.device, model.dtype)
     original = partial(generate_the_original_way, model, **LENGTH)
     expected = torch.cat([original(image[None]) for image in pixels[:CHECKED]])[:, 1:]  # [4,20]
     default = FastDecoding(model)
@@ -93,18 +82,16 @@ def race(
     for key, samples in seconds.items():
         mode, weights, batch = key
         decoding = decodings.get(key, default)
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         same = methods[key]()[:CHECKED].cpu() == expected[:batch].cpu()
         per_image = [taken / batch for taken in samples]
         spread, compiling = Spread.of(per_image), decoding.compile_seconds
-        limit = TOKENS * _bytes_per_token(decoding.model.decoder) / bandwidth
+        text, bridge = (decoder := decoding.model.decoder).language_model, decoder.bridge
+        read = (text.h, text.ln_f, bridge, decoder.lm_head)  # each step: all but embedding tables
+        limit = TOKENS * sum(w.nbytes for part in read for w in part.parameters()) / bandwidth
         uncompiled = seconds.get(("default", dtype, batch), samples)
         saved = Spread.of(uncompiled).median / batch - spread.median
         yield {
-            "mode": mode,  # original, generate (transformers'), default or compiled
-            "dtype": weights,
-            "batch": batch,
+            **{"mode": mode, "dtype": weights, "batch": batch},
             "seconds_per_image": spread,
             "ratio": Spread.ratio(seconds["original", dtype, 1], per_image),  # speed-up per image
             "times_the_limit": spread.median * batch / limit,  # over reading weights for each token
@@ -112,16 +99,8 @@ def race(
             "same_tokens": same.float().mean().item(),  # share equal to the original's
             "compile_seconds": compiling,
             "pays_after": compiling / saved if compiling and saved > 0 else None,  # captions
-            "peak_device_gigabytes": torch.cuda.max_memory_allocated() / 1e9 or None,  # on CUDA
             "seconds": samples,  # per batch, round by round
         }
-
-
-def _bytes_per_token(decoder: Decoder) -> int:
-    """Bytes of the weights that each step reads: all but the embedding tables."""
-    text = decoder.language_model
-    parts = (text.h, text.ln_f, decoder.bridge, decoder.lm_head)
-    return sum(w.numel() * w.element_size() for part in parts for w in part.parameters())
 
 
 def read_bandwidth(device: torch.device, quick: bool = False) -> float:
@@ -138,11 +117,7 @@ def generate_the_original_way(
     max_new_tokens: int = 30,
     min_length: int = 5,
 ) -> Int[Tensor, "1 T"]:
-    """Greedy ids of one image, without any cache, as the published code generates: the baseline.
-
-    CLIP runs once; each step runs the Q-Former and all words so far again, and scores the next
-    word of every one of them. The settings mean what they mean in `generate`.
-    """
+    """Greedy ids of one image as the published code generates: no cache, the image encoded once."""
     image_tokens = model.vision(pixel_values)  # [1,P,D]
     ids = torch.full((1, 1), model.config.start_token_id, device=image_tokens.device)
     for length in range(1, 1 + max_new_tokens):

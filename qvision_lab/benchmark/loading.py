@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from qvision_lab.benchmark.harness import Spread, Table, growing_table, machine, process_bytes
+from qvision_lab.benchmark.harness import ROUNDS, Spread, Table, growing_table, machine
 from qvision_lab.benchmark.latency import BATCH, GREEDY, timed_model
 from qvision_lab.captioning import Captioner
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
@@ -26,7 +26,6 @@ from qvision_lab.model.loading import published
 from qvision_lab.model.loading.checkpoint import load_checkpoint
 from qvision_lab.model.processor import QVisionProcessor
 
-ROUNDS = 3
 CARD, OURS = "the card's snippet", "ql.load"
 NATIVE, TRANSFORMERS = "ql.load, native layout", "from_pretrained, native layout"
 DTYPES = "float32", "bfloat16"
@@ -37,8 +36,8 @@ FILES = (*published.WEIGHT_FILES, published.THIRD_COPY)
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
     """Load a checkpoint in both layouts, each time in a new process, on the CPU.
 
-    The published layout has all its copies. The card's snippet builds CLIP and GPT-Neo with random
-    weights (it downloads them), reads all three files and copies each over the model.
+    The card's snippet builds CLIP and GPT-Neo with random weights (it downloads them), reads all
+    three files of the published layout and copies each over the model.
     """
     about = {"quick": quick, "settings": GREEDY, "machine": machine(gpu=False)}
     return growing_table("loading", _rows(captioner, quick), **about)
@@ -62,8 +61,7 @@ def _rows(captioner: Captioner, quick: bool) -> Iterator[dict]:
     for way, dtype in METHODS:
         seconds = [load["seconds"] for load in loads[way, dtype]][not quick :]
         yield {
-            "way": way,
-            "dtype": dtype,
+            **{"way": way, "dtype": dtype},
             "gigabytes_needed": size * getattr(torch, dtype).itemsize / 1e9,  # of the weights
             "spread": Spread.of(seconds),
             "seconds": seconds,  # with the files in memory
@@ -73,10 +71,7 @@ def _rows(captioner: Captioner, quick: bool) -> Iterator[dict]:
 
 @torch.no_grad()
 def load_once(folder: Path, way: str, dtype: str, cold: bool) -> dict[str, float]:
-    """Load, read every weight, and caption; `cold` drops the files from memory before.
-
-    Memory is above that before the load. Linux alone counts it.
-    """
+    """Load, read every weight, and caption; `cold` drops the files from memory before."""
     for path in folder.rglob("*.safetensors") if cold and hasattr(os, "posix_fadvise") else ():
         with open(path, "rb") as file:
             os.fsync(file)
@@ -146,3 +141,10 @@ def _text_tower(width: int) -> CLIPTextModel:
     """CLIP's of ViT-B/32; a small one for a small model."""
     small = {} if width == 768 else {"hidden_size": 16, "num_hidden_layers": 1}
     return CLIPTextModel(CLIPTextConfig(**small))
+
+
+def process_bytes(file: str, field: str) -> int:
+    """A count of bytes that Linux keeps of this process in /proc/self; elsewhere 0."""
+    path = Path("/proc/self") / file
+    found = re.search(rf"{field}:\s+(\d+)( kB)?", path.read_text()) if path.exists() else None
+    return int(found[1]) * (1024 if found[2] else 1) if found else 0

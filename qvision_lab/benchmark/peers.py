@@ -1,9 +1,12 @@
-"""QVision among its peers: models of public configuration, with random weights."""
+"""QVision among its peers: models of public configuration with random weights, and chat models."""
 
 from __future__ import annotations
 
+import base64
 import copy
 import gc
+import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,17 +22,19 @@ from PIL import Image
 from torch import Tensor
 
 from qvision_lab import scenes
-from qvision_lab.benchmark.gpt4 import EndpointError, caption_by_gpt4
-from qvision_lab.benchmark.harness import Table, growing_table, interleave
-from qvision_lab.benchmark.latency import CHOICE, DTYPES, GREEDY, ROUNDS, TOKENS, timed_model
+from qvision_lab.benchmark.harness import ROUNDS, Table, growing_table, interleave
+from qvision_lab.benchmark.latency import CHOICE, DTYPES, GREEDY, TOKENS, timed_model
 from qvision_lab.captioning import Captioner
 from qvision_lab.captioning.compiled import FastDecoding
+from qvision_lab.captioning.images import Picture, open_image
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 
 ROOM = 1.1  # memory over that of the weights: activations and caches
 LARGE = 10**9  # parameters: beyond, a peer is timed in bfloat16, and compiled too
 COMPILED_ON = ("cuda",)  # devices for which transformers compiles a model with a static cache
 FIRST = "BLIP-2 OPT-2.7B", "LLaVA-1.5 7B"  # those that a run with little time measures
+
+GPT4, PROMPT = "gpt-4o", "Describe this picture in one short sentence."
 
 Methods = dict[str, Callable[[], object]]  # by the field of their seconds: caption one image
 
@@ -55,11 +60,6 @@ class Peer:
         frozen = sum(model.get_submodule(part).num_parameters() for part in self.frozen)
         return model.num_parameters(), model.num_parameters() - frozen
 
-    @property
-    def image_size(self) -> int:
-        """Side of its images in pixels."""
-        return (getattr(self.config, "vision_config", None) or self.config.encoder).image_size
-
     @torch.no_grad()
     def caption(
         self, model: hf.PreTrainedModel, pixels: Float[Tensor, "1 3 H W"], tokens: int, **settings
@@ -79,10 +79,9 @@ PEERS = tuple(
 
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
-    """Time all peers that fit the memory, and GPT-4 where there is an endpoint.
+    """Time all peers that fit the memory (`quick`: the first), and GPT-4 at an endpoint, if any.
 
     Those above a billion parameters are timed in bfloat16, the others in float32; QVision likewise.
-    `quick` times the first peer only.
     """
     settings = {**GREEDY, "batch": 1, "weights": "random", "device": captioner.model.device.type}
     model = timed_model(captioner, quick)
@@ -97,8 +96,7 @@ def run_peers(
 ) -> Iterator[dict]:
     """Time peers in turn with QVision, on its device: 20 tokens of one image.
 
-    A peer that does not fit the free memory is not tried; its row says what it needs. Where a
-    peer's library fails, the row has its error.
+    The row of a peer that needs more memory than is free, or whose library fails, says so.
     """
     ours: dict[torch.dtype, Methods] = {}  # of the last dtype
     for peer in peers:
@@ -135,15 +133,12 @@ def _qvision_methods(model: QVisionForConditionalGeneration) -> Methods:
 def _try_methods(
     peer: Peer, dtype: torch.dtype, device: torch.device
 ) -> tuple[Methods, str | None]:
-    """A peer's methods, each tried once, and why one is missing.
-
-    Large peers have a second, the fastest of their own library: transformers compiles the step
-    where the cache is static.
-    """
+    """A peer's methods, a large one's also with a compiled step, and why one is missing."""
     methods: Methods = {}
     try:
         theirs = peer.build(dtype, device)
-        plain = partial(peer.caption, theirs, _random_pixels(theirs, peer.image_size), TOKENS)
+        tower = getattr(peer.config, "vision_config", None) or peer.config.encoder
+        plain = partial(peer.caption, theirs, _random_pixels(theirs, tower.image_size), TOKENS)
         plain()
         methods["seconds"] = plain
         if dtype == torch.bfloat16 and device.type in COMPILED_ON:
@@ -161,17 +156,40 @@ def gpt4_row(image: Image.Image, quick: bool = False) -> dict:
     """CLIP + GPT-4's row: seconds from connecting to the answer, the network included."""
     row = {"name": "CLIP + GPT-4", "parameters": None, "trained": None}  # not public
     try:
-        request = partial(caption_by_gpt4, image, TOKENS)
-        return row | interleave({"seconds": request}, ROUNDS, quick)
-    except (EndpointError, ImportError) as error:
+        return row | interleave({"seconds": partial(caption_by_gpt4, image, TOKENS)}, ROUNDS, quick)
+    except (ConnectionError, ImportError) as error:
         return row | {"not_measured": str(error)}
+
+
+def caption_by_gpt4(image: Picture, max_new_tokens: int = 20, timeout: float = 60.0) -> str:
+    """Caption by a chat model, in one request; needs the extra `qvision-lab[gpt4]`.
+
+    The key is read from `OPENAI_API_KEY`, an endpoint other than OpenAI's from `OPENAI_BASE_URL`.
+    ConnectionError for no endpoint, one that fails or times out, or an answer without text.
+    """
+    from openai import OpenAI, OpenAIError
+
+    if not os.environ.get("OPENAI_API_KEY"):
+        raise ConnectionError("no endpoint: set OPENAI_API_KEY (and perhaps OPENAI_BASE_URL).")
+    open_image(image).save(png := io.BytesIO(), "PNG")
+    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    parts = [{"type": "text", "text": PROMPT}, {"type": "image_url", "image_url": {"url": url}}]
+    how = {"model": GPT4, "messages": [{"role": "user", "content": parts}]}
+    try:
+        chat = OpenAI(timeout=timeout, max_retries=0).chat.completions
+        answer = chat.create(**how, max_tokens=max_new_tokens)
+    except OpenAIError as error:  # a time-out too
+        raise ConnectionError(f"{GPT4} could not be asked: {error}") from error
+    text = (answer.choices[0].message.content or "").strip() if answer.choices else ""
+    if not text:
+        raise ConnectionError(f"{GPT4} answered without text; try again.")
+    return text
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    on_gpu = device.type == "cuda"
+    return torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
 
 
 def _random_pixels(model: hf.PreTrainedModel, side: int) -> Float[Tensor, "1 3 H W"]:

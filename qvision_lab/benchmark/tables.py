@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.resources import files
@@ -16,12 +17,13 @@ from matplotlib.axes import Axes
 from scipy.stats import binomtest
 
 from qvision_lab import plots
-from qvision_lab.benchmark.harness import RESULTS, Spread
+from qvision_lab.benchmark.harness import RESULTS, ROUNDS, Spread
 from qvision_lab.data.atomic import write_atomic
+from qvision_lab.data.identity import read_identity
 
 PAGE = RESULTS / "README.md"
 LAYOUT = yaml.safe_load((Path(__file__).parent / "tables.yaml").read_text(encoding="utf-8"))
-COLUMNS, CARD, SCORES = LAYOUT["columns"], LAYOUT["card"], LAYOUT["scores"]
+COLUMNS, SOURCES, SCORES = LAYOUT["columns"], LAYOUT["sources"], LAYOUT["scores"]
 NOT_MEASURED = "not measured"
 
 Row = dict  # of a result, or of a table by column
@@ -29,15 +31,34 @@ Row = dict  # of a result, or of a table by column
 
 def read_table(name: str, folder: Path = RESULTS) -> pd.DataFrame:
     """One of `NAMES`, drawn from result files in the folder, or in its folders by device."""
-    rows = TABLES[name](folder) if name in TABLES else _read_rows(name, folder)
+    rows = TABLES.get(name, partial(_read_rows, name))(folder)
     return pd.DataFrame([*rows] or [{"result": NOT_MEASURED}])
 
 
+def read_footer(name: str, folder: Path = RESULTS) -> str:
+    """The identity of the results that a table is drawn from, and their machines."""
+    machines: dict[str, set[str]] = defaultdict(set)
+    for result in chain(*(_read_results(each, folder) for each in SOURCES.get(name, [name]))):
+        known, machine = read_identity(result), result["machine"]
+        parts = [f"{package} {number}" for package, number in known["versions"].items()]
+        parts += [f"commit {known['commit']}", f"model {known['model'] or 'with any weights'}"]
+        parts += ["few rounds (`--quick`)"] * result["quick"]
+        more = f" with {machine['processor']}" if machine["gpu"] else ""
+        machines[", ".join(parts)].add(f"{result['device']}{more}, {machine['cores']} cores")
+    lines = [f"{'; '.join(sorted(found))}: {parts}." for parts, found in machines.items()]
+    several = len(set().union(*machines.values())) > 1
+    return " ".join(["Rows of several machines: compare ratios, not times."] * several + lines)
+
+
 def _read_rows(name: str, folder: Path) -> Iterator[Row]:
-    """Rows of a table of `COLUMNS`, as text."""
-    for device, rows in _read_results(name, folder).items():
-        for row in EXPANSIONS.get(name, iter)(rows):
-            values = {"device": device, **{k: v for k, v in row.items() if v is not None}}
+    """Rows of a table of `COLUMNS`, as text; those of too few rounds say so, without a ratio."""
+    for result in _read_results(name, folder):
+        for row in EXPANSIONS.get(name, iter)(result["rows"]):
+            values = {"device": result["device"], **{k: v for k, v in row.items() if v is not None}}
+            samples = values.get("seconds")
+            if isinstance(samples, list) and len(samples) < ROUNDS and not result["quick"]:
+                values = {k: v for k, v in values.items() if k not in LAYOUT["ratios"]}
+                values["device"] += f" ({len(samples)} rounds: no ratio)"
             yield {title: _fill_in(cell, values) for title, cell in COLUMNS[name].items()}
 
 
@@ -48,17 +69,24 @@ def _fill_in(cell: str, values: Row) -> str:
         return ""
 
 
-def _peers(rows: list[Row]) -> Iterator[Row]:
-    """A row for a peer as it is, and one for a peer compiled by its library where tried.
+def _parameters(rows: list[Row]) -> Iterator[Row]:
+    for group in dict.fromkeys([row["group"] for row in rows] + ["all"]):
+        parts = [row for row in rows if group in (row["group"], "all")]
+        total, trained = (sum(part[key] for part in parts) for key in ("total", "trained"))
+        yield {"group": group, "size": _size(total, trained)}
 
-    Ratios are its seconds over QVision's, median over the rounds: below 1 the peer is faster.
-    """
+
+def _peers(rows: list[Row]) -> Iterator[Row]:
+    """A row for a peer as it is, and one for a peer compiled by its library where tried."""
     for row, (method, prefix) in product(rows, {"default": "", "compiled": "fastest_"}.items()):
         theirs, reason = row.get(f"{prefix}seconds"), row.get(f"{prefix}not_measured")
         if theirs or reason:
             time = f"{Spread.of(theirs):ms} ms" if theirs else f"{NOT_MEASURED} ({reason})"
-            size = _size(row["parameters"], row["trained"])
-            more = {"size": size, "method": method, "time": time}
+            more = {
+                "size": _size(row["parameters"], row["trained"]),
+                "method": method,
+                "time": time,
+            }
             for name in ("qvision", "qvision_compiled"):
                 if theirs and (ours := row.get(f"{name}_seconds")):
                     more[f"ratio_to_{name}"] = Spread.ratio(theirs, ours).median
@@ -72,7 +100,7 @@ def _loading(rows: list[Row]) -> Iterator[Row]:
 
 
 def _training(rows: list[Row]) -> Iterator[Row]:
-    """Rows with ratios of medians to the original's step, of one caption per image."""
+    """Rows with ratios of medians to the original's."""
     steps = {(r["way"], r["images"], r["precision"]): Spread.of(r["seconds"]).median for r in rows}
     for row in rows:
         step = Spread.of(row["seconds"]).median
@@ -80,69 +108,45 @@ def _training(rows: list[Row]) -> Iterator[Row]:
         if original := steps.get(("original", row["images"], row["precision"])):
             captions = row["captions_per_second"] / row["images_per_second"]
             more |= {"images_ratio": original / step, "captions_ratio": captions * original / step}
+            if fill := row.get("fill_seconds"):
+                more["filled_ratio"] = original / (step + Spread.of(fill).median)
         yield row | more
 
 
+def _scored(rows: list[Row]) -> Iterator[Row]:
+    for row in rows:
+        true, n = row["true"], row["scenes"]
+        limits = binomtest(round(n * true), n).proportion_ci(method="wilson")._asdict()
+        true = _interval({"value": true, "of": n, **limits}, "of")
+        yield row | {"interval": _interval(row), "true": true}
+
+
 def _recovery(rows: list[Row]) -> Iterator[Row]:
-    whole, *tuned = ({**row, "true": _share(row["true"], row["scenes"])} for row in rows)
-    yield whole | {"retrained_on": "(not)", "interval": _interval(whole), "share": 1.0}
+    whole, *tuned = _scored(rows)
+    yield whole | {"retrained_on": "(not)", "share": 1.0}
     for row in sorted(tuned, key=lambda row: row["pictures"]):
         more = {"retrained_on": f"{row['pictures']:,} images", "minutes": row["seconds"] / 60}
-        yield row | more | {"interval": _interval(row), "share": row["score"] / whole["score"]}
+        yield row | more | {"share": row["score"] / whole["score"]}
 
 
-EXPANSIONS = {"peers": _peers, "loading": _loading, "training": _training, "recovery": _recovery}
-
-
-def _claims(folder: Path) -> Iterator[Row]:
-    """The model card's lines, and peers that it leaves out: claimed, measured, on what, how."""
-
-    def line(name: str, claimed: str, measured: str, on: str, suite: str) -> Row:
-        cells = {"line": name, "claimed": claimed, "measured": measured, "on": on}
-        return cells | {"command": f"`qvision bench {suite}`"}
-
-    parts = next(iter(_read_results("parameters", folder).values()), [])  # on any device
-    for group, claimed in CARD["parts"].items():
-        sizes = [part for part in parts if group in (part["group"], "all")]
-        total, trained = (sum(part[key] for part in sizes) for key in ("total", "trained"))
-        measured = _size(total, trained) if sizes else NOT_MEASURED
-        yield line(f"QVision, {group}", claimed, measured, "counted", "parameters")
-    timed = [
-        (f"{row['ms per image']} ms, {row['method']}", f"{row['dtype']}, {row['device']}")
-        for row in _read_rows("latency", folder)
-        if row["batch"] == "1"
-    ]
-    for measured, on in timed or [(NOT_MEASURED, "")]:
-        yield line("QVision, time", CARD["time"], measured, on, "latency")
-    compared = [*_read_rows("peers", folder)]
-    names = [row["system"] for row in compared]
-    for row in sorted(compared, key=lambda row: names.index(row["system"])):
-        claimed = [claim for name, claim in CARD["peers"].items() if row["system"].startswith(name)]
-        measured = f"{row['parameters']}; {row['time']}"
-        measured += " compiled by its library" if row["method"] == "compiled" else ""
-        for title in ("times QVision's", "times QVision's, compiled"):
-            measured += f", {row[title]} {title}" if row[title] else ""
-        on = f"{row['dtype']}, {row['device']}".removeprefix(", ")
-        yield line(row["system"], *(claimed or ["not on the card"]), measured, on, "peers")
-    for name, claimed in {} if compared else CARD["peers"].items():
-        yield line(name, claimed, NOT_MEASURED, "", "peers")
+EXPANSIONS = {"parameters": _parameters, "peers": _peers, "loading": _loading}
+EXPANSIONS |= {"training": _training, "learning": _scored, "recovery": _recovery}
 
 
 def _maps(folder: Path) -> Iterator[Row]:
     """Methods of word maps on Scenes, with a checkpoint whose tower was trained without boxes."""
-    cells = {
-        (name, device.split(",")[0], row["method"], row["size"], row["measure"]): _interval(
-            row, "words" if row["measure"] == "pointing" else None
-        )
-        for name in ("maps", "maps_told_by_pictures")
-        for device, rows in _read_results(name, folder).items()
-        for row in rows
-    }
-    for device, method in dict.fromkeys(key[1:3] for key in cells if key[0] == "maps"):
-        yield {"map": method.replace("_", " "), "device": device} | {
-            title: cells.get((name, device, method, *kind), "")
-            for title, (name, *kind) in LAYOUT["maps"].items()
-        }
+    cells = {}
+    for name in SOURCES["maps"]:
+        for row in chain(*(result["rows"] for result in _read_results(name, folder))):
+            key = (row["method"], name, row.get("split", "test"), row["size"], row["measure"])
+            cells[key] = _interval(row, "words" if row["measure"] == "pointing" else None)
+            if row.get("difference") is not None:
+                numbers = (100 * row[each] for each in ("difference", "least", "most"))
+                text = "{:+.1f} [{:+.1f}, {:+.1f}], p = {:.2g}".format(*numbers, row["p"])
+                cells[(*key, "difference")] = text
+    for method in dict.fromkeys(method for method, name, *_ in cells if name == "maps"):
+        row = {title: cells.get((method, *key), "") for title, key in LAYOUT["maps"].items()}
+        yield {"map": method.replace("_", " "), **row}
 
 
 def _scores(_: Path) -> Iterator[Row]:
@@ -161,34 +165,31 @@ def _scores(_: Path) -> Iterator[Row]:
         }
 
 
-def _headlines(folder: Path) -> Iterator[Row]:
-    """The README's results, each with the command that measures it."""
-    for headline in LAYOUT["headlines"]:
-        found = [
-            {"measured": _fill_in(headline["cell"], row), "on": row.get("device", "CPU")}
-            for row in read_table(headline["table"], folder).to_dict("records")
-            if headline["where"].items() <= row.items()
-        ]
-        for row in found or [{"measured": NOT_MEASURED, "on": ""}]:
-            command = f"`qvision {headline['command']}`"
-            yield {"result": headline["result"]} | row | {"command": command}
+def _pick(name: str, folder: Path) -> Iterator[Row]:
+    """Cells of those rows of other tables that have given values, and how they are measured."""
+    for line in LAYOUT[name]:
+        found = dict.fromkeys(  # once, where several devices counted the same
+            (_fill_in(line["cell"], row), row.get("device", "CPU"))
+            for row in read_table(line["table"], folder).to_dict("records")
+            if line["where"].items() <= row.items()
+        )
+        for measured, on in found or {(NOT_MEASURED, ""): None}:
+            cells = {"measured": measured, "on": on, "command": f"`qvision {line['command']}`"}
+            yield line["line"] | cells
 
 
-TABLES = {"claims": _claims, "maps": _maps, "scores": _scores, "headlines": _headlines}
+TABLES = {"maps": _maps, "scores": _scores}
+TABLES |= {name: partial(_pick, name) for name in ("claims", "headlines")}
 NAMES = (*COLUMNS, *TABLES)
 
 
 def draw_ratios(folder: Path = RESULTS) -> Axes:
-    """Speed over the original's, per image, with quartiles over the rounds, by device.
-
-    ValueError if that was not measured, as of `draw_recovery`.
-    """
-    results = _read_results("latency", folder, required=True)
+    """Speed over the original's, per image, with quartiles; ValueError if it was not measured."""
     frames = {}
-    for device, rows in results.items():
-        names = ["{mode} {dtype}, batch {batch}".format_map(row) for row in rows]
-        ratios = pd.DataFrame([vars(row["ratio"]) for row in rows], index=names)
-        frames[device] = ratios.set_axis(["score", "low", "high"], axis=1)
+    for result in _read_results("latency", folder, required=True):
+        names = ["{mode} {dtype}, batch {batch}".format_map(row) for row in result["rows"]]
+        ratios = pd.DataFrame([vars(row["ratio"]) for row in result["rows"]], index=names)
+        frames[result["device"]] = ratios.set_axis(["score", "low", "high"], axis=1)
     ax = plots.plot_scores(frames, scale=1)
     ax.set(xlabel="times the original's speed, per image", xscale="log")
     if len(frames) == 1:  # more have a legend
@@ -198,8 +199,8 @@ def draw_ratios(folder: Path = RESULTS) -> Axes:
 
 def draw_recovery(folder: Path = RESULTS) -> Axes:
     """CIDEr while a Q-Former is retrained, with the checkpoint's, on the first device."""
-    results = _read_results("recovery", folder, required=True)
-    device, (whole, *tuned) = next(iter(results.items()))
+    first, *_ = _read_results("recovery", folder, required=True)
+    whole, *tuned = first["rows"]
     curves = pd.DataFrame(
         {"variant": f"{row['pictures']:,} images", "step": int(step), "CIDEr": 100 * cider}
         for row in tuned
@@ -207,7 +208,7 @@ def draw_recovery(folder: Path = RESULTS) -> Axes:
     )
     ax = plots.plot_curves(curves, "CIDEr")
     ax.axhline(100 * whole["score"], color="gray", lw=1, ls="--")
-    ax.set_title(f"{device}; dashed: the checkpoint as it was, on its test scenes", fontsize=9)
+    ax.set_title(f"{first['device']}; dashed: the checkpoint as it was, on test", fontsize=9)
     return ax
 
 
@@ -217,10 +218,9 @@ FIGURES = {"speed": draw_ratios, "recovery": draw_recovery}
 def fill(
     page: Path, folder: Path = RESULTS, more: Mapping[str, Callable[[], pd.DataFrame]] | None = None
 ) -> Path:
-    """Redraw a page's tables: everything between `<!-- table NAME -->` and `<!-- end -->`.
+    """Redraw a page's tables, each between `<!-- table NAME -->` and `<!-- end -->`.
 
-    `more` are tables besides those of `read_table`, such as a study's. ValueError if a page names
-    any other.
+    `more` are tables besides `NAMES`, such as a study's. ValueError if a page names any other.
     """
     readers = {name: partial(read_table, name, folder) for name in NAMES} | dict(more or {})
 
@@ -230,41 +230,35 @@ def fill(
         table = readers[name]()
         lines = [[*table.columns], ["---"] * table.shape[1], *table.itertuples(index=False)]
         markdown = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-        return f"<!-- table {name} -->\n\n{markdown}\n\n<!-- end -->"
+        footer = read_footer(name, folder) if name in NAMES else ""
+        parts = [f"<!-- table {name} -->", markdown, footer, "<!-- end -->"]
+        return "\n\n".join(filter(None, parts))
 
     text = page.read_text(encoding="utf-8")
     filled = re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", redraw, text, flags=re.DOTALL)
     return write_atomic(page, filled)
 
 
-def _read_results(name: str, folder: Path, required: bool = False) -> dict[str, list[Row]]:
-    """Rows by device, the CPU's first, from folders of devices or from the folder itself."""
-
-    def spreads(values: dict) -> dict | Spread:
-        return Spread(**values) if "median" in values else values
+def _read_results(name: str, folder: Path, required: bool = False) -> list[dict]:
+    """Results with their `device`, the CPU's first, from a folder or its folders of devices."""
 
     paths = (sorted(Path(folder).glob(f"{place}{name}.json")) for place in ("", "cpu/", "*/"))
-    devices: dict[str, list[Row]] = {}
+    results: dict[str, dict] = {}
     for path in dict.fromkeys(chain(*paths)):
-        result = json.loads(path.read_text(encoding="utf-8"), object_hook=spreads)
+        text = path.read_text(encoding="utf-8").replace("(R)", "")
+        result = json.loads(text, object_hook=lambda x: Spread(**x) if "median" in x else x)
         machine = result["machine"]
-        processor = machine["processor"].replace("(R)", "")
-        device = machine["gpu"] or f"CPU, {processor}, {machine['threads']} threads"
-        if device in devices:  # two of one kind
+        device = machine["gpu"] or "CPU, {processor}, {threads} threads".format_map(machine)
+        if device in results:  # two of one kind
             device += f" ({path.parent.name})"
-        devices[device] = result["rows"]
-    if required and not devices:
+        results[device] = result | {"device": device}
+    if required and not results:
         raise ValueError(f"{folder} has no {name}.json: run `qvision bench {name}` first.")
-    return devices
+    return [*results.values()]
 
 
 def _size(total: int | None, trained: int | None) -> str:
     return f"{total:,}, {trained:,} trained ({trained / total:.2%})" if total else "not public"
-
-
-def _share(value: float, n: int) -> str:
-    interval = binomtest(round(n * value), n).proportion_ci(method="wilson")
-    return _interval({"value": value, "of": n, **interval._asdict()}, "of")
 
 
 def _interval(row: Row, of: str | None = None) -> str:

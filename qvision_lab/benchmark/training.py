@@ -1,79 +1,117 @@
-"""Training speed: our step and the original's, at the published sizes."""
+"""Training, ours and the original's: steps at the published sizes; CIDEr by minutes, embedded."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
-import resource
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from itertools import product
-from multiprocessing import get_context
+from itertools import chain, count, product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import DataLoader
 from transformers.activations import NewGELUActivation
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from qvision_lab.benchmark.harness import Table, clock, growing_table, interleave, process_bytes
+from qvision_lab import scenes
+from qvision_lab.benchmark.harness import Table, clock, growing_table, identity_of, interleave
+from qvision_lab.benchmark.latency import timed_model
+from qvision_lab.benchmark.recovery import score_scenes
 from qvision_lab.captioning import Captioner
+from qvision_lab.data.coco import CaptionDataset, open_dataset
 from qvision_lab.model.captioner import IGNORED_LABEL, QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.training import freezing, gpu
-from qvision_lab.training.memory import estimate_memory
-from qvision_lab.training.recipe import Phase, Training
-from qvision_lab.training.samples import CaptionCollator
+from qvision_lab.training.features import FeatureCache
+from qvision_lab.training.samples import CaptionCollator, CaptionSamples
+from qvision_lab.training.train import reinitialise
 
 IMAGES = 8, 64  # per step; a CPU takes the first
 CAPTIONS = {"original": 1, "ours": 5}  # per image
 PRECISIONS = ("float32", "tf32", "bfloat16")  # the last by autocast; a CPU has no tf32
 ROUNDS = 10
-PHASES = (Phase(policy="published", epochs=1),)
 LENGTH = 20  # tokens to which the original pads and cuts
+MINUTES, PARTS = 15, 10  # of training by each method on Scenes, scored after each part
+SCENES, SCORED = 6_000, 500  # trained on, and scored
 COCO_LENGTH = 14.5, 3.0  # mean and deviation of its captions' tokens, <START>, space and <END> too
 
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
-    """Compare training steps with random weights, on the captioner's device.
+    """Compare training steps in the same precisions, with random weights; then learning curves.
 
     The original encodes pixels with CLIP at each step, one caption per image, padded to 20 tokens.
-    Ours takes CLIP's states as a cache holds them, five captions per image, padded to the longest.
-    In both AdamW trains what the published run trained.
+    Ours takes CLIP's states as a cache holds them, five captions per image; to fill the cache is
+    timed apart. In both AdamW trains what the published run trained. On a GPU ours is captured in
+    graphs, and its frozen matrices are in bfloat16 where it computes in that.
 
-    On a CPU each method is a process, and a step makes its batch; they take turns. On a GPU the
-    batch is there; ours is captured in graphs, holds frozen matrices in bfloat16 where it computes
-    in bfloat16, and is compiled too in the last row.
-
-    `quick` takes a few steps of the captioner's sizes, instead of the published ones.
+    Then each method trains the captioner on JPEG files of Scenes for 15 minutes, from a Q-Former
+    and bridge with random weights, in turn, so that `--limit` shortens both. The minutes include
+    filling the cache; to draw and score counts for neither.
     """
-    config = captioner.model.config if quick else QVisionConfig()
-    device = captioner.model.device
-    rows = _on_gpu(config, device, quick) if device.type == "cuda" else _on_cpu(config, quick)
+    model = timed_model(captioner, quick)
+    rows = (_on_gpu if model.device.type == "cuda" else _on_cpu)(model, quick)
     settings = {"captions": CAPTIONS, "policy": "published", "coco_length": COCO_LENGTH}
-    return growing_table("training", rows, quick=quick, settings=settings)
+    yield from growing_table("training", rows, quick=quick, settings=settings)
+    number, minutes, parts = (24, 0.1, 2) if quick else (SCENES, MINUTES, PARTS)
+    with TemporaryDirectory() as folder:
+        data = {"train": open_dataset(scenes.write_coco(Path(folder, "scenes"), number, seed=7))}
+        data["test"] = open_dataset("scenes:test", n=6 if quick else SCORED)
+        ends = [60 * minutes * part / parts for part in range(1, parts + 1)]
+        curves = (learn(way, captioner, data, Path(folder), ends) for way in CAPTIONS)
+        about = {"quick": quick, "identity": identity_of(captioner, **data)}
+        about["settings"] = {"captions": CAPTIONS, "images": IMAGES[0]}
+        rows = chain.from_iterable(zip(*curves, strict=True))
+        yield from growing_table("learning", rows, **about)
 
 
-def _on_cpu(config: QVisionConfig, quick: bool) -> Iterator[dict]:
-    start = partial(ProcessPoolExecutor, 1, get_context("spawn"), _start_learner)
-    with start(("original", config)) as original, start(("ours", config)) as ours:
-        pools = {"original": original, "ours": ours}
+def learn(
+    way: str, captioner: Captioner, data: dict[str, CaptionDataset], folder: Path, ends: list[float]
+) -> Iterator[dict]:
+    """Scores of a copy of the captioner after so many seconds of training by one method."""
+    model, processor = copy.deepcopy(captioner.model), captioner.processor
+    features, spent, images = None, 0.0, 0
+    reinitialise(model, ("qformer", "decoder.bridge"), seed=0)
+    learner, start = Learner(way, model), clock()
+    if way == "ours":
+        features = FeatureCache(folder, model, "bfloat16").encode(data["train"], model, processor)
+        spent = clock() - start
+    samples = CaptionSamples(data["train"], processor, CAPTIONS[way], LENGTH, 0, features)
+    collate = CaptionCollator(model.config.pad_token_id, packed=learner.captured is not None)
+    loader = DataLoader(samples, IMAGES[0], shuffle=True, collate_fn=collate)
+    batches = (batch for samples.epoch in count() for batch in loader)  # without end
+    for end in ends:
+        model.train()
+        while spent < end:
+            start = clock()
+            batch = {name: values.to(model.device) for name, values in next(batches).items()}
+            learner.step(batch, "float32")
+            spent, images = spent + clock() - start, images + IMAGES[0]
+        scores = score_scenes(Captioner(model, processor), data["test"])
+        row = {"way": way, "minutes": spent / 60, "images": images, **scores}
+        yield row | {"captions": images * CAPTIONS[way]}
 
-        def step(precision: str, way: str) -> int:
-            return pools[way].submit(_step, precision).result()
 
-        keys = product(("float32", "bfloat16"), pools)
-        seconds = interleave({key: partial(step, *key) for key in keys}, ROUNDS, quick)
-        peaks = {("float32", way): step("float32", way) for way in pools}
-    for (precision, way), samples in seconds.items():
-        yield _row(way, precision, IMAGES[0], samples, peaks.get((precision, way)))
+def _on_cpu(model: QVisionForConditionalGeneration, quick: bool) -> Iterator[dict]:
+    learners = {way: Learner(way, copy.deepcopy(model)) for way in CAPTIONS}
+    steps = {"fill": partial(learners["ours"].fill, random_batch("original", model.config))}
+    for precision, way in product(("float32", "bfloat16"), CAPTIONS):
+        steps[way, precision] = lambda by=learners[way], precision=precision: by.step(
+            random_batch(by.way, model.config), precision
+        )
+    seconds = interleave(steps, ROUNDS, quick)
+    fill = seconds.pop("fill")
+    yield from (_row(*key, IMAGES[0], samples, fill) for key, samples in seconds.items())
 
 
-def _on_gpu(config: QVisionConfig, device: torch.device, quick: bool) -> Iterator[dict]:
+def _on_gpu(model: QVisionForConditionalGeneration, quick: bool) -> Iterator[dict]:
     for way in CAPTIONS:
-        learner = Learner(way, config, device)
+        learner = Learner(way, copy.deepcopy(model))
         for images, precision in product(IMAGES, PRECISIONS):
             yield _time_steps(learner, images, precision, quick)
         if way == "ours":
@@ -85,63 +123,52 @@ def _on_gpu(config: QVisionConfig, device: torch.device, quick: bool) -> Iterato
 
 
 def _row(
-    way: str, precision: str, images: int, seconds: list[float], peak: int | None, **more: float
+    way: str, precision: str, images: int, seconds: list[float], fill: list[float], **more: float
 ) -> dict:
     rate = images * len(seconds) / sum(seconds)
-    return {
-        "way": way,
-        "precision": precision,
-        "images": images,  # per step
-        "captions_per_second": rate * CAPTIONS[way.partition(",")[0]],
-        "images_per_second": rate,
-        "seconds": seconds,  # per step; on a CPU those of all methods were taken in turn
-        "peak_gigabytes": peak and peak / 1e9,  # of a GPU, or of a process in its first row
-        **more,
-    }
+    row = {"way": way, "precision": precision, "images": images, "images_per_second": rate}
+    row["captions_per_second"] = rate * CAPTIONS[way.partition(",")[0]]
+    row["seconds"] = seconds  # per step of so many images
+    row["fill_seconds"] = None if way == "original" else fill  # to encode as many for the cache
+    return row | more
 
 
 def _time_steps(
     learner: Learner, images: int, precision: str, quick: bool, compiled: bool = False
 ) -> dict:
-    """Measure steps of one kind on a GPU; the first of those that are compiled takes longer."""
+    """Measure steps of one kind on a GPU."""
     model, way = learner.model, learner.way
     batch = random_batch(way, model.config, images, packed=learner.captured is not None)
-    kept = "bfloat16" if precision == "bfloat16" else "float32"
-    settings = Training(phases=PHASES, learning_rate=1e-4, precision=kept)
-    lengths = (batch["labels"] != IGNORED_LABEL).sum(1) + 1  # <START> too
-    estimate = estimate_memory(model, settings, images, lengths.tolist()).peak / 1e9
     batch = {name: values.to(model.device) for name, values in batch.items()}
-    frozen = gpu.frozen_matrices(model) if (way, kept) == ("ours", "bfloat16") else []
+    holds = (way, precision) == ("ours", "bfloat16")
+    frozen = gpu.frozen_matrices(model) if holds else []
     with gpu.holding(frozen, [weight.data.bfloat16() for weight in frozen]):
         step, start = partial(learner.step, batch, precision), clock()
         step()
         first = clock() - start
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        seconds = interleave({way: step}, ROUNDS, quick)[way]
-    peak = torch.cuda.max_memory_reserved()  # graphs keep what a step frees
-    ours = {"estimated_gigabytes": estimate} if way == "ours" else {}
-    ours |= {"compile_seconds": first} if compiled else {}
-    name = f"{way}, compiled" if compiled else way
-    return _row(name, precision, images, seconds, peak, **ours)
+        seconds = interleave({"step": step}, ROUNDS, quick)["step"]
+    more = {"peak_gigabytes": torch.cuda.max_memory_reserved() / 1e9}  # graphs keep what it frees
+    more |= {"compile_seconds": first} if compiled else {}
+    fill = partial(learner.fill, random_batch("original", model.config, images))
+    fills = interleave({"fill": fill}, ROUNDS, quick)["fill"]
+    return _row(f"{way}, compiled" if compiled else way, precision, images, seconds, fills, **more)
 
 
 class Learner:
-    """A captioner with random weights, trained by one method as the published run trained."""
+    """A captioner that one method trains as the published run was trained."""
 
-    def __init__(self, way: str, config: QVisionConfig, device: torch.device | str = "cpu"):
-        torch.manual_seed(0)
-        with torch.device(device):
-            self.model = QVisionForConditionalGeneration(config).train()
-        self.way = way
-        freezing.apply(self.model, "published")
+    def __init__(self, way: str, model: QVisionForConditionalGeneration):
+        self.way, self.model = way, model.train()
+        freezing.apply(model, "published")
         if way == "original":
-            for block in self.model.decoder.language_model.h:
+            for block in model.decoder.language_model.h:
                 block.mlp.act = NewGELUActivation()  # ours is the same in one kernel
-        self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=2e-4, fused=True)
-        captures = way == "ours" and self.model.device.type == "cuda"
-        self.captured = gpu.CapturedLoss(self.model) if captures else None
+        captures = way == "ours" and model.device.type == "cuda"
+        self.captured = gpu.CapturedLoss(model) if captures else None
 
     def step(self, batch: dict[str, Tensor], precision: str) -> None:
         model, bf16 = self.model, precision == "bfloat16"
@@ -157,27 +184,20 @@ class Learner:
         clip_grad_norm_(self.trained, 5.0)
         self.optimizer.step()
 
-
-def _start_learner(way: str, config: QVisionConfig) -> None:
-    global _learner  # of this process
-    _learner = Learner(way, config)
-
-
-def _step(precision: str) -> int:
-    """Take a step in this process; return its peak bytes."""
-    _learner.step(random_batch(_learner.way, _learner.model.config), precision)
-    # On Linux getrusage begins at the parent's peak; on macOS it counts bytes.
-    return process_bytes("status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    @torch.no_grad()
+    def fill(self, batch: dict[str, Tensor]) -> Tensor:
+        """Encode images as for the cache, which computes in float32 and holds bfloat16."""
+        return (
+            self.model.vision.encode(batch["pixel_values"].to(self.model.device)).bfloat16().cpu()
+        )
 
 
 def random_batch(
     way: str, config: QVisionConfig, images: int = IMAGES[0], packed: bool = False
 ) -> dict[str, Tensor]:
     """Random images with random captions as long as COCO's, in the form that a method takes."""
-    mean, deviation = COCO_LENGTH
-    lengths = torch.normal(mean, deviation, (images, CAPTIONS[way])).round().clamp(9, 40).int()
-    above = config.vocab_size - 3  # special tokens are the first or the last three
-    words = partial(torch.randint, 3, above)
+    lengths = torch.normal(*COCO_LENGTH, (images, CAPTIONS[way])).round().clamp(9, 40).int()
+    words = partial(torch.randint, 3, config.vocab_size - 3)  # without special tokens
     vision = config.vision_config
     if way == "ours":
         patches = math.prod(config.patch_grid)

@@ -58,6 +58,7 @@ class FolderReport:
     skipped: int  # captioned already: by an earlier call, or under the same name
     failed: int
     output: Path
+    weights: str  # digest of the model's
     unfamiliar: int = 0  # of the captioned: unlike the images that the model learned from
 
 
@@ -104,7 +105,7 @@ class Captioner:
         """
         how = {"preset": preset, "preprocessing": preprocessing, "seed": seed}
         search = Search.from_settings(self.model, **how, **settings)
-        single, results = _is_single(images), []
+        single, results, unfamiliar = _is_single(images), [], 0
         kept = single or isinstance(images, Sequence | np.ndarray | Tensor)
 
         def item(index: int, picture: Picture) -> Item:
@@ -119,10 +120,10 @@ class Captioner:
                 if isinstance(captions, ImageError):
                     raise captions
                 results.append(captions if len(captions) > 1 else captions[0])
+                unfamiliar += captions[0].familiar is False
         if not results:
             raise ValueError("there is nothing to caption: images is empty; pass at least one.")
-        first = [result[0] if isinstance(result, list) else result for result in results]
-        self._warn_of_unfamiliar(sum(caption.familiar is False for caption in first), len(first))
+        self._warn_of_unfamiliar(unfamiliar, len(results))
         return results[0] if single else results
 
     def caption_folder(
@@ -263,16 +264,15 @@ class Captioner:
                     written.result()
                     written = writer.submit(write, batch)
             written.result()
-        everyones = gather_object([counts])  # waits for all processes
-        names = "captioned", "failed", "unfamiliar"
-        captioned, failed, unfamiliar = (sum(c[name] for c in everyones) for name in names)
+        sums = sum(gather_object([counts]), Counter())  # waits for all processes
+        captioned, failed = sums["captioned"], sums["failed"]
         added_to = known_before and captioned + failed  # it may hold an image's older record
         if (count > 1 or added_to) and processes.is_main_process:
             records.gather_records(output, recorded, keep_failures=True)
         processes.wait_for_everyone()
-        if processes.is_main_process:
-            self._warn_of_unfamiliar(unfamiliar, captioned)
-        return FolderReport(captioned, counts["skipped"], failed, output, unfamiliar)
+        self._warn_of_unfamiliar(sums["unfamiliar"] * processes.is_main_process, captioned)
+        more = recorded["weights"], sums["unfamiliar"]
+        return FolderReport(captioned, counts["skipped"], failed, output, *more)
 
     def _warn_of_unfamiliar(self, count: int, total: int) -> None:
         if count:
@@ -329,8 +329,7 @@ class Captioner:
             self.decoding = FastDecoding(self.model)
         if any(module.training for module in self.model.modules()):
             self.model.eval()
-        ids = logprobs = torch.zeros(0, 0)
-        familiar = []
+        ids, logprobs, familiar = torch.zeros(0, 0), torch.zeros(0, 0), []
         if keys := [item.key for item, error in batch.items if not error]:
             pixels = batch.pixels.to(self.model.device)
             pixels = self.processor.normalise(pixels, search.preprocessing)

@@ -50,7 +50,9 @@ class Search:
         for name, value in settings.items():
             if name in LIMITS and value is not None:
                 settings[name] = check_number(name, value)
-            elif isinstance(value, list | tuple) and name not in LIVE_SETTINGS:
+            elif name in LIVE_SETTINGS and value is not None:
+                settings[name] = check_live(name, value)
+            elif isinstance(value, list | tuple):
                 settings[name] = plain(value)
         if isinstance(bias := settings.get("sequence_bias"), dict):  # JSON has no tuples as keys
             settings["sequence_bias"] = plain([*bias.items()])
@@ -164,6 +166,16 @@ def check_number(name: str, value: object) -> int | float:
         kind = "whole number" if type(low) is int else "number"
         raise ValueError(f"{name}={value!r} must be a {kind} from {low:,} to {high:,}.")
     return type(low)(value)
+
+
+def check_live(name: str, value: Any) -> Any:
+    """An object that takes part in `generate`, a single processor or criterion in a list."""
+    several = name in ("logits_processor", "stopping_criteria")
+    parts = value if several and isinstance(value, list | tuple) else [value]
+    needed = {"streamer": "put", "tokenizer": "decode"}.get(name, "__call__")
+    if not all(hasattr(part, needed) for part in parts):
+        raise ValueError(f"{name}={value!r:.100} cannot take part: it needs {needed!r}.")
+    return parts if several else value
 
 
 def plain(value: object) -> Any:

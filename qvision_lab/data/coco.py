@@ -6,7 +6,7 @@ import os
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
@@ -253,7 +253,7 @@ def _from_table(path: Path, split: str | None) -> list[CaptionedImage]:
     splits: dict[str, str] = {}
     with open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
-            rows = csv.DictReader(file, restval="")
+            rows = _csv_rows(path, file)
         else:  # read as one list, so that an error names the line
             rows = json.loads(f"[{','.join(filter(str.strip, file))}]")
         for number, row in enumerate(rows, start=1):
@@ -276,6 +276,21 @@ def _from_table(path: Path, split: str | None) -> list[CaptionedImage]:
         for name, texts in captions.items()
         if split is None or splits[name] in split.split("+")
     ]
+
+
+def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[dict]:
+    """Rows of a CSV; ValueError with the line where a damaged one begins."""
+    reader, line = csv.DictReader(file, restval="", strict=True), 1
+    try:
+        line += bool(reader.fieldnames)  # which reads the first line
+        for row in reader:
+            line = reader.line_num + 1
+            yield row
+    except csv.Error as error:
+        raise ValueError(
+            f"line {line} of {path} begins a row that cannot be read ({error}): close its quotes, "
+            'and double those inside a caption ("")'
+        ) from error
 
 
 def _find_folder(path: Path, entries: list[CaptionedImage]) -> Path:

@@ -8,10 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, ImageId, find_repeated, some, take
+from qvision_lab.data.identity import fingerprint, identify, read_identity
 from qvision_lab.evaluation import bootstrap
 from qvision_lab.evaluation.chair import Vocabulary
 from qvision_lab.evaluation.java import UnavailableError, meteor
@@ -51,6 +53,7 @@ class EvaluationReport:
     confidence: float  # of the intervals
     resamples: int  # of the images
     seed: int
+    identity: Mapping[str, Any] = field(default_factory=identify)
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -105,12 +108,12 @@ class EvaluationReport:
         return (self.table * PERCENT).round(1).to_html(na_rep=NO_CASE) + notes
 
     def save(self, folder: str | Path) -> Path:
-        """Write `scores.json` (with the settings) and `images.csv` (captions, scores, counts)."""
+        """Write `scores.json` (settings and identity too), `images.csv` (captions and counts)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         scores = json.loads(self.table.to_json(orient="index", double_precision=15))
         content = {"images": len(self.counts), "scores": scores, "metrics": list(self.metrics)}
-        content |= {name: getattr(self, name) for name in SETTINGS}
+        content |= {name: getattr(self, name) for name in SETTINGS} | dict(self.identity)
         texts = (i for i in self.captions if isinstance(i, str))
         content["text_ids"] = list(filter(NUMBER.fullmatch, texts))
         images = self.per_image.join(self.counts)
@@ -134,6 +137,7 @@ class EvaluationReport:
         metrics = {name: METRICS.get(name, judged) for name in content["metrics"]}
         counts = images[[name for metric in metrics.values() for name in metric.counts]]
         settings = {name: content[name] for name in SETTINGS}
+        settings["identity"] = read_identity(content)
         return cls(images["caption"].to_dict(), counts.astype(float), metrics, **settings)
 
 
@@ -211,11 +215,13 @@ def evaluate_dataset(
     captions: Mapping[ImageId, str],
     dataset: CaptionDataset,
     metrics: Sequence[str] | None = None,
+    model: str | None = None,
     **settings,
 ) -> EvaluationReport:
     """Score captions of a data set with its references, objects and judge.
 
     Args:
+        model: digest of the weights that captioned, for the report's identity.
         metrics: by default COCO's four and SPICE, "chair" where all objects are known, and that of
             the data set's judge ("scenes").
         settings: `confidence`, `resamples` and `seed` of `evaluate`.
@@ -227,7 +233,8 @@ def evaluate_dataset(
         metrics = (*COCO_METRICS, "spice", *["chair"] * (objects is not None))
         metrics += (judge.name,) if judge else ()
     settings |= {"judge": judge, "vocabulary": judge.vocabulary if judge else None}
-    return evaluate(captions, dataset.references, metrics, objects=objects, **settings)
+    report = evaluate(captions, dataset.references, metrics, objects=objects, **settings)
+    return replace(report, identity=identify(model, {dataset.name: fingerprint(dataset)}))
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,11 +15,17 @@ from jaxtyping import Bool, Float
 from qvision_lab.captioning import Captioner
 from qvision_lab.captioning.images import Picture
 from qvision_lab.data.coco import CaptionDataset
-from qvision_lab.evaluation.bootstrap import bootstrap_interval, share_interval
+from qvision_lab.evaluation.bootstrap import (
+    bootstrap_interval,
+    holm,
+    paired_difference,
+    share_interval,
+)
 from qvision_lab.evaluation.chair import Vocabulary, coco_vocabulary
 from qvision_lab.interpretation.maps import METHODS, Method
 from qvision_lab.interpretation.trace import Trace, Word, trace_all
 
+MEASURES = "pointing", "deletion", "insertion", "correlation"
 STEPS = 11  # points of a removal curve
 CENTRE_SPREAD = 0.25  # standard deviation of the centre baseline, in sides of the image
 
@@ -64,7 +70,20 @@ def examples_of(dataset: CaptionDataset) -> Iterator[Example]:
 def score_maps(
     captioner: Captioner, examples: Iterable[Example], methods: Mapping[str, Method] = METHODS
 ) -> pd.DataFrame:
-    """Score the maps of all words that name an object of their image.
+    """Scores of `score_words`, averaged.
+
+    Returns:
+        A row for each `method`, `size` of what is named ("small": every box has a side shorter
+        than a patch) and `measure`: `value`, `low` and `high` (95%, over images: `share_interval`
+        of hits in pointing, else bootstrap), and the number of `words` and `images`.
+    """
+    return summarise(score_words(captioner, examples, methods), ["method", "size"])
+
+
+def score_words(
+    captioner: Captioner, examples: Iterable[Example], methods: Mapping[str, Method] = METHODS
+) -> pd.DataFrame:
+    """Score the maps of every word that names an object of its image, in a row for each method.
 
     - pointing (Zhang et al. 2018, arXiv:1608.00507): the centre of the peak patch lies in a box of
       an object that the word names.
@@ -73,10 +92,6 @@ def score_maps(
 
     Two baselines are added: "centre", a Gaussian on the middle of the image, and "chance", whose
     pointing is the share of the image that the boxes cover, and whose order of patches is random.
-
-    Returns a row for each `method`, `size` of what is named and `measure`: `value`, `low` and
-    `high` (95%, over images: `share_interval` of hits in pointing, else bootstrap), and the number
-    of `words` and `images`.
     """
     rng = np.random.default_rng(0)
 
@@ -99,7 +114,7 @@ def score_maps(
             record = {"image": image, "method": method, "size": target.size}
             record["pointing"] = target.covered if method == "chance" else hit
             records.append(record | {"deletion": deletion[m, w], "insertion": insertion[m, w]})
-    return _summarise(records, ["method", "size"])
+    return pd.DataFrame(records)
 
 
 def check_randomised(
@@ -130,7 +145,7 @@ def check_randomised(
                 correlations = first.corrwith(second, axis=1, method="spearman").fillna(0)
                 key = {"image": image, "method": name, "shuffled": part}
                 records += [{**key, "correlation": value} for value in correlations]
-    return _summarise(records, ["method", "shuffled"])
+    return summarise(pd.DataFrame(records), ["method", "shuffled"])
 
 
 def object_words(trace: Trace, vocabulary: Vocabulary) -> list[tuple[Word, str]]:
@@ -199,13 +214,37 @@ def _centre(trace: Trace, words: Sequence[Word]) -> Float[np.ndarray, "W P"]:
     return np.tile(np.exp(-distance / (2 * CENTRE_SPREAD**2)).ravel(), (len(words), 1))
 
 
-def _summarise(records: list[dict], by: list[str]) -> pd.DataFrame:
-    """Means over words, in one row for each group and measure."""
-    if not records:
+def compare_methods(scores: pd.DataFrame, against: Mapping[str, str]) -> pd.DataFrame:
+    """Paired differences of methods to others, by name, on the same words of `score_words`.
+
+    A row for each `method`, `size` and `measure`: `difference`, with an interval from `least` to
+    `most` that holds for all methods together (95%, Bonferroni), and its `p`, corrected (Holm).
+    """
+    measures = [name for name in scores if name in MEASURES]
+    sums = scores.assign(words=1).groupby(["size", "method", "image"])[["words", *measures]].sum()
+    rows = []
+    for size, pair, measure in product(scores["size"].unique(), against.items(), measures):
+        both = (sums.loc[size, name][[measure, "words"]].to_numpy(float) for name in pair)
+        difference, limits, p = paired_difference(
+            *both,
+            lambda counts: counts[..., :1] / counts[..., 1:],
+            confidence=1 - 0.05 / len(against),
+            shares=measure == "pointing" and not any("chance" in name for name in pair),
+        )
+        found = {"difference": difference, "least": limits[0], "most": limits[1], "p": p}
+        key = {"method": pair[0], "size": size, "measure": measure}
+        rows.append(key | {name: value.item() for name, value in found.items()})
+    table = pd.DataFrame(rows)
+    return table.assign(p=table.groupby(["size", "measure"])["p"].transform(holm))
+
+
+def summarise(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Means over words, in one row for each group and measure; ValueError without a word."""
+    if scores.empty:
         raise ValueError("no caption names an object of its image; give other examples.")
-    measures = [name for name in records[0] if name not in ("image", *by)]
+    measures = [name for name in scores if name in MEASURES]
     tables = []
-    for key, group in pd.DataFrame(records).groupby(by, sort=False):
+    for key, group in scores.groupby([*by], sort=False):
         per_image = group.assign(words=1).groupby("image")[["words", *measures]].sum()
         counts = per_image.to_numpy(float)  # [images,1+S]
         low, high = bootstrap_interval(counts, lambda sums: sums[..., 1:] / sums[..., :1])

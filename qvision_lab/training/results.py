@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from qvision_lab.captioning import Captioner
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, ImageId
+from qvision_lab.data.identity import identify
 from qvision_lab.evaluation.report import COCO_METRICS, evaluate_dataset
 from qvision_lab.model.captioner import QVisionForConditionalGeneration, generation_preset
 from qvision_lab.model.familiarity import Familiarity
@@ -39,17 +36,22 @@ FAMILIAR = 10_000
 CAPTIONER, SIXTH = "captioner", "a sixth caption"  # sources of scored captions
 
 
-def record_run(output: Path, recipe: Mapping[str, Any], data: Mapping[str, str]) -> None:
-    """Keep a recipe in `run.yaml`, with digests of the data, the commit and versions.
+def record_run(
+    output: Path, recipe: Mapping[str, Any], data: Mapping[str, str], model: str | None = None
+) -> None:
+    """Keep a recipe in `run.yaml`, with the identity of its data and of the model it starts from.
 
-    ValueError, with the difference, if `output` holds a run of another recipe or other data.
+    ValueError, with the difference, if `output` holds a run of another recipe, data or model.
     """
     path = output / "run.yaml"
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    run = {"recipe": recipe, "started": started, **identify(model, data)}
     if path.exists():
-        run = read_yaml(path)
+        earlier = read_yaml(path)
+        compared = [n for n in ("recipe", "data", "model") if n in earlier]  # older: no model
         then, now = (
-            pd.json_normalize({"recipe": settings, "data": digests}).to_dict("records")[0]
-            for settings, digests in ((run["recipe"], run["data"]), (recipe, data))
+            pd.json_normalize({name: each[name] for name in compared}).to_dict("records")[0]
+            for each in (earlier, run)
         )
         changed = [
             f"{key.removeprefix('recipe.')} ({then.get(key)}, not {now.get(key)})"
@@ -62,23 +64,7 @@ def record_run(output: Path, recipe: Mapping[str, Any], data: Mapping[str, str])
                 "output folder, or delete this one."
             )
         return
-    packages = ("qvision-lab", "torch", "transformers", "pillow")
-    run = {
-        "recipe": recipe,
-        "data": data,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
     write_atomic(path, yaml.safe_dump(run, sort_keys=False))
-
-
-def _commit() -> str | None:
-    """The git commit of the code, where it is in a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def describe(images: CaptionDataset) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,9 +18,11 @@ from transformers import set_seed
 from qvision_lab.captioning import Captioner
 from qvision_lab.data.atomic import locked
 from qvision_lab.data.coco import CaptionDataset, CaptionedImage, open_dataset
+from qvision_lab.data.identity import fingerprint
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.loading.checkpoint import Checkpoint, load_checkpoint
+from qvision_lab.model.parameters import fingerprint_weights
 from qvision_lab.training import freezing
 from qvision_lab.training.features import FeatureCache
 from qvision_lab.training.memory import estimate_memory
@@ -53,10 +53,13 @@ def train_captioner(recipe: Recipe, output: str | Path) -> Path:
     data = open_data(recipe.data)
     output.mkdir(parents=True, exist_ok=True)
     with locked(output):
+        weights = None  # a new model starts from random ones
+        if recipe.tower is None and recipe.imagenet is None:
+            checkpoint = load_checkpoint(recipe.checkpoint, recipe.revision, device=state.device)
+            weights = fingerprint_weights(checkpoint.model)
         with state.main_process_first():
             fingerprints = {name: fingerprint(images) for name, images in data.items()}
-            record_run(output, recipe.model_dump(mode="json"), fingerprints)
-        start = recipe.checkpoint
+            record_run(output, recipe.model_dump(mode="json"), fingerprints, weights)
         if recipe.tower is not None:
             start = train_tower(recipe.tower, recipe.seed, output / "vision")
         elif recipe.imagenet is not None:
@@ -64,7 +67,8 @@ def train_captioner(recipe: Recipe, output: str | Path) -> Path:
             start = output / "start"
             with state.main_process_first():
                 start_from_imagenet(recipe.imagenet, captions, recipe.seed, start)
-        checkpoint = load_checkpoint(start, recipe.revision, device=state.device)
+        if weights is None:
+            checkpoint = load_checkpoint(start, device=state.device)
         checkpoint = change_model(checkpoint, recipe)
         samples = prepare_samples(recipe, checkpoint, data, output)
         for number, phase in enumerate(settings.phases, start=1):
@@ -108,16 +112,6 @@ def as_sentence(caption: str) -> str:
     """ "a dog , running ." as "A dog, running."."""
     text = re.sub(r"\s+([.,!?;:])", r"\1", " ".join(caption.split())).rstrip(" .,;:")
     return text[:1].upper() + text[1:] + ("" if text.endswith(("!", "?")) else ".")
-
-
-def fingerprint(images: CaptionDataset) -> str:
-    """Digest of ids, captions, and names and sizes of the files."""
-    digest = hashlib.sha256()
-    for image in images:
-        size = image.image.stat().st_size if image.image and image.image.exists() else None
-        name = image.image.name if image.image else image.drawing.name
-        digest.update(json.dumps([image.image_id, name, size, image.references]).encode())
-    return digest.hexdigest()[:16]
 
 
 def change_model(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:

@@ -211,7 +211,8 @@ def test_memory_is_as_estimated(precision, pictures):
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    learner = Learner("ours", QVisionConfig(), "cuda")
+    with torch.device("cuda"):
+        learner = Learner("ours", ql.QVisionForConditionalGeneration(QVisionConfig()))
     learner.captured = None  # graphs keep the memory of every length
     batch = random_batch("ours", learner.model.config, pictures)
     lengths = ((batch["labels"] != IGNORED_LABEL).sum(1) + 1).tolist()
