@@ -1,3 +1,4 @@
+from . import exercises as exercises
 from . import plots as plots
 from . import scenes as scenes
 from .captioning import Caption as Caption
