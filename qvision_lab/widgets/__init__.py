@@ -4,7 +4,8 @@
 controls, so that each can be tested without the others.
 """
 
-from qvision_lab.widgets.explorer import Explorer
+import lazy_loader
 
-explore = Explorer  # public as `ql.explore`
-__all__ = ["Explorer", "explore"]
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submod_attrs={"explorer": ["Explorer", "explore"], "notebook": ["open_lab"]}
+)

@@ -133,4 +133,4 @@ def parts(config: QVisionConfig) -> dict[str, dict[str, dict]]:
             found[f"Block {b}: heads on {kind}"] = group
     found["Bridge: heads"] = {f"bridge, head {h}": {"bridge_heads": [h]} for h in heads}
     whole = {f"block {b}": {"blocks": [b]} for b in blocks}
-    return {**found, "Whole": {**whole, "bridge": {"bridge": True}}}
+    return {**found, "Blocks and bridge": {**whole, "bridge": {"bridge": True}}}

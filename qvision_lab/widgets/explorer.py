@@ -74,7 +74,10 @@ class Explorer(w.VBox):
         self.word = w.IntSlider(0, 0, 0, description="Word", **slim, **style)  # for arrow keys
         self.opacity = w.FloatSlider(0.75, min=0, max=1, description="Opacity", **slim, **style)
         self.parts = {
-            name: w.ToggleButton(description=name.split()[-1], tooltip=f"mute {name}")
+            name: w.ToggleButton(
+                description="global" if name == "global token" else name.split()[-1],
+                tooltip=f"mute {name}",
+            )
             for group in self.backend.parts.values()
             for name in group
         }
@@ -278,3 +281,6 @@ class Explorer(w.VBox):
     def _mute(self, names: Iterable[str]) -> None:
         for name, part in self.parts.items():
             part.value = name in names
+
+
+explore = Explorer  # public as `ql.explore`

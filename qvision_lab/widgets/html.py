@@ -35,10 +35,7 @@ def color_limits(results: Sequence[Result]) -> list[float]:
 
 
 def result_html(result: Result, vmax: Sequence[float], title: str, whole: str = "") -> str:
-    """A title, the caption, and the maps over the image; `vmax` as of `color_limits`.
-
-    Words that differ from the caption `whole` are marked.
-    """
+    """A title, the caption (words that `whole` has not are marked), and maps over the image."""
     picture = _picture(result.trace)
     maps = [_map_html(picture, m, top) for m, top in zip(result.maps, vmax, strict=True)]
     caption = _marked(result.caption, whole or result.caption) or "(no word)"
