@@ -72,6 +72,13 @@ class Captioner:
     def __post_init__(self):
         self.decoding = FastDecoding(self.model)
 
+    def __repr__(self) -> str:
+        origin = self.provenance.source if self.provenance else "a model in memory"
+        total = sum(weights.numel() for weights in self.model.parameters())
+        return (
+            f"Captioner of {origin}: {total:,} parameters, {self.model.dtype}, {self.model.device}"
+        )
+
     def caption(
         self,
         images: Picture | Iterable[Picture],
@@ -363,7 +370,17 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> Captioner:
-    """Load a captioner: a folder, a Hub id, or (None) the embedded one; see `load_checkpoint`."""
+    """Load a model with its preprocessing, ready to caption.
+
+    Args:
+        source: folder of a checkpoint, or id on the Hub; None: the small embedded checkpoint.
+        revision: branch, tag or commit on the Hub.
+        dtype: "float32" (the default), "bfloat16", "float16", or "auto": as it is stored.
+        device: "cpu", "cuda" or "mps"; None: CUDA where there is one.
+
+    Raises:
+        CheckpointError: if something is wrong with the checkpoint or a setting; it says what.
+    """
     if device is None and "LOCAL_RANK" in os.environ:  # each process has its own device
         device = _processes().device
     return Captioner(**vars(load_checkpoint(source, revision, dtype, device)))
