@@ -30,9 +30,10 @@ def plot_training_curves(log: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if measures := [*log.filter(regex=r"^eval_(?!(loss|cider|runtime|.*_per_second)$)")]:
         shares = ax.twinx()
         shares.set(ylabel="right", ylim=(0, 1.02))
-        for name, color in zip(measures, plt.get_cmap("tab10").colors[1:] * 2, strict=False):
+        shares.spines["right"].set_visible(True)
+        for name in measures:
             rows, label = log.dropna(subset=[name]), name.removeprefix("eval_").replace("_", " ")
-            shares.plot(rows["step"], rows[name], "o-", color=color, ms=3, lw=1, label=label)
+            shares.plot(rows["step"], rows[name], "o-", ms=3, lw=1, label=label)
         shares.legend(loc="center left", bbox_to_anchor=(1.12, 0.5), **LEGEND)
     return ax
 
