@@ -98,7 +98,7 @@ def plot_removal_curves(
         if (n := len(probabilities)) > 1:
             half = 1.96 * probabilities.std(0, ddof=1) / n**0.5
             band = {"color": ax.lines[-1].get_color(), "alpha": 0.12, "lw": 0}
-            ax.fill_between(kept, mean - half, mean + half, **band)
+            ax.fill_between(kept, (mean - half).clip(0), (mean + half).clip(max=1), **band)
     ax.set(xlabel="share of patches kept", ylabel="probability of the word", ylim=(0, None))
     ax.legend(**LEGEND)
     return ax

@@ -120,7 +120,7 @@ def map_sheet(
         axes[0, 0].imshow(_open(image))
         text = textwrap.fill(caption, 18)
         place = {"transform": axes[0, 0].transAxes, "va": "top", "fontsize": 8, "color": INK}
-        axes[0, 0].text(0, -0.05, text, **place)
+        axes[0, 0].text(0, -0.05, text, **place).set_in_layout(False)
     for line, (name, row) in zip(axes[:, first:], rows.items(), strict=True):
         for ax, patch_map in zip(line, row, strict=False):
             plot_patch_map(image, patch_map, ax, vmax[patch_map.method], grid)
