@@ -1,4 +1,4 @@
-.PHONY: demo test test-gpu test-browser setup lab figures
+.PHONY: demo test test-gpu test-browser setup lab site figures
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -28,8 +28,12 @@ setup: .venv/installed
 lab: setup  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
 
+site: setup  ## every notebook with its outputs, as HTML in site/, at most 25 MB
+	$(BIN)/jupyter nbconvert --execute --to html --output-dir site notebooks/*.ipynb
+	test $$(du -sm site | cut -f1) -le 25
+
 figures: demo  ## redraw every picture and table of the README and the results page
 	$(BIN)/qvision curves --output figures/training.png
-	$(BIN)/qvision look --folder figures
+	$(BIN)/qvision look --output figures
 	$(BIN)/qvision findings --figures figures
 	$(BIN)/qvision tables README.md qvision_lab/benchmark/results/README.md --figures figures

@@ -1,5 +1,6 @@
 from . import ablation as ablation
 from . import evaluation as evaluation
+from . import exercises as exercises
 from . import figures as figures
 from . import plots as plots
 from . import scenes as scenes

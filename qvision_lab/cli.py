@@ -170,7 +170,14 @@ def curves(options: argparse.Namespace) -> None:
 
 def look(options: argparse.Namespace) -> None:
     """Draw the model's attention: word maps, queries, and the effect of removing patches."""
-    ql.figures.draw_inside(options.folder, options.n, options.seed, options.model)
+    ql.figures.draw_inside(options.output, options.n, options.seed, options.model, options.picture)
+
+
+def explore(options: argparse.Namespace) -> int:
+    """Open the explorer in JupyterLab: click words, mute parts of the model."""
+    from qvision_lab.widgets.notebook import open_lab
+
+    return open_lab(options.pictures, options.output, options.model)
 
 
 def scenes_write(options: argparse.Namespace) -> None:
@@ -306,7 +313,12 @@ def _parser() -> argparse.ArgumentParser:
 
     add = _command(commands, "look", look, "--seed", "--model")
     add("--n", default=16, **number)
-    add("--folder", default="figures", metavar="DIR", help="of the pictures (%(default)s)")
+    add("picture", nargs="?", metavar="PHOTO", help="your picture (default: scenes)")
+    add("--output", default="figures", metavar="DIR", help="of the figures (%(default)s)")
+
+    add = _command(commands, "explore", explore, "--model")
+    add("pictures", nargs="*", metavar="PICTURE", help="files, folders or URLs, besides scenes")
+    add("--output", default="explore.ipynb", metavar="FILE", help="notebook (%(default)s)")
 
     scenes = commands.add_parser("scenes", help="write or describe the drawn scenes")
     kinds = scenes.add_subparsers(required=True, metavar="write|stats")
@@ -319,14 +331,14 @@ def _parser() -> argparse.ArgumentParser:
         add("--split", default="test", help="train, val, test, compose or crowd (%(default)s)")
 
     add = _command(commands, "train", train)
-    add("recipe", help="name of a recipe, or a YAML file")
+    add("recipe", help=f"a YAML file, or {_names('training/recipes')}")
     add("--output", required=True, metavar="DIR", help="folder of the run and its checkpoint")
     add("--processes", type=int, default=1, metavar="N", help="share every batch among N processes")
     add("--data", metavar="DIR", help="folder or file of captions to train on and be scored on")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change values of the recipe")
 
     add = _command(commands, "ablate", ablate, "--metric", "--figures")
-    add("study", help="name of a study, or a YAML file")
+    add("study", help=f"a YAML file, or {_names('ablation/studies')}")
     add("--output", metavar="DIR", help="folder of its runs and table (default: runs/NAME)")
     add("--processes", type=int, metavar="N", help="parallel runs (default: one for every core)")
 
@@ -338,7 +350,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", metavar="DIR", help="captioned images for baselines and maps (default: Scenes)")
     add("--quick", action="store_true", help="few rounds: shows that it runs, measures little")
     add("--limit", type=float, metavar="S", help="seconds that each suite may take (default: any)")
-    add("--output", metavar="DIR", help="folder of the results (default: the package's, by device)")
+    add("--output", default="runs/bench", metavar="DIR", help="of the results (%(default)s)")
 
     add = _command(commands, "tables", tables, "--figures")
     add("pages", nargs="*", metavar="PAGE", help="Markdown files (default: benchmark/results/)")
@@ -353,6 +365,10 @@ def _command(commands, name: str, run: Callable, *shared: str) -> Callable[..., 
     for option in shared:
         command.add_argument(option, **SHARED[option])
     return command.add_argument
+
+
+def _names(folder: str) -> str:
+    return ", ".join(sorted(p.stem for p in Path(__file__).parent.joinpath(folder).glob("*.yaml")))
 
 
 def _chosen(options: argparse.Namespace, *names: str) -> dict:

@@ -29,7 +29,11 @@ from qvision_lab.scenes.dataset import SceneJudge
 from qvision_lab.scenes.layout import COLORS
 
 EXAMPLE = 2  # index of the test scene in the figures of words and queries
-CURVES = {"vision": "Vision tower", "captioner": "Captioner"}
+CURVES = {  # stages of the embedded checkpoint's training, and the measures that are drawn
+    "vision": ("Vision tower", ["category", "color", "number", "background"]),
+    "captioner": ("Captioner", ["true", "pairs_right", "object_recall", "hallucination"]),
+}
+STYLE = str(files("qvision_lab.plots") / "qvision.mplstyle")
 STUDY = files("qvision_lab.ablation") / "results" / "architecture"
 
 
@@ -52,7 +56,7 @@ def run_demo(
         captions = captioner.caption([image.image for image in dataset])
         checks = [scenes.check(captions[i].text, t) for i, t in dataset.judge.truths.items()]
         shown = [check.true for check in checks][:24]
-        write_figure(plots.caption_sheet(captions[:24], ncols=6, marks=shown), Path(output))
+        write_figure(plots.caption_sheet(captions[:24], ncols=6, marks=shown), Path(output), dpi=80)
     rates = scenes.score(checks)
     print(f"\n{n} held-out scenes, captioned from disk:\n")
     for name, rate in rates.items():
@@ -61,36 +65,50 @@ def run_demo(
     return rates
 
 
+@plt.style.context(STYLE)
 def draw_curves(output: str | Path = "figures/training.png") -> None:
     """Draw the training curves of the embedded checkpoint: losses and metrics of both stages."""
-    figure, axes = plt.subplots(2, 1, figsize=(9, 8), layout="constrained")
-    for ax, (stage, title) in zip(axes, CURVES.items(), strict=True):
+    figure, axes = plt.subplots(1, 2, figsize=(13, 3.8), layout="constrained")
+    for ax, (stage, (title, measures)) in zip(axes, CURVES.items(), strict=True):
         table = pd.read_csv(files("qvision_lab") / f"scenes_checkpoint/{stage}.csv")
-        plots.plot_training_curves(table, ax).set_title(title, loc="left")
+        columns = ["step", "loss", *(f"eval_{measure}" for measure in measures)]
+        plots.plot_training_curves(table[columns], ax).set_title(title)
     write_figure(figure, Path(output))
 
 
+@plt.style.context(STYLE)
 def draw_inside(
-    folder: str | Path = "figures", n: int = 16, seed: int = 0, model: str | None = None
+    folder: str | Path = "figures",
+    n: int = 16,
+    seed: int = 0,
+    model: str | None = None,
+    picture: str | None = None,
 ) -> None:
     """Draw `architecture.png` of the published model, and `{words,queries,deletion}.png` of one.
 
     Those are attention maps, query profiles and removal curves.
 
-    Profiles and curves are averages over the first `n` (at least 3) scenes of the split `test`.
+    Profiles and curves are averages over the first `n` (at least 3) scenes of the split `test`, or
+    of one picture of yours.
     """
     if n <= EXAMPLE:
         raise ValueError(f"n={n} scenes are too few; choose at least {EXAMPLE + 1}.")
     folder, captioner = Path(folder), load(model)
     diagram = plots.plot_architecture(architecture(QVisionConfig()))
-    write_figure(diagram.figure, folder / "architecture.png", dpi=120)
-    images = [scene.image for scene in scenes.generate(n, split="test", seed=seed)]
+    write_figure(diagram.figure, folder / "architecture.png")
+    images, example = [picture], 0
+    if picture is None:
+        images = [scene.image for scene in scenes.generate(n, split="test", seed=seed)]
+        example = EXAMPLE
     traces = list(trace_all(captioner, images))
     named = [[word for word, _ in object_words(t, SceneJudge.vocabulary)] for t in traces]
-    trace = traces[EXAMPLE]
-    words = [word for word in trace.words if word.text in COLORS or word in named[EXAMPLE]]
+    trace = traces[example]
+    words = [word for word in trace.words if word.text in COLORS or word in named[example]]
+    if not words:  # of a photograph, named by a vocabulary of its own
+        words = named[example] = list(trace.words)
     rows = {name: [_as_shares(m) for m in word_maps(trace, name, words)] for name in METHODS}
-    write_figure(plots.map_sheet(trace.image, rows), folder / "words.png")
+    sheet = plots.map_sheet(trace.image, rows, caption=trace.caption)
+    write_figure(sheet, folder / "words.png")
 
     pairs = zip(profile_queries(traces), query_maps(trace), strict=True)
     profiles = [replace(profile, map=query_map) for profile, query_map in pairs]
@@ -107,13 +125,14 @@ def draw_inside(
     for ax, kind in zip(axes, ("deletion", "insertion"), strict=True):
         curves = np.concatenate([getattr(run, kind) for run in runs], axis=1)  # [M,W,S]
         plots.plot_removal_curves(runs[0].kept, dict(zip(orders, curves, strict=True)), ax)
-        ax.set_title(kind, loc="left")
+        ax.set_title(f"{kind}: {curves.shape[1]} words in {len(runs)} images")
     axes[0].invert_xaxis()
     write_figure(figure, folder / "deletion.png")
 
 
-def write_figure(figure: Figure, output: Path, dpi: int = 80) -> None:
-    """Write a figure atomically; its folder is created."""
+def write_figure(figure: Figure, output: Path, dpi: float | None = None) -> None:
+    """Write a figure atomically, by default at least 1,200 pixels wide; its folder is created."""
+    dpi = dpi or max(160, 1200 / figure.get_figwidth())
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic(output) as partial:
         figure.savefig(partial, dpi=dpi, format=output.suffix[1:] or None)
@@ -125,6 +144,7 @@ def _as_shares(patch_map: PatchMap) -> PatchMap:
     return replace(patch_map, values=positive / (positive.sum() or 1))
 
 
+@plt.style.context(STYLE)
 def draw_findings(
     results: str | Path = STUDY, metric: str = "CIDEr", folder: str | Path | None = None
 ) -> None:
@@ -140,7 +160,9 @@ def draw_findings(
     largest = effects["difference"].abs().nlargest(4).index
     shown = curves["variant"].isin({table["variant"][0], *largest})
     axes = {
-        "effects": plots.plot_differences(effects, f"{metric} above the base"),
+        "effects": plots.plot_differences(
+            effects, f"{metric} above the base (* after Holm's correction)"
+        ),
         "tradeoff": plots.plot_tradeoff(table, "parameters", metric),
         "curves": plots.plot_curves(curves[shown]),
     }

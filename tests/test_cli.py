@@ -12,7 +12,8 @@ from qvision_lab.cli import main
 from qvision_lab.model.captioner import generation_preset
 
 HEAVY = ("torch", "transformers", "pandas", "matplotlib", "numpy", "PIL")
-COMMANDS = "caption eval info convert demo curves look scenes train ablate findings bench tables"
+COMMANDS = "caption eval info convert demo curves look explore scenes train ablate findings bench "
+COMMANDS += "tables"
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,13 @@ def test_every_command_has_help(capsys):
             main([*words, "--help"])
         assert stop.value.code == 0
         assert "usage: qvision" in capsys.readouterr().out
+
+
+def test_help_lists_recipes_and_studies(capsys):
+    for command, names in (("train", "finetune_coco"), ("ablate", "architecture")):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert names in capsys.readouterr().out
 
 
 def test_caption_to_the_screen(checkpoint, photos, capsys):
@@ -112,6 +120,14 @@ def test_scenes_are_written_and_described(tmp_path, capsys):
     assert "objects per picture" in capsys.readouterr().out
 
 
+def test_look_draws_a_picture_of_yours(checkpoint, photos, tmp_path):
+    output = tmp_path / "figures"
+    words = ["look", str(photos / "good.png"), "--model", str(checkpoint), "--output", str(output)]
+    assert main(words) == 0
+    for name in ("words", "queries", "deletion"):
+        assert Image.open(output / f"{name}.png").width >= 1200
+
+
 def test_demo_checks_its_captions(checkpoint, tmp_path, capsys):
     sheet = tmp_path / "figures" / "demo.png"
     words = ["demo", "--n", "3", "--model", str(checkpoint), "--output", str(sheet)]
@@ -119,3 +135,16 @@ def test_demo_checks_its_captions(checkpoint, tmp_path, capsys):
     assert Image.open(sheet).width > 500
     assert list(sheet.parent.iterdir()) == [sheet]
     assert "(0/3)" in capsys.readouterr().out  # no caption of random weights is true
+
+
+def test_explore_writes_a_notebook_and_opens_it(photos, tmp_path, monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(subprocess, "call", lambda command: commands.append(command) or 0)
+    output = tmp_path / "x.ipynb"
+    assert main(["explore", str(photos), "--output", str(output)]) == 0
+    assert commands == [[sys.executable, "-m", "jupyterlab", str(output)]]
+    (cell,) = json.loads(output.read_text())["cells"]
+    assert f"ql.explore(ql.load(None), ['{photos}'])" in cell["source"]
+    output.write_text("{}")
+    assert main(["explore", "--output", str(output)]) == 2
+    assert "holds something else" in capsys.readouterr().err

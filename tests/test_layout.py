@@ -13,7 +13,7 @@ PACKAGE = ROOT / "qvision_lab"
 
 # What the modules of a part may import of the package, besides that part itself.
 CORE = {"model", "captioning", "data", "evaluation", "interpretation", "plots"}
-LAB = {"scenes", "training", "ablation", "benchmark", "figures"}
+LAB = {"scenes", "training", "ablation", "benchmark", "figures", "exercises"}
 ALLOWED = {
     "model": set(),
     "data": set(),
@@ -25,6 +25,7 @@ ALLOWED = {
     "training": {*CORE, "scenes"},
     "ablation": {*CORE, "scenes", "training"},
     "benchmark": {*CORE, "scenes", "training"},
+    "exercises": {"model"},
     "figures": CORE | LAB,
     "widgets": CORE | LAB,  # the lab inside functions alone, see below
     "cli": {*CORE, *LAB, "widgets"},

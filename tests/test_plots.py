@@ -86,6 +86,9 @@ def test_sheets_share_a_scale_within_a_method():
     maps = [ax.images[-1] for ax in figure.axes[:3]]
     assert [heat.get_clim() for heat in maps] == [(0, 0.4), (0, 0.4), (0, 30)]
     assert len(figure.axes) == 4 + 2  # tiles and colour bars
+    captioned = plots.map_sheet(PHOTO, rows, caption="a dog")
+    assert captioned.axes[0].images[0].get_array().ndim == 3  # in colour
+    assert captioned.axes[0].texts[0].get_text() == "a dog"
     with pytest.raises(ValueError, match="no map"):
         plots.map_sheet(PHOTO, {"empty": []})
 
@@ -94,6 +97,8 @@ def test_query_sheet_names_the_words_that_read_a_query():
     profiles = [SimpleNamespace(map=peaked(0, i), words=("dog", "red"), cost=i) for i in range(3)]
     texts = [[t.get_text() for t in ax.texts] for ax in plots.query_sheet(profiles, PHOTO).axes]
     assert texts == [[f"dog, red\ncost {i}.00"] for i in range(3)] + [[], []]
+    (ax, *_) = plots.query_sheet([SimpleNamespace(map=peaked(0, 0), words=(), cost=-0.001)]).axes
+    assert ax.texts[0].get_text().endswith("cost 0.00")
 
 
 def test_removal_curves_are_means_with_their_area():
@@ -102,6 +107,7 @@ def test_removal_curves_are_means_with_their_area():
     ax = plots.plot_removal_curves(kept, {"by_chance": curves})
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), [0, 0.5, 1])
     assert ax.get_legend().texts[0].get_text() == "by chance (0.50)"
+    assert len(ax.collections) == 1  # its band
 
 
 def test_effects_stand_side_by_side_at_their_words():
@@ -122,6 +128,8 @@ def test_studies_are_drawn_sorted_with_a_zero_line_and_bands():
     ax = plots.plot_differences(rows)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["better", "worse"]
     assert ax.lines[-1].get_xdata() == [0, 0]
+    ax = plots.plot_differences(rows.assign(corrected=[0.2, 0.01, np.nan]))
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["better", "worse *"]
     table = pd.DataFrame({"variant": ["a", "a", "b"], "seed": [0, 1, 0], "step": 1})
     table = table.assign(CIDEr=[1.0, 3.0, 5.0], seconds=[10.0, 20.0, 30.0])
     ax = plots.plot_tradeoff(table, "seconds", "CIDEr")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from qvision_lab.interpretation import interventions
 from qvision_lab.interpretation.maps import word_maps
 from qvision_lab.interpretation.trace import Trace, trace, trace_all
 from qvision_lab.model.qformer import QFormerOutput
@@ -49,6 +50,15 @@ def test_a_trace_is_the_models_own_forward_pass(byte_captioner, noise):
     lengths = np.linalg.norm(traced.visual_tokens, axis=1)
     np.testing.assert_allclose(traced.norms["Q-Former block 1"], lengths, rtol=1e-5)
     assert not hooks(model)
+
+
+def test_a_trace_prints_a_few_lines(byte_captioner, noise):
+    traced = trace(byte_captioner, noise[0], "a <red> dog")
+    assert "2 blocks, 8 heads, 5 visual tokens, 4 patches" in repr(traced)
+    assert len(repr(traced).splitlines()) == 3
+    assert "&lt;" in traced._repr_html_()
+    assert "Captioner of a model in memory" in repr(byte_captioner)
+    assert "np" not in dir(interventions)
 
 
 def test_a_batch_equals_single_traces(byte_captioner, noise):

@@ -15,7 +15,9 @@ from PIL import Image
 import qvision_lab as ql
 from qvision_lab.captioning.images import open_image
 from qvision_lab.interpretation.interventions import effects, mute
-from qvision_lab.widgets import Backend, Explorer, Request, color_limits, result_html
+from qvision_lab.widgets import Explorer
+from qvision_lab.widgets.backend import Backend, Request
+from qvision_lab.widgets.html import color_limits, result_html
 
 GREEDY = (("preset", "greedy"),)
 
@@ -44,8 +46,14 @@ def explorer(captioner):
 
 
 def drawn(html: str) -> np.ndarray:
-    png = base64.b64decode(re.search(r'base64,([^"]+)', html)[1])
+    """Pixels of the first map, one for each patch."""
+    png = base64.b64decode(re.search(r"qv-heat' src='data:image/png;base64,([^']+)", html)[1])
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def word(explorer: Explorer, index: int) -> None:
+    explorer.words.children[index].value = True
+    explorer.pending.result()
 
 
 def upload(explorer: Explorer, name: str, content: bytes) -> None:
@@ -84,10 +92,13 @@ def test_whole_and_muted_results_are_those_of_the_package(captioner, backend, re
 def test_every_part_can_be_muted_once_in_a_copy_that_shares_the_weights(captioner, backend):
     pairs = zip(backend.captioner.model.parameters(), captioner.model.parameters(), strict=True)
     assert all(mine is other for mine, other in pairs)
-    with backend.parts["Whole"]["bridge"]:
+    with backend._muting(("bridge",)):
         assert not any(module._forward_hooks for module in captioner.model.modules())
     config = captioner.model.config
-    labels = [part.label for group in backend.parts.values() for part in group.values()]
+    labels = [name for group in backend.parts.values() for name in group]
+    for group in backend.parts.values():
+        for name, arguments in group.items():
+            assert mute(captioner.model, **arguments).label == name
     heads = (2 * config.num_qformer_blocks + 1) * config.num_attention_heads
     assert len(labels) == 1 + config.num_query_tokens + heads + config.num_qformer_blocks + 1
     assert len(set(labels)) == len(labels)
@@ -100,7 +111,11 @@ def test_a_drawing_follows_its_map_and_has_a_text(backend, request_):
     html = result_html(replace(first, caption="<b>"), [1, 1], "a < b")
     assert "a &lt; b" in html
     assert "&lt;b&gt;" in html
-    assert f'alt="{first.maps[0].label} (agreement): highest in patch {first.maps[0].peak}' in html
+    peak = first.maps[0].peak
+    assert f"aria-label='{first.maps[0].label} (agreement): highest in patch {peak}'" in html
+    red, green, blue = np.moveaxis(drawn(html).astype(int), -1, 0)
+    assert np.unravel_index((red + green + blue).argmax(), red.shape) == peak
+    assert "<mark>&lt;b&gt;</mark>" in result_html(replace(first, caption="<b>"), [1, 1], "", "a")
     assert not np.array_equal(drawn(html), drawn(result_html(last, [1, 1], "last")))
 
 
@@ -113,11 +128,10 @@ def test_a_caption_without_a_word_has_a_result(backend, request_, monkeypatch):
 
 
 def test_clicks_change_what_is_shown(explorer):
-    caption, image = explorer.words.value[0], drawn(explorer.whole.value)
+    caption, image = explorer._picked[0], drawn(explorer.whole.value)
     assert "Ready" in explorer.status.value
     assert "Nothing is muted" in explorer.muted.value
-    explorer.words.index = int(explorer.words.index == 0)
-    explorer.pending.result()
+    word(explorer, int(explorer.word.value == 0))
     assert not np.array_equal(drawn(explorer.whole.value), image)
     for block, head in (("1", "all"), ("1", "2"), ("all", "all")):
         previous = explorer.whole.value
@@ -128,11 +142,67 @@ def test_clicks_change_what_is_shown(explorer):
     assert "With query 3, bridge muted" in explorer.muted.value
     assert caption in explorer.whole.value
     assert caption not in explorer.muted.value
+    assert "<mark>" in explorer.muted.value
+    assert "mute(captioner.model, queries=[3], bridge=True)" in explorer.code.value
     rows = re.findall(r"<tr>.*?</tr>", explorer.probabilities.value, re.DOTALL)
-    assert [row.count("%") for row in rows] == [len(explorer.words.options)] * 2
+    assert [row.count("%") for row in rows[1:]] == [len(explorer.words.children)] * 2
     explorer.unmute.click()
     explorer.pending.result()
     assert "Nothing is muted" in explorer.muted.value
+
+
+def test_a_word_is_known_by_its_position(explorer):
+    explorer.own.value = "A red car and a red car"
+    explorer.pending.result()
+    assert [b.description.split()[0] for b in explorer.words.children] == explorer.own.value.split()
+    maps = {}
+    for index in (1, 5, 1):
+        word(explorer, index)
+        assert [b.value for b in explorer.words.children] == [i == index for i in range(7)]
+        assert explorer.word.value == index
+        maps[index] = drawn(explorer.whole.value)
+    assert not np.array_equal(maps[1], maps[5])
+    assert explorer.code.value.count("[1]") == 1
+    explorer.words.children[1].value = False  # as a second click does
+    assert explorer.words.children[1].value
+    explorer.word.value = 4  # an arrow key
+    explorer.pending.result()
+    assert explorer.words.children[4].value
+
+
+def test_words_have_marks_tints_and_alternatives(explorer):
+    index = int(explorer.image.label.split()[1])
+    truth = ql.scenes.scene("test", 0, index).objects[0]
+    other = "green" if truth.color != "green" else "red"
+    explorer.own.value = f"A {other} {truth.category} on a beach"
+    explorer.pending.result()
+    words = explorer.words.children
+    assert [button.description.split()[-1] for button in words[1:3]] == ["✗", "✓"]
+    assert "here the model would write" in words[0].tooltip
+    assert all(any(name.startswith("qv-p") for name in each._dom_classes) for each in words)
+
+
+def test_only_one_visual_token_is_left(explorer):
+    explorer.token.value = 4
+    explorer.only.click()
+    explorer.pending.result()
+    muted = [name for name, button in explorer.parts.items() if button.value]
+    assert len(muted) == len(explorer.token.options) - 1
+    assert "query 3" not in muted
+    assert "With global token, query 0, query 1, query 2, … muted" in explorer.muted.value
+
+
+def test_a_picture_is_saved_and_a_foreign_one_is_warned_of(explorer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    explorer.save.click()
+    assert "Saved explorer_scene_0.png" in explorer.status.value
+    assert Image.open(tmp_path / "explorer_scene_0.png").width > 400
+    assert not explorer.warning.value
+    explorer.folder.value = str(tmp_path)
+    explorer.pending.result()
+    assert "trained on drawn scenes alone" in explorer.warning.value
+    explorer.opacity.value = 0.25
+    assert "--qv-opacity: 0.25" in explorer._style.value
 
 
 def test_search_settings_reach_the_captioner(explorer, captioner):

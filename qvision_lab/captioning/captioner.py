@@ -35,7 +35,7 @@ from qvision_lab.captioning.images import (
     walk_pictures,
 )
 from qvision_lab.captioning.reading import Batch, Item
-from qvision_lab.captioning.records import Caption, digest
+from qvision_lab.captioning.records import Caption, FolderReport, digest
 from qvision_lab.data.atomic import locked, output_file
 from qvision_lab.data.coco import CaptionedImage
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
@@ -46,20 +46,7 @@ from qvision_lab.model.parameters import fingerprint_weights
 from qvision_lab.model.processor import QVisionProcessor
 
 BATCH_SIZES = {"cpu": 16, "cuda": 256}  # defaults; on CUDA, what fills a card
-MANY = 512  # image files, from which on processes read them for a GPU
 Captioned: TypeAlias = tuple[Item, list[Caption] | ImageError]
-
-
-@dataclass(frozen=True)
-class FolderReport:
-    """Counts of images that `caption_folder` processed, and the file of their records."""
-
-    captioned: int
-    skipped: int  # captioned already: by an earlier call, or under the same name
-    failed: int
-    output: Path
-    weights: str  # digest of the model's
-    unfamiliar: int = 0  # of the captioned: unlike the images that the model learned from
 
 
 @dataclass(eq=False, repr=False)
@@ -74,6 +61,13 @@ class Captioner:
 
     def __post_init__(self):
         self.decoding = FastDecoding(self.model)
+
+    def __repr__(self) -> str:
+        origin = self.provenance.source if self.provenance else "a model in memory"
+        total = sum(weights.numel() for weights in self.model.parameters())
+        return (
+            f"Captioner of {origin}: {total:,} parameters, {self.model.dtype}, {self.model.device}"
+        )
 
     def caption(
         self,
@@ -257,7 +251,7 @@ class Captioner:
             ThreadPoolExecutor(1) as writer,  # finishes its batch, also where an error ends the job
         ):
             mine = islice(new_items(), index, None, count)
-            workers = self._reading_processes(total, count)
+            workers = reading.count_workers(self.model.device, total, count)
             written = writer.submit(write, ())
             with closing(self._caption_batches(mine, search, batch_size, workers)) as batches:
                 for batch in batches:
@@ -284,12 +278,6 @@ class Captioner:
                 f"captions of them mean little.{next(hints) if name in SHIPPED else ''}",
                 stacklevel=3,
             )
-
-    def _reading_processes(self, total: int | None, sharing: int) -> int:
-        """Number of processes that read images: for many and a GPU, all cores but one; else 0."""
-        if self.model.device.type != "cuda" or (total is not None and total < MANY):
-            return 0
-        return max(1, os.cpu_count() // sharing - 1)
 
     def _caption_batches(
         self, items: Iterable[Item], search: Search, batch_size: int | None, workers: int = 0
@@ -381,7 +369,17 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> Captioner:
-    """Load a captioner: a folder, a Hub id, "scenes" (None) or "photos"; see `load_checkpoint`."""
+    """Load a model with its preprocessing, ready to caption.
+
+    Args:
+        source: folder or Hub id, or "scenes" (None: that) or "photos", the embedded checkpoints.
+        revision: branch, tag or commit on the Hub.
+        dtype: "float32" (the default), "bfloat16", "float16", or "auto": as it is stored.
+        device: "cpu", "cuda" or "mps"; None: CUDA where there is one.
+
+    Raises:
+        CheckpointError: if something is wrong with the checkpoint or a setting; it says what.
+    """
     if device is None and "LOCAL_RANK" in os.environ:  # each process has its own device
         device = _processes().device
     return Captioner(**vars(load_checkpoint(source, revision, dtype, device)))

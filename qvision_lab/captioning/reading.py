@@ -1,5 +1,6 @@
 """Reading images ahead of the model: by threads, or for a GPU by processes."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from qvision_lab.captioning.images import ImageError, Picture, open_image
 from qvision_lab.model.processor import QVisionProcessor
 
 THREADS = 2  # that open images while the model works on a CPU; more slow it down
+MANY = 512  # image files, from which on processes read them for a GPU
 CHUNK = 32  # images that a process reads at a time
 
 
@@ -74,6 +76,13 @@ class Reader(Dataset):
         pixels = [value for _, value in pairs if not isinstance(value, ImageError)]
         stacked = np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
         return Batch(items, torch.from_numpy(stacked))
+
+
+def count_workers(device: torch.device, total: int | None, sharing: int) -> int:
+    """Number of processes that read images: for many and a GPU, all cores but one; else 0."""
+    if device.type != "cuda" or (total is not None and total < MANY):
+        return 0
+    return max(1, os.cpu_count() // sharing - 1)
 
 
 def read_batches(

@@ -27,6 +27,18 @@ class Caption:
     familiar: bool | None = None  # is the image like those learned from? None: not known
 
 
+@dataclass(frozen=True)
+class FolderReport:
+    """Counts of images that `caption_folder` processed, and the file of their records."""
+
+    captioned: int
+    skipped: int  # captioned already: by an earlier call, or under the same name
+    failed: int
+    output: Path
+    weights: str  # digest of the model's
+    unfamiliar: int = 0  # of the captioned: unlike the images that the model learned from
+
+
 def make_record(captions: list[Caption] | ImageError) -> dict:
     """The fields of a record that are an image's own."""
     if isinstance(captions, ImageError):

@@ -25,6 +25,8 @@ from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.qformer import QFormerBlock
 from qvision_lab.model.variants import require_parts
 
+__all__ = ["Effect", "Intervention", "blank_image", "effects", "mute", "patch", "stack", "sweep"]
+
 Change = Callable[..., Tensor]  # of an activation; the model continues with the result
 Site = Callable[[nn.Module, Change], RemovableHandle]  # where in a module that is
 
@@ -274,6 +276,10 @@ def effects(trace: Trace, interventions: Sequence[Intervention]) -> list[Effect]
         Effect(intervention.label, trace.words, before, row)
         for intervention, row in zip(interventions, after, strict=True)
     ]
+
+
+def __dir__() -> list[str]:  # for completion
+    return __all__
 
 
 def _mark(indices: Iterable[int], count: int, kind: str = "part") -> Bool[Tensor, "1 N 1"]:

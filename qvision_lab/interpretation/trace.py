@@ -2,11 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
+from html import escape
 from itertools import islice, repeat
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -60,6 +62,7 @@ class Trace:
     qformer_cross_attentions: Float[np.ndarray, "L H N P"]
     bridge_attentions: Float[np.ndarray, "H T N"]
     captioner: Captioner | None = field(repr=False)  # not saved
+    to_html: ClassVar[Callable[["Trace", str | Path], Path]]  # `page.write_page`
 
     @property
     def model(self) -> QVisionForConditionalGeneration:
@@ -96,6 +99,17 @@ class Trace:
         by_word = by_token.split([len(word.tokens) for word in words], dim=1)
         return torch.stack([tokens.sum(1) for tokens in by_word], dim=1), bridge_map
 
+    def __repr__(self) -> str:
+        blocks, heads, tokens, patches = self.qformer_cross_attentions.shape
+        likely = (f"{w.text} {np.exp(self.logprobs[list(w.tokens)].sum()):.0%}" for w in self.words)
+        return (
+            f"Trace of {self.source}: {self.caption!r}\n  words: {', '.join(likely)}\n"
+            f"  {blocks} blocks, {heads} heads, {tokens} visual tokens, {patches} patches"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
+
     def save(self, path: str | Path) -> None:
         """Write all but the captioner to one safetensors file."""
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "captioner"}
@@ -115,11 +129,18 @@ class Trace:
 
 
 def trace(captioner: Captioner, image: Picture, caption: str | None = None) -> Trace:
-    """Record one forward pass of a caption; None for the one that greedy search finds.
+    """Record one forward pass: the attention, norms and probabilities behind a caption.
 
     The image is preprocessed as in training: stretched to a square, so that the patch grid covers
-    all of it. The model is left in evaluation mode. `trace_all` takes several images. ValueError if
-    the image is invalid, the model has no bridge, or gives no attention maps.
+    all of it. The model is left in evaluation mode. `trace_all` takes several images.
+
+    Args:
+        captioner: as `qvision_lab.load` returns it.
+        image: a path, a URL, bytes, a PIL image, an array or a tensor.
+        caption: what is read; None for the caption that greedy search finds.
+
+    Raises:
+        ValueError: if the image is invalid, the model has no bridge, or gives no attention maps.
     """
     return next(trace_all(captioner, [image], None if caption is None else [caption]))
 

@@ -23,9 +23,10 @@ def plot_training_curves(log: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if measures := [*log.filter(regex=r"^eval_(?!(loss|cider|runtime|.*_per_second)$)")]:
         shares = ax.twinx()
         shares.set(ylabel="right", ylim=(0, 1.02))
-        for name, color in zip(measures, plt.get_cmap("tab20").colors, strict=False):
+        shares.spines["right"].set_visible(True)
+        for name in measures:
             rows, label = log.dropna(subset=[name]), name.removeprefix("eval_").replace("_", " ")
-            shares.plot(rows["step"], rows[name], "o-", color=color, ms=3, lw=1, label=label)
+            shares.plot(rows["step"], rows[name], "o-", ms=3, lw=1, label=label)
         shares.legend(loc="center left", bbox_to_anchor=(1.12, 0.5), **LEGEND)
     return ax
 
@@ -53,8 +54,13 @@ def plot_scores(
 def plot_differences(
     differences: pd.DataFrame, label: str = "above the base", ax: Axes | None = None
 ) -> Axes:
-    """Dots and intervals of `ablation.differences`, best first; those without one are left out."""
+    """Dots and intervals of `ablation.differences`, best first; those without one are left out.
+
+    A star marks what Holm's correction leaves at 5%.
+    """
     rows = differences.dropna(subset=["low", "high"]).sort_values("difference", ascending=False)
+    if "corrected" in rows:
+        rows = rows.rename({name: f"{name} *" for name in rows.index[rows["corrected"] < 0.05]})
     ax = plot_scores({label: rows.rename(columns={"difference": "score"})}, scale=1, ax=ax)
     ax.axvline(0, color=WRONG, lw=0.8)
     ax.xaxis.set_major_formatter("{x:+g}")
@@ -67,12 +73,21 @@ def plot_removal_curves(
     curves: Mapping[str, Float[np.ndarray, "W S"]],
     ax: Axes | None = None,
 ) -> Axes:
-    """Mean probability of W words over the share of patches kept, and its area, by their order."""
+    """Mean probability of words, with a 95% band, while patches are removed or added by maps.
+
+    Args:
+        kept: shares of the patches that are kept, 0 to 1.
+        curves: by what chose the order: probabilities of W words; the legend adds the areas.
+    """
     ax = ax or plt.subplots(layout="constrained")[1]
     for name, probabilities in curves.items():
         mean = probabilities.mean(0)
         area = np.trapezoid(mean, kept) / (kept[-1] - kept[0])
         ax.plot(kept, mean, "o-", ms=3, lw=1.4, label=f"{name.replace('_', ' ')} ({area:.2f})")
+        if (n := len(probabilities)) > 1:
+            half = 1.96 * probabilities.std(0, ddof=1) / n**0.5
+            band = {"color": ax.lines[-1].get_color(), "alpha": 0.12, "lw": 0}
+            ax.fill_between(kept, (mean - half).clip(0), (mean + half).clip(max=1), **band)
     ax.set(xlabel="share of patches kept", ylabel="probability of the word", ylim=(0, None))
     ax.legend(**LEGEND)
     return ax

@@ -91,25 +91,38 @@ def plot_patch_map(
 
 
 def map_sheet(
-    image: ImageLike | None, rows: Mapping[str, Sequence[Any]], grid: bool = False
+    image: ImageLike | None,
+    rows: Mapping[str, Sequence[Any]],
+    grid: bool = False,
+    caption: str | None = None,
 ) -> Figure:
-    """Maps of one image in named rows; those of one method share a colour scale, with a bar."""
+    """Maps of one image in named rows; those of one method share a colour scale, with a bar.
+
+    With a `caption`, the image in colour stands above it, in front of the first row.
+    """
     maps = [patch_map for row in rows.values() for patch_map in row]
     if not maps:
         raise ValueError("no map to draw; pass at least one.")
     axes_of: dict[str, list[Axes]] = {each.method: [] for each in maps}
     vmax = {name: max(m.values.max() for m in maps if m.method == name) for name in axes_of}
-    figure, axes = _tiles(len(rows), max(map(len, rows.values())))
-    for line, (name, row) in zip(axes, rows.items(), strict=True):
+    first = int(caption is not None)
+    figure, axes = _tiles(len(rows), first + max(map(len, rows.values())))
+    if first:
+        axes[0, 0].imshow(_open(image))
+        text = textwrap.fill(caption, 18)
+        place = {"transform": axes[0, 0].transAxes, "va": "top", "fontsize": 8, "color": INK}
+        axes[0, 0].text(0, -0.05, text, **place).set_in_layout(False)
+    for line, (name, row) in zip(axes[:, first:], rows.items(), strict=True):
         for ax, patch_map in zip(line, row, strict=False):
             plot_patch_map(image, patch_map, ax, vmax[patch_map.method], grid)
             axes_of[patch_map.method].append(ax)
         left = {"transform": line[0].transAxes, "ha": "right", "va": "center", "rotation": 90}
         line[0].text(-0.06, 0.5, name.replace("_", " "), color=INK, fontsize=9, **left)
-    for group in axes_of.values():
+    for method, group in axes_of.items():
         height = len({ax.get_subplotspec().rowspan.start for ax in group})
         bar = figure.colorbar(group[0].images[-1], ax=group, aspect=12 * height, pad=0.01)
         bar.ax.tick_params(labelsize=7)
+        bar.set_label(method.replace("_", " "), fontsize=7)
     return figure
 
 
@@ -119,7 +132,8 @@ def query_sheet(profiles: Sequence[Any], image: ImageLike | None = None) -> Figu
     figure, axes = _tiles(-(-len(profiles) // 5), 5, below=0.75)
     for ax, profile in zip(axes.flat, profiles, strict=False):
         plot_patch_map(image, profile.map, ax, vmax)
-        text = f"{textwrap.fill(', '.join(profile.words), LINE)}\ncost {profile.cost:.2f}"
+        cost = round(profile.cost, 2) + 0.0  # no "-0.00"
+        text = f"{textwrap.fill(', '.join(profile.words), LINE)}\ncost {cost:.2f}"
         ax.text(0, -0.04, text, transform=ax.transAxes, va="top", fontsize=7, color=INK)
     return figure
 

@@ -16,13 +16,13 @@ import urllib.request
 from contextlib import suppress
 
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import playwright.sync_api as playwright
 import pytest
 from PIL import Image
 
 import qvision_lab as ql
+from qvision_lab.cli import main
 from qvision_lab.interpretation.interventions import mute
 from qvision_lab.plots.images import HEAT
 
@@ -43,9 +43,9 @@ LAB += ("--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",)
 def lab(tmp_path_factory) -> str:
     """Address of a notebook that shows the explorer, once its cell is run."""
     folder = tmp_path_factory.mktemp("lab")
-    cell = nbformat.v4.new_code_cell("import qvision_lab as ql\nql.explore(ql.load())")
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), folder / "x.ipynb")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "call", lambda command: 0)
+        main(["explore", "--output", str(folder / "x.ipynb")])
     news = folder / "CONFIG/lab/user-settings/@jupyterlab/apputils-extension"
     news.mkdir(parents=True)
     (news / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
@@ -91,13 +91,10 @@ def page(lab):
         browser.close()
 
 
-def peak_on_screen(image, patch_grid: tuple[int, int]) -> tuple[int, int]:
-    """Row and column of the patch in the brightest colour, on the left picture of two."""
-    shot = np.asarray(Image.open(io.BytesIO(image.screenshot())).convert("RGB"))
-    left = shot[:, : shot.shape[1] // 2]
-    inked = (left < 250).any(-1)
-    inside = left[inked.mean(1) > 0.5][:, inked.mean(0) > 0.5]  # not the title, nor the margins
-    patches = np.asarray(Image.fromarray(inside).resize(patch_grid[::-1], Image.Resampling.BOX))
+def peak_on_screen(picture, patch_grid: tuple[int, int]) -> tuple[int, int]:
+    """Row and column of the patch in the brightest colour."""
+    shot = Image.open(io.BytesIO(picture.screenshot())).convert("RGB")
+    patches = np.asarray(shot.resize(patch_grid[::-1], Image.Resampling.BOX))
     brightest = 255 * np.array(plt.get_cmap(HEAT)(1.0)[:3])
     distances = np.linalg.norm(patches - brightest, axis=-1)
     return tuple(int(i) for i in np.unravel_index(distances.argmin(), patch_grid))
@@ -114,34 +111,104 @@ def find_example(captioner):
     pytest.fail("no query matters to a caption")
 
 
+def pressed(page) -> list[int]:
+    """Positions of the words whose buttons are pressed."""
+    classes = page.locator(".qv-words button").evaluate_all("all => all.map(b => b.className)")
+    return [i for i, names in enumerate(classes) if "mod-active" in names]
+
+
+def handle(page, name: str):
+    """The handle of a slider, which takes arrow keys."""
+    return page.locator(".widget-hslider", has_text=name).locator(".noUi-handle")
+
+
 def test_upload_click_and_mute(page, tmp_path):
     captioner = ql.load()
     picture, query = find_example(captioner)
     picture.save(tmp_path / "mine.png")
     traced = ql.trace(captioner, picture)
     maps = ql.word_maps(traced)
-    longest = max(maps, key=lambda m: len(m.label))
-    other = next(m for m in maps if m.peak != longest.peak)
+    longest = max(range(len(maps)), key=lambda i: len(maps[i].label))
+    other = next(i for i, m in enumerate(maps) if m.peak != maps[longest].peak)
     with mute(captioner.model, queries=[query]):
         muted = captioner.caption(picture, preset="greedy").text
-    images = page.locator("img[alt*='highest in patch']")
+    pictures, buttons = page.locator(".qv-picture"), page.locator(".qv-words button")
 
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name="Upload a picture").click()
     chooser.value.set_files(tmp_path / "mine.png")
     expect(page.get_by_text(traced.caption, exact=True)).to_be_visible()
-    for patch_map in (longest, other, longest):
-        page.get_by_role("button", name=patch_map.label, exact=True).first.press("Enter")
+    expect(page.get_by_text("trained on drawn scenes alone")).to_be_visible()
+    handle(page, "Opacity").press("End")  # the map alone
+    for index in (longest, other, longest):
+        buttons.nth(index).press("Enter")
+        patch_map = maps[index]
         text = f"{patch_map.label} ({patch_map.method}): highest in patch {patch_map.peak}"
-        expect(images).to_have_attribute("alt", re.compile(f"^{re.escape(text)}"))
-        assert peak_on_screen(images, traced.patch_grid) == patch_map.peak
+        expect(pictures.first).to_have_attribute("aria-label", text)
+        assert pressed(page) == [index]
+        assert peak_on_screen(pictures.first, traced.patch_grid) == patch_map.peak
 
-    expect(page.get_by_text("Nothing is muted")).to_be_visible()
-    page.get_by_role("button", name=str(query), exact=True).first.click()
+    page.get_by_title(f"mute query {query}", exact=True).click()
     expect(page.get_by_text(f"With query {query} muted")).to_be_visible()
-    expect(page.get_by_text(muted, exact=True)).to_be_visible()
-    expect(page.get_by_text(traced.caption, exact=True)).to_be_visible()
+    changed = page.locator(".qv-caption").nth(1)
+    expect(changed).to_have_text(muted)
+    assert changed.locator("mark").count()
+    expect(page.get_by_text(traced.caption, exact=True).first).to_be_visible()
     expect(page.get_by_text("Ready.")).to_be_visible()
-    assert images.count() == 2
+    assert pictures.count() == 4
+    sizes = {tuple(round(box[k]) for k in ("y", "height")) for box in map(box_of, pictures.all())}
+    assert len(sizes) == 1  # whole and muted side by side, at one height
     if place := os.environ.get("EXPLORER_SCREENSHOT"):
         page.locator(".jp-OutputArea-output").first.screenshot(path=place)
+
+
+def box_of(element) -> dict:
+    return element.bounding_box()
+
+
+def test_a_repeated_word_and_arrow_keys(page):
+    text = page.get_by_placeholder("or read a caption of your own")
+    text.fill("A red car and a red car")
+    text.press("Enter")
+    buttons = page.locator(".qv-words button")
+    expect(buttons).to_have_count(7)
+    expect(page.get_by_text("You wrote")).to_be_visible()
+    for index in (5, 1, 6):
+        buttons.nth(index).click()
+        expect(buttons.nth(index)).to_have_class(re.compile("mod-active"))
+        assert pressed(page) == [index]
+    handle(page, "Word").press("ArrowLeft")
+    expect(buttons.nth(5)).to_have_class(re.compile("mod-active"))
+    assert pressed(page) == [5]
+    expect(page.locator(".qv-picture").first).to_have_attribute("aria-label", re.compile("^red "))
+
+
+def test_ten_rapid_clicks_end_in_the_last(page):
+    buttons = page.locator(".qv-words button")
+    expect(page.get_by_text("Ready.")).to_be_visible()
+    count = buttons.count()
+    for click in range(10):
+        buttons.nth(click % count).click()
+    last = page.locator(".qv-words button").nth(9 % count)
+    word = last.inner_text().split()[0]
+    label = page.locator(".qv-picture").first
+    expect(label).to_have_attribute("aria-label", re.compile(f"^{re.escape(word)} "))
+    expect(page.get_by_text("Ready.")).to_be_visible()
+    assert pressed(page) == [9 % count]
+
+
+@pytest.mark.parametrize(("width", "height"), [(1366, 768), (900, 800), (1600, 900)])
+def test_the_picture_stays_in_view(page, width, height):
+    page.set_viewport_size({"width": width, "height": height})
+    expect(page.get_by_text("Ready.")).to_be_visible()
+    page.locator(".qv").first.scroll_into_view_if_needed()
+    page.locator(".qv-words").first.evaluate("e => e.scrollIntoView()")
+    page.get_by_title("mute query 3", exact=True).click()
+    expect(page.get_by_text("With query 3 muted")).to_be_visible()
+    page.wait_for_timeout(500)
+    boxes = [*map(box_of, page.locator(".qv-picture").all())]
+    if folder := os.environ.get("EXPLORER_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/explorer_{width}x{height}.png")
+    assert all(box["y"] >= 0 and box["y"] + box["height"] <= height for box in boxes)
+    button = box_of(page.get_by_title("mute query 3", exact=True))
+    assert 0 <= button["y"] <= height

@@ -15,8 +15,7 @@ from torch.testing import assert_close
 
 import qvision_lab as ql
 from qvision_lab import scenes
-from qvision_lab.captioning import Caption, Captioner, cached_attention, compiled
-from qvision_lab.captioning import captioner as captioning
+from qvision_lab.captioning import Caption, Captioner, cached_attention, compiled, reading
 from qvision_lab.captioning.compiled import FastDecoding
 from qvision_lab.captioning.decoding_step import Buffers
 from qvision_lab.captioning.sampling import random_integers
@@ -407,8 +406,8 @@ def test_processes_read_a_folder_as_threads_do(captioner, pictures, tmp_path, mo
     damaged.write_bytes(damaged.read_bytes()[:500])
     other, how = uncaptured(captioner), {"batch_size": 16, **GREEDY}
     assert counts(other.caption_folder(folder, tmp_path / "threads.jsonl", **how)) == (39, 0, 1)
-    monkeypatch.setattr(captioning, "MANY", 1)
-    assert other._reading_processes(40, 1) > 0
+    monkeypatch.setattr(reading, "MANY", 1)
+    assert reading.count_workers(other.model.device, 40, 1) > 0
     assert counts(other.caption_folder(folder, tmp_path / "processes.jsonl", **how)) == (39, 0, 1)
     complete = (tmp_path / "processes.jsonl").read_text()
     assert complete == (tmp_path / "threads.jsonl").read_text()

@@ -1,0 +1,136 @@
+"""Runs the model for the explorer, and caches what can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+
+from qvision_lab.captioning import Captioner
+from qvision_lab.captioning.decoding_step import copy_sharing_weights
+from qvision_lab.interpretation.interventions import mute
+from qvision_lab.interpretation.maps import DEFAULT_METHOD, PatchMap, query_maps, word_maps
+from qvision_lab.interpretation.trace import Trace, trace
+from qvision_lab.model.config import QVisionConfig
+
+CACHE_SIZE = 16  # captions and traces, so that a click on a word costs its map alone
+ALTERNATIVES = 4  # tokens listed for a word
+
+
+@dataclass(frozen=True)
+class Request:
+    """The state of all controls."""
+
+    image: Callable[[], Image.Image]  # opens it
+    search: tuple[tuple[str, object], ...]  # arguments of `Captioner.caption`
+    muted: tuple[str, ...] = ()  # names of parts
+    word: tuple[str, int] | None = None  # caption and index; else the longest, mostly a noun
+    method: str = DEFAULT_METHOD
+    token: int = 0  # of the visual tokens
+    block: int | None = None  # None: the mean of all, as for `head`
+    head: int | None = None
+    caption: str = ""  # to read instead of the model's own
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Output of the model, whole or with parts muted, for an image."""
+
+    caption: str  # the model's own
+    trace: Trace  # of the caption that is read: one for the whole and the muted model
+    word: int | None  # index of the mapped word in the trace
+    maps: tuple[PatchMap, ...]  # of the word, if there is one, and of the visual token
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Of each word [W] of the trace's caption, given those before it."""
+        logprobs = self.trace.logprobs
+        return np.exp([logprobs[list(word.tokens)].sum() for word in self.trace.words])
+
+
+class Backend:
+    """Runs requests on a copy of the model that shares its weights.
+
+    Mutes are hooks; in the copy they do not affect the captioner in other cells.
+    """
+
+    def __init__(self, captioner: Captioner):
+        self.captioner = replace(captioner, model=copy_sharing_weights(captioner.model))
+        self.parts = parts(captioner.model.config)
+        self._caption = lru_cache(CACHE_SIZE)(self._caption)
+        self._trace = lru_cache(CACHE_SIZE)(self._trace)
+
+    def run(self, request: Request) -> list[Result]:
+        """Result of the whole model, then of the muted one if a part is muted."""
+        caption = request.caption or self._caption(request.image, request.search, ())
+        words = self._trace(request.image, caption, ()).words
+        word = max(range(len(words)), key=lambda i: len(words[i].text), default=None)
+        if request.word and request.word[0] == caption:
+            word = request.word[1]
+        results = []
+        for muted in dict.fromkeys(((), request.muted)):  # one, if they are the same
+            traced = self._trace(request.image, caption, muted)
+            with self._muting(muted):
+                maps = word_maps(traced, request.method, () if word is None else (words[word],))
+            maps.append(query_maps(traced, request.block, request.head)[request.token])
+            own = self._caption(request.image, request.search, muted)
+            results.append(Result(own, traced, word, tuple(maps)))
+        return results
+
+    @torch.no_grad()
+    def alternatives(self, traced: Trace) -> list[str]:
+        """For each word, the most probable tokens where it begins, with their probabilities."""
+        decoder, first = traced.model.decoder, [word.tokens[0] for word in traced.words]
+        states = traced.to_tensor(traced.text_states[first])[None]
+        states, _ = decoder.bridge(states, traced.to_tensor(traced.visual_tokens)[None], False)
+        top = decoder.lm_head(states)[0].float().softmax(-1).topk(ALTERNATIVES)  # [W,k]
+        decode = self.captioner.processor.tokenizer.decode
+        rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return [
+            ", ".join(f"{decode([i]).strip()} {p:.0%}" for i, p in zip(*row, strict=True))
+            for row in rows
+        ]
+
+    def mute_arguments(self, muted: Sequence[str]) -> dict[str, object]:
+        """Arguments of `mute` for several parts together."""
+        merged: dict[str, object] = {}
+        for group in self.parts.values():
+            for name in [name for name in group if name in muted]:
+                for argument, value in group[name].items():
+                    known = merged.get(argument, [])
+                    merged[argument] = sorted(known + value) if isinstance(value, list) else value
+        return merged
+
+    def _caption(self, image: Callable, search: tuple, muted: tuple[str, ...]) -> str:
+        with self._muting(muted):
+            return self.captioner.caption(image(), **dict(search)).text
+
+    def _trace(self, image: Callable, caption: str, muted: tuple[str, ...]) -> Trace:
+        with self._muting(muted):
+            return trace(self.captioner, image(), caption)
+
+    def _muting(self, muted: tuple[str, ...]) -> ExitStack:
+        stack = ExitStack()
+        if muted:
+            stack.enter_context(mute(self.captioner.model, **self.mute_arguments(muted)))
+        return stack
+
+
+def parts(config: QVisionConfig) -> dict[str, dict[str, dict]]:
+    """Arguments of `mute` for each part of a model, by kind and name."""
+    heads, blocks = range(config.num_attention_heads), range(config.num_qformer_blocks)
+    tokens = {"global token": {"global_token": True}} if config.global_token != "none" else {}
+    tokens |= {f"query {q}": {"queries": [q]} for q in range(config.num_query_tokens)}
+    found = {"Queries": tokens}
+    for b in blocks:
+        for kind, argument, name in (("patches", "heads", ""), ("queries", "self_heads", "self ")):
+            group = {f"block {b}, {name}head {h}": {argument: [(b, h)]} for h in heads}
+            found[f"Block {b}: heads on {kind}"] = group
+    found["Bridge: heads"] = {f"bridge, head {h}": {"bridge_heads": [h]} for h in heads}
+    whole = {f"block {b}": {"blocks": [b]} for b in blocks}
+    return {**found, "Blocks and bridge": {**whole, "bridge": {"bridge": True}}}
