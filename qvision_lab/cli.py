@@ -159,8 +159,10 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def demo(options: argparse.Namespace) -> None:
-    """Caption held-out scenes from disk and check every caption against the truth."""
+    """Caption held-out scenes, check every caption against the truth; caption photographs."""
     ql.figures.run_demo(options.n, options.output, options.folder, options.seed, options.model)
+    if options.model is None:
+        ql.figures.draw_photographs(Path(options.output).with_name("photos.png"))
 
 
 def curves(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 
 from qvision_lab import plots, scenes
 from qvision_lab.ablation import averages, differences, summarise
-from qvision_lab.captioning import load
+from qvision_lab.captioning import Caption, load
 from qvision_lab.data.atomic import atomic
 from qvision_lab.data.coco import open_dataset
 from qvision_lab.interpretation.faithfulness import object_words, removal_curves
@@ -33,6 +34,14 @@ CURVES = {  # stages of the embedded checkpoint's training, and the measures tha
     "vision": ("Vision tower", ["category", "color", "number", "background"]),
     "captioner": ("Captioner", ["true", "pairs_right", "object_recall", "hallucination"]),
 }
+PHOTOGRAPHS = (  # free photographs in scikit-image
+    *("chelsea.png", "coffee.png", "astronaut.png"),
+    *("camera.png", "rocket.jpg", "clock_motion.png"),
+)
+CREDITS = (
+    "cat by Stefan van der Walt, coffee by Rachel Michetti, man with a camera by Lav Varshney "
+    "(CC0); astronaut by NASA, rocket by SpaceX, clock by Stefan van der Walt (public domain)"
+)
 STYLE = str(files("qvision_lab.plots") / "qvision.mplstyle")
 STUDY = files("qvision_lab.ablation") / "results" / "architecture"
 
@@ -63,6 +72,21 @@ def run_demo(
         print(f"  {name:<18}{rate!s:>18}   of {RATES[name]}")
     print(f"\ncontact sheet: {output}")
     return rates
+
+
+def draw_photographs(output: str | Path = "figures/photos.png") -> list[Caption]:
+    """Caption six free photographs, which scikit-image brings, by the checkpoint `photos`."""
+    if find_spec("skimage") is None:
+        raise ImportError("scikit-image has the photographs: pip install 'qvision-lab[photos]'.")
+    folder = files("skimage") / "data"
+    captions = load("photos").caption([folder / name for name in PHOTOGRAPHS])
+    sheet = plots.caption_sheet(captions, ncols=3)
+    sheet.text(0.5, 0, f"Photographs of scikit-image: {CREDITS}.", ha="center", fontsize=7)
+    write_figure(sheet, Path(output), dpi=80)
+    for caption in captions:
+        print(f"  {Path(caption.source).stem}: {caption.text}")
+    print(f"\nphotographs: {output}")
+    return captions
 
 
 @plt.style.context(STYLE)

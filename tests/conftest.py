@@ -111,8 +111,8 @@ def tiny_captioner(model: ql.QVisionForConditionalGeneration | None = None) -> q
 def save_captioner(captioner: ql.Captioner, folder: Path) -> Path:
     """A checkpoint in the native layout."""
     origin = checkpoint.Provenance("a test", "native", None, {}, "float32")
-    parts = captioner.model, captioner.processor
-    return checkpoint.save_checkpoint(checkpoint.Checkpoint(*parts, origin), folder)
+    parts = captioner.model, captioner.processor, origin, captioner.familiarity
+    return checkpoint.save_checkpoint(checkpoint.Checkpoint(*parts), folder)
 
 
 @pytest.fixture

@@ -1,0 +1,73 @@
+"""Images unlike those that a checkpoint learned from are reported wherever they are captioned."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from conftest import random_images, save_captioner
+from safetensors.torch import load_file, save_file
+
+import qvision_lab as ql
+from qvision_lab.model.familiarity import Familiarity
+from qvision_lab.model.loading.storage import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def embedded() -> ql.Captioner:
+    return ql.load("scenes", device="cpu")
+
+
+def test_a_hundredth_of_familiar_images_is_beyond_the_limit():
+    draw = torch.Generator().manual_seed(0)
+    mixing = torch.randn(8, 8, generator=draw)
+
+    def images(n: int, shift: float = 0.0) -> torch.Tensor:
+        return (torch.randn(n, 8, generator=draw) + shift) @ mixing
+
+    familiarity = Familiarity.fit(images(4000), images(4000))
+    assert 0.005 < (~familiarity.holds(images(4000))).float().mean() < 0.02
+    assert not familiarity.holds(images(50, shift=4.0)).any()
+    assert familiarity.limit == pytest.approx(20.09**0.5, rel=0.03)  # chi-squared, 8 degrees, 1%
+
+
+def test_scenes_are_familiar_and_noise_is_not(embedded, tmp_path):
+    scenes = [scene.image for scene in ql.scenes.generate(4, split="test", seed=3)]
+    with warnings.catch_warnings(action="error"):
+        assert all(caption.familiar for caption in embedded.caption(scenes))
+    for image, name in zip([*scenes, *random_images(2, 224, 224)], "abcdef", strict=True):
+        image.save(tmp_path / f"{name}.png")
+    message = r"2 of 6 pictures are unlike those .*For photographs: ql.load\('photos'\)"
+    with pytest.warns(UserWarning, match=message):
+        report = embedded.caption_folder(tmp_path, tmp_path / "captions.jsonl", batch_size=4)
+    assert report.unfamiliar == 2
+    records = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert [record.get("familiar", True) for record in records] == [True] * 4 + [False] * 2
+
+
+def test_captions_are_those_of_pixels(embedded):
+    images = random_images(3, 224, 224)
+    without = ql.Captioner(embedded.model, embedded.processor)
+    expected = without.caption(images, preset="greedy")
+    assert {caption.familiar for caption in expected} == {None}
+    with pytest.warns(UserWarning, match="3 of 3 pictures"):
+        found = embedded.caption(images, preset="greedy")
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+
+
+def test_it_is_kept_with_the_checkpoint(byte_captioner, tmp_path):
+    tokens = torch.randn(100, 32)
+    byte_captioner.familiarity = Familiarity.fit(tokens, tokens)
+    folder = save_captioner(byte_captioner, tmp_path / "a")
+    again = ql.load(ql.convert(folder, tmp_path / "b")).familiarity
+    for name, values in vars(byte_captioner.familiarity).items():
+        assert torch.equal(getattr(again, name), values)
+    path = folder / "familiarity.safetensors"
+    stored = load_file(path)
+    for bad in (stored | {"mean": torch.zeros(3)}, stored | {"more": torch.zeros(3)}):
+        save_file(bad, path)
+        with pytest.raises(CheckpointError, match=r"familiarity.safetensors has not the tensors"):
+            ql.load(folder)
+    save_file(stored | {"limit": torch.tensor(float("nan"))}, path)
+    with pytest.raises(CheckpointError, match=r"limit .* is not finite"):
+        ql.load(folder)
