@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pandas as pd
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from qvision_lab.benchmark.harness import Table
+from qvision_lab.benchmark.harness import Table, identity_of
 from qvision_lab.captioning import Captioner
 from qvision_lab.data.coco import CaptionDataset, ImageId, open_dataset
 from qvision_lab.evaluation.report import COCO_METRICS, evaluate, evaluate_dataset
@@ -51,9 +52,9 @@ def run_benchmarks(
             ids = model.generate(visual_tokens=tokens, max_new_tokens=30, do_sample=False)
             sources[name] = [captioner.processor.decode(ids[0])] * len(test)
     about = {"quick": quick, "settings": {"train": train.name, "test": test.name}}
-    about["name"] = (
-        "baselines" if captioner.provenance.source == EMBEDDED else f"baselines {test.name}"
-    )
+    about["identity"] = identity_of(captioner, train=train, test=test)
+    source = captioner.provenance.source
+    about["name"] = "baselines" if source == EMBEDDED else f"baselines {Path(source).name}"
     rows = []
     for name, texts in sources.items():
         report = evaluate_dataset(dict(zip(test.ids, texts, strict=True)), test, metrics)

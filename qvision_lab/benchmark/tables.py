@@ -149,6 +149,16 @@ def _maps(folder: Path) -> Iterator[Row]:
         yield {"map": method.replace("_", " "), **row}
 
 
+def _baselines(folder: Path) -> Iterator[Row]:
+    """Scores of the embedded checkpoints and of captions that read no image, or a similar one."""
+    for name in SOURCES["baselines"]:
+        for result in _read_results(name, folder):
+            rows = {(row["source"], row["metric"]): _interval(row) for row in result["rows"]}
+            for source in dict.fromkeys(source for source, _ in rows):
+                cells = {title: rows.get((source, title), "") for title in LAYOUT["baselines"]}
+                yield {"images": result["settings"]["test"], "captions": source, **cells}
+
+
 def _scores(_: Path) -> Iterator[Row]:
     """Scores of the embedded checkpoint, from the file next to its weights."""
     path = files("qvision_lab") / "scenes_checkpoint" / "scores.json"
@@ -178,7 +188,7 @@ def _pick(name: str, folder: Path) -> Iterator[Row]:
             yield line["line"] | cells
 
 
-TABLES = {"maps": _maps, "scores": _scores}
+TABLES = {"maps": _maps, "scores": _scores, "baselines": _baselines}
 TABLES |= {name: partial(_pick, name) for name in ("claims", "headlines")}
 NAMES = (*COLUMNS, *TABLES)
 
