@@ -9,6 +9,7 @@ from conftest import random_images, save_captioner
 from safetensors.torch import load_file, save_file
 
 import qvision_lab as ql
+from qvision_lab.cli import main
 from qvision_lab.model.familiarity import Familiarity
 from qvision_lab.model.loading.storage import CheckpointError
 
@@ -43,6 +44,12 @@ def test_scenes_are_familiar_and_noise_is_not(embedded, tmp_path):
     assert report.unfamiliar == 2
     records = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert [record.get("familiar", True) for record in records] == [True] * 4 + [False] * 2
+
+
+def test_the_command_says_so_in_a_line(tmp_path, capsys):
+    random_images(1, 224, 224)[0].save(tmp_path / "noise.png")
+    assert main(["caption", str(tmp_path / "noise.png")]) == 0
+    assert "\nqvision: 1 of 1 pictures are unlike those" in "\n" + capsys.readouterr().err
 
 
 def test_captions_are_those_of_pixels(embedded):

@@ -21,12 +21,18 @@ CANDIDATES = {"composition, first block": partial(composition, block=0), **METHO
 KEYS = ["method", "size"]
 
 
-def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
+def run_benchmarks(
+    captioner: Captioner, quick: bool = False, data: str | None = None
+) -> Iterator[Table]:
     """Score the maps of greedy captions; the default is chosen on `val`, all are tested on `test`.
 
     Differences to the chosen method are paired. Another checkpoint than the embedded one is
     compared with it method by method, both on the scenes' first references, in a table of its own.
+    On `data` in COCO's format instead, with its instances, methods are compared with the centre.
     """
+    if data is not None:
+        yield _score_boxes(captioner, quick, data)
+        return
     how = {split: {**settings, "n": 6} if quick else settings for split, settings in SPLITS.items()}
     data = {split: open_dataset(f"scenes:{split}", **settings) for split, settings in how.items()}
     val, test = ([*faithfulness.examples_of(dataset)] for dataset in data.values())
@@ -52,3 +58,22 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
     rows = tuple(both.where(both.notna(), None).to_dict("records"))
     settings, identity = {"scenes": how, "chosen": chosen}, identity_of(captioner, **data)
     yield Table(name=name, rows=rows, quick=quick, settings=settings, identity=identity)
+
+
+def _score_boxes(captioner: Captioner, quick: bool, data: str) -> Table:
+    """Maps of the model's captions of photographs; words that name an object with a box count."""
+    dataset = open_dataset(data, n=6 if quick else None)
+    scores = faithfulness.score_words(captioner, faithfulness.examples_of(dataset), CANDIDATES)
+    against = dict.fromkeys(CANDIDATES, "centre")
+    differences = faithfulness.compare_methods(scores, against)
+    tested = faithfulness.summarise(scores, KEYS).merge(differences, "left", [*KEYS, "measure"])
+    rows = tested.astype(object).where(tested.notna(), None).to_dict("records")
+    identity = identity_of(captioner, test=dataset)
+    settings = {"images": dataset.name, "chosen": "centre"}
+    return Table(
+        name=f"maps boxes {Path(captioner.provenance.source).name}",
+        rows=tuple(rows),
+        quick=quick,
+        settings=settings,
+        identity=identity,
+    )

@@ -133,10 +133,10 @@ EXPANSIONS = {"parameters": _parameters, "peers": _peers, "loading": _loading}
 EXPANSIONS |= {"training": _training, "learning": _scored, "recovery": _recovery}
 
 
-def _maps(folder: Path) -> Iterator[Row]:
-    """Methods of word maps on Scenes, with a checkpoint whose tower was trained without boxes."""
+def _maps(table: str, folder: Path) -> Iterator[Row]:
+    """Methods of word maps, in the columns of a table of one result or several."""
     cells = {}
-    for name in SOURCES["maps"]:
+    for name in SOURCES[table]:
         for row in chain(*(result["rows"] for result in _read_results(name, folder))):
             key = (row["method"], name, row.get("split", "test"), row["size"], row["measure"])
             cells[key] = _interval(row, "words" if row["measure"] == "pointing" else None)
@@ -144,8 +144,9 @@ def _maps(folder: Path) -> Iterator[Row]:
                 numbers = (100 * row[each] for each in ("difference", "least", "most"))
                 text = "{:+.1f} [{:+.1f}, {:+.1f}], p = {:.2g}".format(*numbers, row["p"])
                 cells[(*key, "difference")] = text
-    for method in dict.fromkeys(method for method, name, *_ in cells if name == "maps"):
-        row = {title: cells.get((method, *key), "") for title, key in LAYOUT["maps"].items()}
+    first = SOURCES[table][0]
+    for method in dict.fromkeys(method for method, name, *_ in cells if name == first):
+        row = {title: cells.get((method, *key), "") for title, key in LAYOUT[table].items()}
         yield {"map": method.replace("_", " "), **row}
 
 
@@ -188,7 +189,8 @@ def _pick(name: str, folder: Path) -> Iterator[Row]:
             yield line["line"] | cells
 
 
-TABLES = {"maps": _maps, "scores": _scores, "baselines": _baselines}
+TABLES = {"scores": _scores, "baselines": _baselines}
+TABLES |= {name: partial(_maps, name) for name in ("maps", "boxes")}
 TABLES |= {name: partial(_pick, name) for name in ("claims", "headlines")}
 NAMES = (*COLUMNS, *TABLES)
 
