@@ -168,6 +168,14 @@ class ModelChanges(Settings):
     bridge_reads: Literal["visual_tokens", "image_tokens", "mean_image_token"] | None = None
 
 
+class Generation(Settings):
+    """Settings of transformers' `generate` that a checkpoint captions by."""
+
+    num_beams: Count = 1
+    length_penalty: float = 1.0
+    max_new_tokens: Count = 30
+
+
 class Recipe(Settings):
     """A whole run: a checkpoint (or a new model), data, what is trained and how."""
 
@@ -183,7 +191,7 @@ class Recipe(Settings):
     reinitialise: Annotated[tuple[str, ...], Strict(False)] = ()  # modules with random weights
     features: Features | None = Features()  # None: no cache; images pass the tower in each step
     scores: dict[str, DataSource] = {}  # data sets, by a name, that the result is scored on
-    preset: Literal["greedy", "beam"] = "greedy"  # how the result captions by default
+    generation: Generation = Generation()  # how the result captions by default
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved weights
     push_to: str | None = None  # Hub id to upload the result to
 

@@ -86,7 +86,8 @@ def save_result(
     checkpoint = replace(checkpoint, provenance=made_by, familiarity=familiarity)
     dtype = getattr(torch, recipe.dtype)
     rounded = checkpoint.model.to(dtype).float()  # what is scored is what is saved
-    rounded.generation_config = generation_preset(recipe.preset, rounded.config)
+    rounded.generation_config = generation_preset("greedy", rounded.config)
+    rounded.generation_config.update(**recipe.generation.model_dump())
     captioner = Captioner(rounded, checkpoint.processor)
     scores = {name: score_captioner(captioner, test) for name, test in tests.items()}
     log = TrainerState.load_from_json(str(best / TRAINER_STATE_NAME)).log_history
