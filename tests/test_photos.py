@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_images, tiny_captioner, undropped
+import yaml
+from conftest import SHARED, random_images, tiny_captioner, undropped
 from torch.nn import functional as F
 
 import qvision_lab as ql
@@ -138,6 +139,40 @@ def test_baselines_need_no_look(folder, monkeypatch):
     for source in (*sources, "no image", "a person"):
         assert 0 <= found[source, "BLEU-4"] <= 1
     assert min(found[name, "BLEU-1"] for name in ("a person", "nearest training image")) > 0.5
+
+
+@pytest.fixture(scope="module")
+def photos() -> ql.Captioner:
+    pytest.importorskip("timm")
+    return ql.load("photos", device="cpu")
+
+
+def test_the_shipped_captioner_is_small_and_of_its_recipe(photos):
+    folder = ROOT / "qvision_lab/photos_checkpoint"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 24e6
+    recipe = load_recipe("photos").model_dump(mode="json")
+    trained = yaml.safe_load((folder / "run.yaml").read_text())["recipe"]
+    for part in ("imagenet", "training", "model", "generation", "dtype", "seed"):
+        assert trained[part] == recipe[part]
+    assert photos.model.generation_config.num_beams == recipe["generation"]["num_beams"]
+    assert photos.model.dtype == torch.float32
+    config = photos.model.config
+    stored, tower = new_model.imagenet_tower(config), photos.model.vision.tower.state_dict()
+    name = "timm_model.conv_head.weight"
+    torch.testing.assert_close(tower[name], stored[name].half().float(), atol=0, rtol=0)
+
+
+def test_it_knows_photographs_from_scenes(photos):
+    scenes = [scene.image for scene in ql.scenes.generate(10, split="test", seed=5)]
+    with pytest.warns(UserWarning, match=r"photos learned from.* For drawn scenes: ql.load\('s"):
+        captions = photos.caption(scenes, preset="greedy")
+    assert sum(caption.familiar for caption in captions) <= 2
+    if not (flickr8k := SHARED / "flickr8k").exists():
+        pytest.skip("no photographs here")
+    images = [image.image for image in open_dataset(flickr8k, split="test", n=20)]
+    captions = photos.caption(images, preset="greedy")
+    assert sum(caption.familiar for caption in captions) >= 18
+    assert len({caption.text for caption in captions}) > 15
 
 
 def test_no_photograph_and_no_captions_of_others_are_committed():
