@@ -1,7 +1,5 @@
 """The demo, the figures of the README, and the findings of a study."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.resources import files

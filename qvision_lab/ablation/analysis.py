@@ -1,7 +1,5 @@
 """Statistics of a study's table: paired over seeds, corrected for multiple comparisons."""
 
-from __future__ import annotations
-
 import pandas as pd
 from scipy.stats import t
 

@@ -1,7 +1,5 @@
 """One run of a study: a captioner trained behind a frozen tower, its scores and its cost."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

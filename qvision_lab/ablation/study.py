@@ -1,7 +1,5 @@
 """A study: variants of one base recipe, each with the same seeds, run anywhere, into one table."""
 
-from __future__ import annotations
-
 import json
 import os
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -66,7 +64,7 @@ class Study(Settings):
     threads: Count = 1
 
     @classmethod
-    def read(cls, source: str | os.PathLike) -> Study:
+    def read(cls, source: str | os.PathLike) -> "Study":
         """Read a YAML file, or one of the package's own by its name; ValueError as `parse`."""
         return cls.parse(read_yaml(find_settings(str(source), STUDIES, "study")), str(source))
 

@@ -1,6 +1,4 @@
-"""What scores are worth: captions by the model beside captions that need no look at the image."""
-
-from __future__ import annotations
+"""Quality of captions by the model, next to captions that need no image."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from tempfile import TemporaryDirectory

@@ -1,7 +1,5 @@
 """Faithfulness of word maps: every method scored against boxes, next to chance and the centre."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial

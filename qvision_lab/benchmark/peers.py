@@ -1,7 +1,5 @@
 """QVision among its peers: models of public configuration with random weights, and chat models."""
 
-from __future__ import annotations
-
 import base64
 import copy
 import gc

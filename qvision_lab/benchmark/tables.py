@@ -1,7 +1,5 @@
 """Tables and figures of what was measured, drawn from the result files alone."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Training, ours and the original's: steps at the published sizes; CIDEr by minutes, embedded."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import math
@@ -134,7 +132,7 @@ def _row(
 
 
 def _time_steps(
-    learner: Learner, images: int, precision: str, quick: bool, compiled: bool = False
+    learner: "Learner", images: int, precision: str, quick: bool, compiled: bool = False
 ) -> dict:
     """Measure steps of one kind on a GPU."""
     model, way = learner.model, learner.way

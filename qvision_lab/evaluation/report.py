@@ -1,7 +1,5 @@
 """Scores with confidence intervals, of a system and of the difference to another; result files."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re
@@ -123,7 +121,7 @@ class EvaluationReport:
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path) -> EvaluationReport:
+    def load(cls, folder: str | Path) -> "EvaluationReport":
         """Read the files of `save`; scores and intervals are recomputed from the counts."""
         content = json.loads((Path(folder) / "scores.json").read_text(encoding="utf-8"))
         path = Path(folder) / "images.csv"

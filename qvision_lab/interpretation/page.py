@@ -1,7 +1,5 @@
 """A page that needs no Python: words to click, maps, and each visual token muted beforehand."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

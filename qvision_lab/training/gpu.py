@@ -1,7 +1,5 @@
 """Fast training steps on a GPU: TF32, frozen weights cast once, packed captions, CUDA graphs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial

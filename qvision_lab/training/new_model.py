@@ -1,7 +1,5 @@
 """What a run starts from without a checkpoint: a new model behind a tower, and its tokenizer."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files

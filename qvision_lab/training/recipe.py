@@ -1,7 +1,5 @@
 """Recipes: every setting of a training run with its type, bounds and default, read from YAML."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Iterable, Mapping
@@ -105,7 +103,7 @@ class Phase(Settings):
     thaw_projection: bool = False
 
     @model_validator(mode="after")
-    def _consistent(self) -> Phase:
+    def _consistent(self) -> "Phase":
         find_policy(self.policy)
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("a phase needs epochs or steps, and not both")
@@ -188,7 +186,7 @@ class Recipe(Settings):
     push_to: str | None = None  # Hub id to upload the result to
 
     @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
+    def _consistent(self) -> "Recipe":
         for phase in self.training.phases if self.features else ():
             if "vision" in find_policy(phase.policy).modules:
                 raise ValueError(

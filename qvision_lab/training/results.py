@@ -1,7 +1,5 @@
 """What a run writes: `run.yaml` at its start; at its end a checkpoint, scores and a card."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -5,8 +5,6 @@ captioner attends did not emerge from captions alone. The control for that is th
 supervision `images` instead of `patches`: what is in an image, not where.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from dataclasses import dataclass

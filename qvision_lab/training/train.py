@@ -1,7 +1,5 @@
 """A training run: a checkpoint or new model, data and a recipe -> a trained checkpoint."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """One trainer for every stage: transformers' own, with a measure and complete checkpoints."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """Runs the model for the explorer, and caches what can be."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace

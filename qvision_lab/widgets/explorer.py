@@ -1,7 +1,5 @@
 """The controls of the explorer: words to click, parts to mute, a caption of your own."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable

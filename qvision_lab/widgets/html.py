@@ -3,8 +3,6 @@
 A map is a small image of one pixel a patch that the browser enlarges, so its opacity is a style.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence
