@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import nan
 from pathlib import Path
@@ -21,7 +21,7 @@ from qvision_lab.captioning import Captioner, load
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, open_dataset
 from qvision_lab.evaluation import evaluate_dataset
-from qvision_lab.interpretation.faithfulness import examples_of, score_maps
+from qvision_lab.interpretation.faithfulness import score_maps
 from qvision_lab.interpretation.maps import composition
 from qvision_lab.model.captioner import generation_preset
 from qvision_lab.training import freezing
@@ -110,9 +110,8 @@ def _pointing(captioner: Captioner, dataset: CaptionDataset) -> float:
     config = captioner.model.config
     if config.bridge == "prefix" or config.bridge_reads == "mean_image_token":
         return nan
-    pairs = zip(examples_of(dataset), dataset, strict=True)
-    examples = [replace(example, caption=image.references[0]) for example, image in pairs]
-    scores = score_maps(captioner, examples, {"attention": composition})  # one pass is enough
+    captions = [image.references[0] for image in dataset]
+    scores = score_maps(captioner, dataset, {"attention": composition}, captions)  # in one pass
     by_size = scores.query("method == 'attention' and measure == 'pointing'")
     return float(np.average(by_size["value"], weights=by_size["words"]))
 

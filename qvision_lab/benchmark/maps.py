@@ -1,7 +1,6 @@
 """Faithfulness of word maps: every method scored against boxes, next to chance and the centre."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,21 +26,19 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
     """
     how = {split: {**settings, "n": 6} if quick else settings for split, settings in SPLITS.items()}
     data = {split: open_dataset(f"scenes:{split}", **settings) for split, settings in how.items()}
-    val, test = ([*faithfulness.examples_of(dataset)] for dataset in data.values())
     name, chosen, source = "maps", None, Path(captioner.provenance.source)
     if str(source) == EMBEDDED:
-        scores = faithfulness.score_words(captioner, val, CANDIDATES).query("size == 'large'")
+        scores = faithfulness.score_words(captioner, data["val"], CANDIDATES).query(
+            "size == 'large'"
+        )
         choice = faithfulness.summarise(scores, KEYS).query("measure == 'pointing'")
         chosen = choice[choice.method.isin(METHODS)].set_index("method")["value"].idxmax()
-        scores = faithfulness.score_words(captioner, test, CANDIDATES)
+        scores = faithfulness.score_words(captioner, data["test"], CANDIDATES)
         against = {method: chosen for method in scores.method.unique() if method != chosen}
     else:
         name += f" {(source.parent if source.name == 'checkpoint' else source).name}"  # of a run
-        pairs = zip(test, data["test"], strict=True)
-        shared = [replace(example, caption=image.references[0]) for example, image in pairs]
-        ours, theirs = (
-            faithfulness.score_words(c, shared, CANDIDATES) for c in (captioner, load())
-        )
+        shared = data["test"], CANDIDATES, [image.references[0] for image in data["test"]]
+        ours, theirs = (faithfulness.score_words(c, *shared) for c in (captioner, load()))
         against, choice = {m: f"{m}, embedded" for m in ours.method}, pd.DataFrame()
         scores = pd.concat([ours, theirs.assign(method=theirs.method.map(against))])
     differences = faithfulness.compare_methods(scores, against)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from qvision_lab.data.atomic import write_atomic
-from qvision_lab.interpretation.interventions import mute, stack
+from qvision_lab.interpretation.interventions import mute_each, stack
 from qvision_lab.interpretation.maps import DEFAULT_METHOD, METHODS, PatchMap, word_maps
 from qvision_lab.interpretation.trace import Trace, trace_all
 
@@ -50,10 +50,7 @@ Trace.to_html = write_page  # set here: the page needs maps, and these need Trac
 
 def _muted(trace: Trace) -> list[dict]:
     """Caption, probabilities and maps with each visual token muted, in their order."""
-    captioner, model = trace.captioner, trace.model
-    labels = trace.visual_token_labels
-    first = [mute(model, global_token=True)] if labels[0] == "global token" else []
-    mutes = [*first, *(mute(model, queries=[q]) for q in range(len(labels) - len(first)))]
+    captioner, mutes = trace.captioner, mute_each(trace.model, "queries")
     images = [trace.image] * len(mutes)
     with stack(mutes):
         captions = captioner.caption(images, batch_size=len(mutes), preset="greedy")
