@@ -16,7 +16,8 @@ from qvision_lab.interpretation.faithfulness import (
     check_randomised,
     compare_methods,
     removal_curves,
-    score_maps,
+    score_words,
+    summarise,
 )
 from qvision_lab.interpretation.maps import composition
 from qvision_lab.interpretation.trace import trace
@@ -64,7 +65,7 @@ def cell(table, method, size, measure="pointing"):
 
 def test_pointing_is_exact_for_known_maps(captioner, dataset):
     methods = {"in": constant(one_hot(1, 2)), "out": constant(one_hot(6, 6))}
-    table = score_maps(captioner, dataset, methods, [CAPTION])
+    table = summarise(score_words(captioner, dataset, methods, [CAPTION]))
     assert set(table.method) == {"in", "out", "centre", "chance"}
     assert set(table["size"]) == {"large", "small"}
     assert set(table.measure) == {"pointing", "deletion", "insertion"}
@@ -77,7 +78,7 @@ def test_pointing_is_exact_for_known_maps(captioner, dataset):
     assert (row.words, row.images, row.low) == (1, 1, 0)  # the cat has no box
     assert row.high == pytest.approx(0.7935, abs=1e-4)  # Wilson's
     with pytest.raises(ValueError, match="no caption names an object"):
-        score_maps(captioner, dataset, methods, ["a cat"])
+        summarise(score_words(captioner, dataset, methods, ["a cat"]))
 
 
 def test_methods_are_compared_on_the_same_words():
@@ -102,7 +103,7 @@ def test_methods_are_compared_on_the_same_words():
 @pytest.mark.parametrize(("row", "hit"), [(4, 1), (5, 0), (6, 1)])
 def test_one_of_several_boxes_is_enough(captioner, dataset, row, hit):
     grid = one_hot(row, 5)  # centres at 64, 79 and 93 of 100, and at 157 of 200
-    table = score_maps(captioner, dataset, {"map": constant(grid)}, [CAPTION])
+    table = summarise(score_words(captioner, dataset, {"map": constant(grid)}, [CAPTION]))
     assert cell(table, "map", "small").value == hit
 
 
@@ -113,9 +114,8 @@ def test_removal_curves_end_at_the_words_probability_and_mirror_each_other(capti
     opposite = removal_curves(traced, traced.words, -maps)
     np.testing.assert_allclose(curves.deletion, opposite.insertion, rtol=1e-4)
     assert (curves.kept[0], curves.kept[-1]) == (1 / 49, 1)
-    expected = [np.exp(traced.logprobs[list(word.tokens)].sum()) for word in traced.words]
     for curve in (curves.deletion, curves.insertion):
-        np.testing.assert_allclose(curve[..., -1], np.tile(expected, (2, 1)), rtol=1e-3)
+        np.testing.assert_allclose(curve[..., -1], np.tile(traced.probabilities, (2, 1)), rtol=1e-3)
     one = replace(traced, image_tokens=traced.image_tokens[[maps[1, 0].argmax()]])
     alone = removal_curves(one, traced.words[:1], np.zeros((1, 1))).insertion[0, 0]
     assert curves.insertion[1, 0, 0] == pytest.approx(alone, rel=1e-3)
@@ -140,6 +140,6 @@ def test_scenes_bring_their_boxes(captioner):
         boxes = [box for _, box in image.boxes]
         assert sorted(boxes) == sorted(thing.box for thing in image.drawing.layout.objects)
     captions = [image.references[0] for image in dataset]
-    table = score_maps(captioner, dataset, {"maps": composition}, captions)
+    table = summarise(score_words(captioner, dataset, {"maps": composition}, captions))
     named = sum(len(i.drawing.layout.groups) for i in dataset)
     assert table[table.measure == "pointing"].groupby("method").words.sum().eq(named).all()

@@ -21,13 +21,13 @@ from qvision_lab.captioning import Captioner, load
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, open_dataset
 from qvision_lab.evaluation import evaluate_dataset
-from qvision_lab.interpretation.faithfulness import score_maps
+from qvision_lab.interpretation.faithfulness import score_words, summarise
 from qvision_lab.interpretation.maps import composition
 from qvision_lab.model.captioner import generation_preset
 from qvision_lab.training import freezing
 from qvision_lab.training.recipe import Recipe
 from qvision_lab.training.train import train_captioner
-from qvision_lab.training.trainer import DivergedError, last_checkpoint
+from qvision_lab.training.trainer import DivergedError, Validation, last_checkpoint
 
 TOKENS, ROUNDS = 20, 5  # of the captions that are timed
 
@@ -88,9 +88,8 @@ def _measure(run: Run, folder: Path, features: Path) -> dict[str, float | str | 
     except DivergedError as error:
         return {"failed": f"diverged: {error}"}
     dataset = open_dataset("scenes:test", n=run.scored)
-    captions = captioner.caption([image.picture for image in dataset], preset="greedy")
-    texts = {i: caption.text for i, caption in zip(dataset.ids, captions, strict=True)}
-    report = evaluate_dataset(texts, dataset, ("cider", "scenes"), resamples=1)
+    captions = Validation(dataset, captioner).captions()
+    report = evaluate_dataset(captions, dataset, ("cider", "scenes"), resamples=1)
     curves = [pd.read_csv(path) for path in folder.glob("phase-*/curve.csv")]
     return {
         "failed": None,
@@ -111,8 +110,8 @@ def _pointing(captioner: Captioner, dataset: CaptionDataset) -> float:
     if config.bridge == "prefix" or config.bridge_reads == "mean_image_token":
         return nan
     captions = [image.references[0] for image in dataset]
-    scores = score_maps(captioner, dataset, {"attention": composition}, captions)  # in one pass
-    by_size = scores.query("method == 'attention' and measure == 'pointing'")
+    words = score_words(captioner, dataset, {"attention": composition}, captions)  # in one pass
+    by_size = summarise(words).query("method == 'attention' and measure == 'pointing'")
     return float(np.average(by_size["value"], weights=by_size["words"]))
 
 

@@ -1,4 +1,6 @@
-"""Quality of captions by the model, next to captions that need no image."""
+"""What scores are worth: captions by the model beside captions that need no look at the image."""
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from tempfile import TemporaryDirectory

@@ -41,22 +41,6 @@ class _Target(NamedTuple):
     size: str  # "large", or "small" where every box has a side shorter than a patch
 
 
-def score_maps(
-    captioner: Captioner,
-    dataset: CaptionDataset,
-    methods: Mapping[str, Method] = METHODS,
-    captions: Sequence[str] | None = None,
-) -> pd.DataFrame:
-    """Scores of `score_words`, averaged.
-
-    Returns:
-        A row for each `method`, `size` of what is named ("small": every box has a side shorter
-        than a patch) and `measure`: `value`, `low` and `high` (95%, over images: `share_interval`
-        of hits in pointing, else bootstrap), and the number of `words` and `images`.
-    """
-    return summarise(score_words(captioner, dataset, methods, captions), ["method", "size"])
-
-
 def score_words(
     captioner: Captioner,
     dataset: CaptionDataset,
@@ -64,6 +48,9 @@ def score_words(
     captions: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Score the maps of every word that names an object of its image, in a row for each method.
+
+    Its columns are `image`, `method`, `size` of what is named ("small": every box has a side
+    shorter than a patch), and the measures, which `summarise` averages:
 
     The words are of `captions`, one an image, or of those that greedy search finds. Boxes are those
     that `open_dataset` reads from COCO's instances.
@@ -110,8 +97,8 @@ def check_randomised(
 
     From the words to the pixels, the weights of one part after another are shuffled within each
     tensor, in a copy of the model. The measure is the rank correlation of a word's map with that of
-    the original model: near 1, a map does not depend on what the model has learned. The table is as
-    that of `score_maps`, with a row for each `method` and last `shuffled` part.
+    the original model: near 1, a map does not depend on what the model has learned. Returns means
+    of `summarise` for each `method` and last `shuffled` part.
     """
     located = list(_locate(captioner, dataset, captions))
     traces, words = [t for t, _ in located], [[x.word for x in targets] for _, targets in located]
@@ -135,10 +122,7 @@ def check_randomised(
 
 
 def object_words(trace: Trace, vocabulary: Vocabulary | None = None) -> list[tuple[Word, str]]:
-    """Words that name an object, in the image or not (the last of a phrase), and its category.
-
-    By default of COCO.
-    """
+    """Words (of a phrase the last) that name an object, in the image or not, and its category."""
     return [
         (word, mention.category)
         for mention in (vocabulary or coco_vocabulary()).mentions(trace.caption)
@@ -230,8 +214,12 @@ def compare_methods(scores: pd.DataFrame, against: Mapping[str, str]) -> pd.Data
     return table.assign(p=table.groupby(["size", "measure"])["p"].transform(bootstrap.holm))
 
 
-def summarise(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Means over words, in one row for each group and measure; ValueError without a word."""
+def summarise(scores: pd.DataFrame, by: Sequence[str] = ("method", "size")) -> pd.DataFrame:
+    """Means over words, in one row for each group and `measure`; ValueError without a word.
+
+    `value`, `low` and `high` (95%, over images: `share_interval` of hits in pointing, else
+    bootstrap), and the number of `words` and `images`.
+    """
     if scores.empty:
         raise ValueError("no caption names an object of its image; give other images.")
     measures = [name for name in scores if name in MEASURES]

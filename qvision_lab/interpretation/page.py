@@ -31,7 +31,7 @@ def write_page(trace: Trace, path: str | Path) -> Path:
         "picture": _picture(trace.image),
         "grid": trace.patch_grid,
         "words": [word.text for word in trace.words],
-        "probabilities": _probabilities(trace),
+        "probabilities": _rounded(trace.probabilities),
         "tokens": trace.visual_token_labels,
         "maps": {method: _values(word_maps(trace, method)) for method in methods},
         "attention": _rounded(trace.qformer_cross_attentions),
@@ -59,15 +59,11 @@ def _muted(trace: Trace) -> list[dict]:
     return [
         {
             "caption": caption.text,
-            "probabilities": _probabilities(traced),
+            "probabilities": _rounded(traced.probabilities),
             "maps": _values(word_maps(traced, MUTED_METHOD)),
         }
         for caption, traced in zip(captions, traces, strict=True)
     ]
-
-
-def _probabilities(trace: Trace) -> list[float]:
-    return _rounded(np.exp([trace.logprobs[list(word.tokens)].sum() for word in trace.words]))
 
 
 def _values(maps: list[PatchMap]) -> list[list[float]]:
@@ -81,7 +77,12 @@ def _rounded(values: np.ndarray) -> list:
 
 
 def _picture(image: np.ndarray) -> str:
-    small, jpeg = Image.fromarray(image), io.BytesIO()
+    small = Image.fromarray(image)
     small.thumbnail((SIDE, SIDE))
-    small.save(jpeg, "jpeg", quality=90)
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
+    return data_url(small, "jpeg", quality=90)
+
+
+def data_url(image: Image.Image, kind: str = "png", **settings) -> str:
+    """An image as text, for HTML and JSON."""
+    image.save(content := io.BytesIO(), kind, **settings)
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
