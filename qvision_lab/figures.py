@@ -89,10 +89,8 @@ def draw_inside(
 ) -> None:
     """Draw `architecture.png` of the published model, and `{words,queries,deletion}.png` of one.
 
-    Those are attention maps, query profiles and removal curves.
-
-    Profiles and curves are averages over the first `n` (at least 3) scenes of the split `test`, or
-    of one picture of yours.
+    Those are word maps, query profiles and removal curves; the latter are averages over the first
+    `n` (at least 3) scenes of the split `test`, or of one picture of yours.
     """
     if n <= EXAMPLE:
         raise ValueError(f"n={n} scenes are too few; choose at least {EXAMPLE + 1}.")
@@ -162,10 +160,9 @@ def draw_findings(
     effects = differences(table, metric)
     largest = effects["difference"].abs().nlargest(4).index
     shown = curves["variant"].isin({table["variant"][0], *largest})
+    title = f"{metric} above the base (* after Holm's correction)"
     axes = {
-        "effects": plots.plot_differences(
-            effects, f"{metric} above the base (* after Holm's correction)"
-        ),
+        "effects": plots.plot_differences(effects, title),
         "tradeoff": plots.plot_tradeoff(table, "parameters", metric),
         "curves": plots.plot_curves(curves[shown]),
     }

@@ -185,9 +185,8 @@ class Learner:
     @torch.no_grad()
     def fill(self, batch: dict[str, Tensor]) -> Tensor:
         """Encode images as for the cache, which computes in float32 and holds bfloat16."""
-        return (
-            self.model.vision.encode(batch["pixel_values"].to(self.model.device)).bfloat16().cpu()
-        )
+        pixels = batch["pixel_values"].to(self.model.device)
+        return self.model.vision.encode(pixels).bfloat16().cpu()
 
 
 def random_batch(

@@ -66,9 +66,8 @@ class EvaluationReport:
             counts, formula = self.counts_of(metric), metric.formula
             total = counts.sum(0)
             if metric.shares:
-                interval = bootstrap.share_interval(
-                    counts[:, ::2], counts[:, 1::2], self.confidence
-                )
+                hits, cases = counts[:, ::2], counts[:, 1::2]
+                interval = bootstrap.share_interval(hits, cases, self.confidence)
             else:
                 interval = bootstrap.bootstrap_interval(counts, formula, *settings)
             of = total[1::2] if formula is ratio_formula else [len(counts)] * len(metric.scores)

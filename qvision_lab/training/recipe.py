@@ -212,12 +212,8 @@ def load_recipe(
     values = read_yaml(find_settings(name, RECIPES, "recipe"))
     changes = changes if isinstance(changes, Mapping) else parse_overrides(changes)
     if data is not None:
-        sources = [
-            "data.train",
-            "data.validation",
-            *(f"scores.{n}" for n in values.get("scores", ())),
-        ]
-        changes = {f"{source}.source": data for source in sources} | changes
+        parts = "data.train", "data.validation", *(f"scores.{n}" for n in values.get("scores", ()))
+        changes = {f"{part}.source": data for part in parts} | changes
     return Recipe.parse(override(values, changes))
 
 
