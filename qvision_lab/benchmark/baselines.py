@@ -1,4 +1,4 @@
-"""What scores are worth: captions by the model beside captions that need no look at the image."""
+"""Scores of the model next to those of captions that read no image, or one that is similar."""
 
 from __future__ import annotations
 
