@@ -1,7 +1,5 @@
 """The demo, the figures of the README, and the findings of a study."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.resources import files
@@ -20,8 +18,13 @@ from qvision_lab.captioning import Caption, load
 from qvision_lab.data.atomic import atomic
 from qvision_lab.data.coco import open_dataset
 from qvision_lab.interpretation.faithfulness import object_words, removal_curves
-from qvision_lab.interpretation.maps import METHODS, PatchMap, query_maps, word_maps
-from qvision_lab.interpretation.queries import profile_queries
+from qvision_lab.interpretation.maps import (
+    METHODS,
+    PatchMap,
+    profile_queries,
+    query_maps,
+    word_maps,
+)
 from qvision_lab.interpretation.trace import trace_all
 from qvision_lab.model.architecture import architecture
 from qvision_lab.model.config import QVisionConfig
@@ -110,10 +113,8 @@ def draw_inside(
 ) -> None:
     """Draw `architecture.png` of the published model, and `{words,queries,deletion}.png` of one.
 
-    Those are attention maps, query profiles and removal curves.
-
-    Profiles and curves are averages over the first `n` (at least 3) scenes of the split `test`, or
-    of one picture of yours.
+    Those are word maps, query profiles and removal curves; the latter are averages over the first
+    `n` (at least 3) scenes of the split `test`, or of one picture of yours.
     """
     if n <= EXAMPLE:
         raise ValueError(f"n={n} scenes are too few; choose at least {EXAMPLE + 1}.")
@@ -183,10 +184,9 @@ def draw_findings(
     effects = differences(table, metric)
     largest = effects["difference"].abs().nlargest(4).index
     shown = curves["variant"].isin({table["variant"][0], *largest})
+    title = f"{metric} above the base (* after Holm's correction)"
     axes = {
-        "effects": plots.plot_differences(
-            effects, f"{metric} above the base (* after Holm's correction)"
-        ),
+        "effects": plots.plot_differences(effects, title),
         "tradeoff": plots.plot_tradeoff(table, "parameters", metric),
         "curves": plots.plot_curves(curves[shown]),
     }

@@ -26,39 +26,16 @@ def greedy_recursive(next_logits, start, end, most, ids=()):
     return greedy_recursive(next_logits, start, end, most, (*ids, new))
 
 
-def without_end(logits, start, end, most):
-    ids = [start]
-    for _ in range(most):
-        ids.append(int(logits(ids).argmax()))
-    return ids[1:]
+def search(ends=True, longest=lambda most: most, read=lambda ids: ids, choose=np.argmax):
+    """Greedy search with one thing wrong."""
 
+    def attempt(logits, start, end, most):
+        ids = [start]
+        while not (ends and ids[-1] == end) and len(ids) <= longest(most):
+            ids.append(int(choose(logits(read(ids)))))
+        return ids[1:]
 
-def without_most(logits, start, end, most):
-    ids = [start]
-    while ids[-1] != end and len(ids) < 30:
-        ids.append(int(logits(ids).argmax()))
-    return ids[1:]
-
-
-def last_token_alone(logits, start, end, most):
-    ids = [start]
-    while ids[-1] != end and len(ids) <= most:
-        ids.append(int(logits(ids[-1:]).argmax()))
-    return ids[1:]
-
-
-def least_probable(logits, start, end, most):
-    ids = [start]
-    while ids[-1] != end and len(ids) <= most:
-        ids.append(int(logits(ids).argmin()))
-    return ids[1:]
-
-
-def one_more(logits, start, end, most):
-    ids = [start]
-    while ids[-1] != end and len(ids) <= most + 1:
-        ids.append(int(logits(ids).argmax()))
-    return ids[1:]
+    return attempt
 
 
 def fused(q, k, v, heads):
@@ -88,8 +65,7 @@ def attend(scale=None, dim=-1, split=None):
 
 
 def renormalise(scores, muted):
-    weights = scores.softmax(-1).clone()
-    weights[..., muted] = 0
+    weights = zero_after(scores, muted)
     return weights / weights.sum(-1, keepdim=True)
 
 
@@ -184,7 +160,7 @@ def unpaired(ours, base):
 
 RIGHT = {
     "01": [block_size],
-    "02": [greedy_recursive],
+    "02": [greedy_recursive, search()],
     "03": [fused, looped],
     "04": [renormalise],
     "05": [bleu()],
@@ -201,7 +177,13 @@ WRONG = {
         lambda c: c.num_qformer_blocks * block_size(c),  # of all blocks
         lambda c: str(block_size(c)),
     ],
-    "02": [without_end, without_most, last_token_alone, least_probable, one_more],
+    "02": [
+        search(ends=False),
+        search(longest=lambda most: 29),
+        search(longest=lambda most: most + 1),
+        search(read=lambda ids: ids[-1:]),
+        search(choose=np.argmin),
+    ],
     "03": [
         attend(scale=lambda q, a: 1),
         attend(scale=lambda q, a: q.shape[-1] ** 0.5),

@@ -1,6 +1,7 @@
 """Scores of maps: exact for maps that know the boxes, chance for those that know nothing."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,20 +10,21 @@ import torch
 from conftest import random_images, tiny_captioner, with_noise
 
 import qvision_lab as ql
+from qvision_lab.data.coco import CaptionDataset, CaptionedImage
 from qvision_lab.evaluation.chair import Vocabulary
 from qvision_lab.interpretation.faithfulness import (
-    Example,
     check_randomised,
     compare_methods,
-    examples_of,
     removal_curves,
-    score_maps,
+    score_words,
+    summarise,
 )
 from qvision_lab.interpretation.maps import composition
 from qvision_lab.interpretation.trace import trace
 
 SIDE = 112  # a grid of 7 x 7 patches, as in the published model
 WORDS = Vocabulary({"dog": "dog", "cat": "cat", "cars": "car"})
+CAPTION = "a cat and a dog by two cars"
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +37,13 @@ def captioner(tiny) -> ql.Captioner:
 
 
 @pytest.fixture
-def example() -> Example:
+def dataset() -> CaptionDataset:
     """Twice as wide as high: a dog in the upper left quarter, two small cars elsewhere."""
-    boxes = {"dog": [(0, 0, 100, 50)], "car": [(150, 60, 20, 10), (150, 85, 20, 10)]}
+    boxes = [("dog", (0, 0, 100, 50)), ("car", (150, 60, 20, 10)), ("car", (150, 85, 20, 10))]
     (image,) = random_images(1, 200, 100)
-    return Example(image, boxes, WORDS, "a cat and a dog by two cars")
+    drawing = SimpleNamespace(draw=lambda: image)
+    images = (CaptionedImage(1, None, (CAPTION,), tuple(boxes), drawing),)
+    return CaptionDataset("a dog and two cars", images, SimpleNamespace(vocabulary=WORDS))
 
 
 def constant(grid: np.ndarray):
@@ -59,9 +63,9 @@ def cell(table, method, size, measure="pointing"):
     return rows.iloc[0]
 
 
-def test_pointing_is_exact_for_known_maps(captioner, example):
+def test_pointing_is_exact_for_known_maps(captioner, dataset):
     methods = {"in": constant(one_hot(1, 2)), "out": constant(one_hot(6, 6))}
-    table = score_maps(captioner, [example], methods)
+    table = summarise(score_words(captioner, dataset, methods, [CAPTION]))
     assert set(table.method) == {"in", "out", "centre", "chance"}
     assert set(table["size"]) == {"large", "small"}
     assert set(table.measure) == {"pointing", "deletion", "insertion"}
@@ -74,7 +78,7 @@ def test_pointing_is_exact_for_known_maps(captioner, example):
     assert (row.words, row.images, row.low) == (1, 1, 0)  # the cat has no box
     assert row.high == pytest.approx(0.7935, abs=1e-4)  # Wilson's
     with pytest.raises(ValueError, match="no caption names an object"):
-        score_maps(captioner, [replace(example, caption="a cat")], methods)
+        summarise(score_words(captioner, dataset, methods, ["a cat"]))
 
 
 def test_methods_are_compared_on_the_same_words():
@@ -97,31 +101,30 @@ def test_methods_are_compared_on_the_same_words():
 
 
 @pytest.mark.parametrize(("row", "hit"), [(4, 1), (5, 0), (6, 1)])
-def test_one_of_several_boxes_is_enough(captioner, example, row, hit):
+def test_one_of_several_boxes_is_enough(captioner, dataset, row, hit):
     grid = one_hot(row, 5)  # centres at 64, 79 and 93 of 100, and at 157 of 200
-    table = score_maps(captioner, [example], {"map": constant(grid)})
+    table = summarise(score_words(captioner, dataset, {"map": constant(grid)}, [CAPTION]))
     assert cell(table, "map", "small").value == hit
 
 
-def test_removal_curves_end_at_the_words_probability_and_mirror_each_other(captioner, example):
-    traced = trace(captioner, example.image, example.caption)
+def test_removal_curves_end_at_the_words_probability_and_mirror_each_other(captioner, dataset):
+    traced = trace(captioner, dataset[0].picture, CAPTION)
     maps = np.random.default_rng(0).random((2, len(traced.words), 49))
     curves = removal_curves(traced, traced.words, maps)
     opposite = removal_curves(traced, traced.words, -maps)
     np.testing.assert_allclose(curves.deletion, opposite.insertion, rtol=1e-4)
     assert (curves.kept[0], curves.kept[-1]) == (1 / 49, 1)
-    expected = [np.exp(traced.logprobs[list(word.tokens)].sum()) for word in traced.words]
     for curve in (curves.deletion, curves.insertion):
-        np.testing.assert_allclose(curve[..., -1], np.tile(expected, (2, 1)), rtol=1e-3)
+        np.testing.assert_allclose(curve[..., -1], np.tile(traced.probabilities, (2, 1)), rtol=1e-3)
     one = replace(traced, image_tokens=traced.image_tokens[[maps[1, 0].argmax()]])
     alone = removal_curves(one, traced.words[:1], np.zeros((1, 1))).insertion[0, 0]
     assert curves.insertion[1, 0, 0] == pytest.approx(alone, rel=1e-3)
 
 
-def test_randomised_weights_change_maps_of_the_model_and_no_others(captioner, example):
+def test_randomised_weights_change_maps_of_the_model_and_no_others(captioner, dataset):
     before = {name: value.clone() for name, value in captioner.model.state_dict().items()}
     fixed = constant(np.arange(49.0))
-    table = check_randomised(captioner, [example], {"maps": composition, "fixed": fixed})
+    table = check_randomised(captioner, dataset, {"maps": composition, "fixed": fixed}, [CAPTION])
     for name, value in captioner.model.state_dict().items():
         assert torch.equal(value, before[name])
     found = {(row.method, row.shuffled): row.value for row in table.itertuples()}
@@ -133,12 +136,10 @@ def test_randomised_weights_change_maps_of_the_model_and_no_others(captioner, ex
 
 def test_scenes_bring_their_boxes(captioner):
     dataset = ql.coco.open_dataset("scenes:test", n=4)
-    pairs = [*zip(examples_of(dataset), dataset, strict=True)]
-    examples = [replace(example, caption=image.references[0]) for example, image in pairs]
-    for example, image in pairs:
-        boxes = [box for found in example.boxes.values() for box in found]
+    for image in dataset:
+        boxes = [box for _, box in image.boxes]
         assert sorted(boxes) == sorted(thing.box for thing in image.drawing.layout.objects)
-        assert set(example.boxes) == image.objects
-    table = score_maps(captioner, examples, {"maps": composition})
+    captions = [image.references[0] for image in dataset]
+    table = summarise(score_words(captioner, dataset, {"maps": composition}, captions))
     named = sum(len(i.drawing.layout.groups) for i in dataset)
     assert table[table.measure == "pointing"].groupby("method").words.sum().eq(named).all()

@@ -9,8 +9,14 @@ import torch
 from PIL import Image
 
 from qvision_lab.captioning import Captioner
-from qvision_lab.interpretation.maps import METHODS, composition, query_maps, rolled_out, word_maps
-from qvision_lab.interpretation.queries import profile_queries
+from qvision_lab.interpretation.maps import (
+    METHODS,
+    composition,
+    profile_queries,
+    query_maps,
+    rolled_out,
+    word_maps,
+)
 from qvision_lab.interpretation.trace import Trace, trace, trace_all
 
 RUN_THE_MODEL = ("gradient", "occlusion", "integrated_gradients")

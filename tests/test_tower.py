@@ -9,7 +9,7 @@ from torch.utils.data import default_collate
 
 from qvision_lab import scenes
 from qvision_lab.model.processor import QVisionProcessor
-from qvision_lab.training import tower
+from qvision_lab.training import new_model, tower
 
 
 def test_records_hold_what_a_patch_shows_and_are_mirrored():
@@ -50,7 +50,7 @@ def test_training_pixels_are_the_processors(tiny, byte_tokenizer):
 
 def test_tokenizer_spells_scenes_in_words_and_anything_else_in_bytes():
     captions = (caption for scene in scenes.generate(40) for caption in scene.captions)
-    tokenizer = tower.train_tokenizer(captions, 320)
+    tokenizer = new_model.train_tokenizer(captions, 320)
     caption = "A red car on a beach."
     assert tokenizer.decode(tokenizer(f" {caption} ")["input_ids"]).strip() == caption
     strange = "Ein grüner Zug, 列車!"

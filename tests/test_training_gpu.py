@@ -207,10 +207,8 @@ def test_all_evaluations_of_a_run_share_a_captioner(home, monkeypatch):
 
 
 def test_captions_are_encoded_and_files_opened_once(home, byte_captioner, monkeypatch):
-    processor, images = (
-        byte_captioner.processor,
-        ql.coco.open_dataset(home / "pictures/train.jsonl"),
-    )
+    processor = byte_captioner.processor
+    images = ql.coco.open_dataset(home / "pictures/train.jsonl")
     cache = features.FeatureCache(home / "cache", byte_captioner.model, "float32")
     cached = cache.encode(images, byte_captioner.model, processor)
     encode, safe_open = Mock(wraps=processor.encode), Mock(wraps=features.safe_open)

@@ -75,8 +75,8 @@ def test_whole_and_muted_results_are_those_of_the_package(captioner, backend, re
     same = mute(captioner.model, queries=[3], heads=[(0, 1)])
     (effect,) = effects(replace(whole.trace, captioner=captioner), [same])
     assert whole.caption == captioner.caption(image, preset="greedy").text
-    np.testing.assert_allclose(np.log(whole.probabilities), effect.before, atol=1e-3)
-    np.testing.assert_allclose(np.log(ablated.probabilities), effect.after, atol=1e-3)
+    np.testing.assert_allclose(np.log(whole.trace.probabilities), effect.before, atol=1e-3)
+    np.testing.assert_allclose(np.log(ablated.trace.probabilities), effect.after, atol=1e-3)
     of_word, of_query = whole.maps
     expected = ql.word_maps(whole.trace)[whole.word]
     np.testing.assert_allclose(of_word.values, expected.values, atol=1e-5)

@@ -4,8 +4,5 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={
-        "analysis": ["averages", "differences", "summarise"],
-        "study": ["Study"],
-    },
+    submod_attrs={"analysis": ["averages", "differences", "summarise"], "study": ["Study"]},
 )

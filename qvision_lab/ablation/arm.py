@@ -1,13 +1,11 @@
 """One run of a study: a captioner trained behind a frozen tower, its scores and its cost."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import nan
 from pathlib import Path
@@ -23,13 +21,13 @@ from qvision_lab.captioning import Captioner, load
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, open_dataset
 from qvision_lab.evaluation import evaluate_dataset
-from qvision_lab.interpretation.faithfulness import examples_of, score_maps
+from qvision_lab.interpretation.faithfulness import score_words, summarise
 from qvision_lab.interpretation.maps import composition
 from qvision_lab.model.captioner import generation_preset
 from qvision_lab.training import freezing
 from qvision_lab.training.recipe import Recipe
 from qvision_lab.training.train import train_captioner
-from qvision_lab.training.trainer import DivergedError, last_checkpoint
+from qvision_lab.training.trainer import DivergedError, Validation, last_checkpoint
 
 TOKENS, ROUNDS = 20, 5  # of the captions that are timed
 
@@ -90,9 +88,8 @@ def _measure(run: Run, folder: Path, features: Path) -> dict[str, float | str | 
     except DivergedError as error:
         return {"failed": f"diverged: {error}"}
     dataset = open_dataset("scenes:test", n=run.scored)
-    captions = captioner.caption([image.picture for image in dataset], preset="greedy")
-    texts = {i: caption.text for i, caption in zip(dataset.ids, captions, strict=True)}
-    report = evaluate_dataset(texts, dataset, ("cider", "scenes"), resamples=1)
+    captions = Validation(dataset, captioner).captions()
+    report = evaluate_dataset(captions, dataset, ("cider", "scenes"), resamples=1)
     curves = [pd.read_csv(path) for path in folder.glob("phase-*/curve.csv")]
     return {
         "failed": None,
@@ -112,10 +109,9 @@ def _pointing(captioner: Captioner, dataset: CaptionDataset) -> float:
     config = captioner.model.config
     if config.bridge == "prefix" or config.bridge_reads == "mean_image_token":
         return nan
-    pairs = zip(examples_of(dataset), dataset, strict=True)
-    examples = [replace(example, caption=image.references[0]) for example, image in pairs]
-    scores = score_maps(captioner, examples, {"attention": composition})  # one pass is enough
-    by_size = scores.query("method == 'attention' and measure == 'pointing'")
+    captions = [image.references[0] for image in dataset]
+    words = score_words(captioner, dataset, {"attention": composition}, captions)  # in one pass
+    by_size = summarise(words).query("method == 'attention' and measure == 'pointing'")
     return float(np.average(by_size["value"], weights=by_size["words"]))
 
 

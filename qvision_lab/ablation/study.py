@@ -1,7 +1,5 @@
 """A study: variants of one base recipe, each with the same seeds, run anywhere, into one table."""
 
-from __future__ import annotations
-
 import json
 import os
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -44,29 +42,21 @@ class Study(Settings):
     """Variants of a base recipe, and the seeds that each is trained with.
 
     Each run is one training by the recipe, and is trained on as many captions as every other run.
-
-    Args:
-        variants: by name, what each changes of the recipe, by dotted names as in `qvision train
-            --set`. `{"control": True}` changes nothing and uses other random numbers: it shows how
-            large differences get by chance.
-        seeds: of every arm; runs of one seed are compared in pairs.
-        base: what all arms change of the recipe.
-        recipe: name or path.
-        scored: test scenes that every run captions; `pointed` of them are for the maps.
-        threads: of each run.
+    The variant `{"control": True}` changes nothing and uses other random numbers: it shows how
+    large differences get by chance.
     """
 
     name: str
-    variants: dict[str, dict[str, Any]]
-    seeds: Annotated[tuple[int, ...], Strict(False)]
-    base: dict[str, Any] = {}
-    recipe: str = "ablation"
-    scored: Count = 500
-    pointed: Count = 50
-    threads: Count = 1
+    variants: dict[str, dict[str, Any]]  # changes of the recipe, as in `qvision train --set`
+    seeds: Annotated[tuple[int, ...], Strict(False)]  # of every arm; runs of one seed are pairs
+    base: dict[str, Any] = {}  # changes of the recipe by all arms
+    recipe: str = "ablation"  # name or path
+    scored: Count = 500  # test scenes that every run captions
+    pointed: Count = 50  # of those, for the maps
+    threads: Count = 1  # of each run
 
     @classmethod
-    def read(cls, source: str | os.PathLike) -> Study:
+    def read(cls, source: str | os.PathLike) -> "Study":
         """Read a YAML file, or one of the package's own by its name; ValueError as `parse`."""
         return cls.parse(read_yaml(find_settings(str(source), STUDIES, "study")), str(source))
 
@@ -87,9 +77,7 @@ class Study(Settings):
                 raise ValueError(f"{name} is a control, so it changes nothing; not {changes}.")
             recipe = base if is_control else Recipe.parse(override(values, changes), name)
             if recipe.features is None:
-                raise ValueError(
-                    f"{name}: features is null, but a study caches them: leave it out."
-                )
+                raise ValueError(f"{name}: features is null, but a study needs them: leave it out.")
             duplicate = next((other for other in arms if arms[other] == recipe), None)
             if name in arms or (duplicate and not is_control):
                 raise ValueError(

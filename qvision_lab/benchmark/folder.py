@@ -1,7 +1,5 @@
 """Folders of many images: memory, the rate next to the model's alone, and preprocessing."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from functools import partial

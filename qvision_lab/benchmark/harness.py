@@ -1,7 +1,5 @@
 """Interleaved timing (A B A B within one run), and result files that say what a time depends on."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -37,12 +35,12 @@ class Spread:
     upper: float
 
     @classmethod
-    def of(cls, samples: Iterable[float]) -> Spread:
+    def of(cls, samples: Iterable[float]) -> "Spread":
         lower, median, upper = np.quantile([*samples], [0.25, 0.5, 0.75]).tolist()
         return cls(median, lower, upper)
 
     @classmethod
-    def ratio(cls, baseline: Iterable[float], candidate: Iterable[float]) -> Spread:
+    def ratio(cls, baseline: Iterable[float], candidate: Iterable[float]) -> "Spread":
         """Speed-up of the candidate: baseline's seconds over its own, round by round."""
         return cls.of(b / c for b, c in zip(baseline, candidate, strict=True))
 

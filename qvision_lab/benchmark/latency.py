@@ -1,7 +1,5 @@
 """Time per caption: the original's method, transformers', ours, compiled, in batches."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from functools import partial

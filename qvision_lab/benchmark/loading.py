@@ -1,7 +1,5 @@
 """Cost of loading in time, reading and memory: ours, transformers', and the card's snippet."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,9 +1,6 @@
 """Faithfulness of word maps: every method scored against boxes, next to chance and the centre."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,13 +9,13 @@ import pandas as pd
 from qvision_lab.benchmark.harness import Table, identity_of
 from qvision_lab.captioning import Captioner, load
 from qvision_lab.data.coco import open_dataset
-from qvision_lab.interpretation import faithfulness
+from qvision_lab.interpretation.faithfulness import compare_methods, score_words, summarise
 from qvision_lab.interpretation.maps import METHODS, composition
 from qvision_lab.model.loading.checkpoint import EMBEDDED
 
 SPLITS = {"val": {"n": 300, "seed": 1}, "test": {"n": 500, "seed": 1}}  # chosen on, tested on
 CANDIDATES = {"composition, first block": partial(composition, block=0), **METHODS}
-KEYS = ["method", "size"]
+KEYS = ["method", "size", "measure"]
 
 
 def run_benchmarks(
@@ -35,25 +32,21 @@ def run_benchmarks(
         return
     how = {split: {**settings, "n": 6} if quick else settings for split, settings in SPLITS.items()}
     data = {split: open_dataset(f"scenes:{split}", **settings) for split, settings in how.items()}
-    val, test = ([*faithfulness.examples_of(dataset)] for dataset in data.values())
     name, chosen, source = "maps", None, Path(captioner.provenance.source)
     if str(source) == EMBEDDED:
-        scores = faithfulness.score_words(captioner, val, CANDIDATES).query("size == 'large'")
-        choice = faithfulness.summarise(scores, KEYS).query("measure == 'pointing'")
+        choice = summarise(score_words(captioner, data["val"], CANDIDATES))
+        choice = choice.query("measure == 'pointing' and size == 'large'")
         chosen = choice[choice.method.isin(METHODS)].set_index("method")["value"].idxmax()
-        scores = faithfulness.score_words(captioner, test, CANDIDATES)
+        scores = score_words(captioner, data["test"], CANDIDATES)
         against = {method: chosen for method in scores.method.unique() if method != chosen}
     else:
         name += f" {(source.parent if source.name == 'checkpoint' else source).name}"  # of a run
-        pairs = zip(test, data["test"], strict=True)
-        shared = [replace(example, caption=image.references[0]) for example, image in pairs]
-        ours, theirs = (
-            faithfulness.score_words(c, shared, CANDIDATES) for c in (captioner, load())
-        )
+        shared = data["test"], CANDIDATES, [image.references[0] for image in data["test"]]
+        ours, theirs = (score_words(c, *shared) for c in (captioner, load()))
         against, choice = {m: f"{m}, embedded" for m in ours.method}, pd.DataFrame()
         scores = pd.concat([ours, theirs.assign(method=theirs.method.map(against))])
-    differences = faithfulness.compare_methods(scores, against)
-    tested = faithfulness.summarise(scores, KEYS).merge(differences, "left", [*KEYS, "measure"])
+    differences = compare_methods(scores, against)
+    tested = summarise(scores).merge(differences, "left", KEYS)
     both = pd.concat([choice.assign(split="val"), tested.assign(split="test")]).astype(object)
     rows = tuple(both.where(both.notna(), None).to_dict("records"))
     settings, identity = {"scenes": how, "chosen": chosen}, identity_of(captioner, **data)

@@ -1,7 +1,5 @@
 """How many parameters each part of the published model has, down to the last one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict
 

@@ -1,11 +1,7 @@
 """QVision among its peers: models of public configuration with random weights, and chat models."""
 
-from __future__ import annotations
-
-import base64
 import copy
 import gc
-import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +23,7 @@ from qvision_lab.benchmark.latency import CHOICE, DTYPES, GREEDY, TOKENS, timed_
 from qvision_lab.captioning import Captioner
 from qvision_lab.captioning.compiled import FastDecoding
 from qvision_lab.captioning.images import Picture, open_image
+from qvision_lab.interpretation.page import data_url
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 
 ROOM = 1.1  # memory over that of the weights: activations and caches
@@ -171,9 +168,8 @@ def caption_by_gpt4(image: Picture, max_new_tokens: int = 20, timeout: float = 6
 
     if not os.environ.get("OPENAI_API_KEY"):
         raise ConnectionError("no endpoint: set OPENAI_API_KEY (and perhaps OPENAI_BASE_URL).")
-    open_image(image).save(png := io.BytesIO(), "PNG")
-    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-    parts = [{"type": "text", "text": PROMPT}, {"type": "image_url", "image_url": {"url": url}}]
+    url = {"url": data_url(open_image(image))}
+    parts = [{"type": "text", "text": PROMPT}, {"type": "image_url", "image_url": url}]
     how = {"model": GPT4, "messages": [{"role": "user", "content": parts}]}
     try:
         chat = OpenAI(timeout=timeout, max_retries=0).chat.completions

@@ -1,7 +1,5 @@
 """Fine-tuning from few images: the score that a Q-Former with random weights recovers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory

@@ -1,7 +1,5 @@
 """Tables and figures of what was measured, drawn from the result files alone."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import defaultdict
@@ -20,6 +18,7 @@ from qvision_lab import plots
 from qvision_lab.benchmark.harness import RESULTS, ROUNDS, Spread
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.identity import read_identity
+from qvision_lab.training.results import interval_cell as _interval
 
 PAGE = RESULTS / "README.md"
 LAYOUT = yaml.safe_load((Path(__file__).parent / "tables.yaml").read_text(encoding="utf-8"))
@@ -82,11 +81,8 @@ def _peers(rows: list[Row]) -> Iterator[Row]:
         theirs, reason = row.get(f"{prefix}seconds"), row.get(f"{prefix}not_measured")
         if theirs or reason:
             time = f"{Spread.of(theirs):ms} ms" if theirs else f"{NOT_MEASURED} ({reason})"
-            more = {
-                "size": _size(row["parameters"], row["trained"]),
-                "method": method,
-                "time": time,
-            }
+            size = _size(row["parameters"], row["trained"])
+            more = {"size": size, "method": method, "time": time}
             for name in ("qvision", "qvision_compiled"):
                 if theirs and (ours := row.get(f"{name}_seconds")):
                     more[f"ratio_to_{name}"] = Spread.ratio(theirs, ours).median
@@ -271,12 +267,3 @@ def _read_results(name: str, folder: Path, required: bool = False) -> list[dict]
 
 def _size(total: int | None, trained: int | None) -> str:
     return f"{total:,}, {trained:,} trained ({trained / total:.2%})" if total else "not public"
-
-
-def _interval(row: Row, of: str | None = None) -> str:
-    """A share times 100 with its 95% interval, and the number of its cases."""
-    value = row.get("value", row.get("score"))
-    if value is None:
-        return "no case"
-    number = f" of {row[of]:,}" if of else ""
-    return f"{100 * value:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]{number}"

@@ -1,7 +1,5 @@
 """Training, ours and the original's: steps at the published sizes; CIDEr by minutes, embedded."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import math
@@ -134,7 +132,7 @@ def _row(
 
 
 def _time_steps(
-    learner: Learner, images: int, precision: str, quick: bool, compiled: bool = False
+    learner: "Learner", images: int, precision: str, quick: bool, compiled: bool = False
 ) -> dict:
     """Measure steps of one kind on a GPU."""
     model, way = learner.model, learner.way
@@ -187,9 +185,8 @@ class Learner:
     @torch.no_grad()
     def fill(self, batch: dict[str, Tensor]) -> Tensor:
         """Encode images as for the cache, which computes in float32 and holds bfloat16."""
-        return (
-            self.model.vision.encode(batch["pixel_values"].to(self.model.device)).bfloat16().cpu()
-        )
+        pixels = batch["pixel_values"].to(self.model.device)
+        return self.model.vision.encode(pixels).bfloat16().cpu()
 
 
 def random_batch(

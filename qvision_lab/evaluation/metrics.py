@@ -4,8 +4,6 @@ The score of a corpus is the formula of all counts summed, that of an image the 
 counts; a bootstrap or a paired test sums other choices of the images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future

@@ -1,7 +1,5 @@
 """Scores with confidence intervals, of a system and of the difference to another; result files."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re
@@ -68,9 +66,8 @@ class EvaluationReport:
             counts, formula = self.counts_of(metric), metric.formula
             total = counts.sum(0)
             if metric.shares:
-                interval = bootstrap.share_interval(
-                    counts[:, ::2], counts[:, 1::2], self.confidence
-                )
+                hits, cases = counts[:, ::2], counts[:, 1::2]
+                interval = bootstrap.share_interval(hits, cases, self.confidence)
             else:
                 interval = bootstrap.bootstrap_interval(counts, formula, *settings)
             of = total[1::2] if formula is ratio_formula else [len(counts)] * len(metric.scores)
@@ -123,7 +120,7 @@ class EvaluationReport:
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path) -> EvaluationReport:
+    def load(cls, folder: str | Path) -> "EvaluationReport":
         """Read the files of `save`; scores and intervals are recomputed from the counts."""
         content = json.loads((Path(folder) / "scores.json").read_text(encoding="utf-8"))
         path = Path(folder) / "images.csv"

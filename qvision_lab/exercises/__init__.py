@@ -3,8 +3,6 @@
 An attempt runs next to our answer on cases of growing difficulty; any right form is accepted.
 """
 
-from __future__ import annotations
-
 import copy
 from importlib.resources import files
 from typing import Any

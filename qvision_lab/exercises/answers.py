@@ -1,7 +1,5 @@
 """Our answers to the notebooks' exercises, and the cases that attempts are graded on."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 

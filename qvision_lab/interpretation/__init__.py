@@ -5,5 +5,5 @@ import lazy_loader
 from qvision_lab.interpretation import page as page  # gives traces their `to_html`
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submodules=["faithfulness", "interventions", "maps", "page", "queries", "trace"]
+    __name__, submodules=["faithfulness", "interventions", "maps", "page", "trace"]
 )

@@ -2,8 +2,8 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
@@ -13,14 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 
 from qvision_lab.captioning import Captioner
-from qvision_lab.captioning.images import Picture
 from qvision_lab.data.coco import CaptionDataset
-from qvision_lab.evaluation.bootstrap import (
-    bootstrap_interval,
-    holm,
-    paired_difference,
-    share_interval,
-)
+from qvision_lab.evaluation import bootstrap
 from qvision_lab.evaluation.chair import Vocabulary, coco_vocabulary
 from qvision_lab.interpretation.maps import METHODS, Method
 from qvision_lab.interpretation.trace import Trace, Word, trace_all
@@ -28,16 +22,6 @@ from qvision_lab.interpretation.trace import Trace, Word, trace_all
 MEASURES = "pointing", "deletion", "insertion", "correlation"
 STEPS = 11  # points of a removal curve
 CENTRE_SPREAD = 0.25  # standard deviation of the centre baseline, in sides of the image
-
-
-@dataclass(frozen=True)
-class Example:
-    """An image and the boxes (x, y, width, height in its pixels) of its objects, by category."""
-
-    image: Picture
-    boxes: Mapping[str, Sequence[Sequence[float]]]
-    vocabulary: Vocabulary  # what captions call the categories
-    caption: str | None = None  # None: the model's
 
 
 class RemovalCurves(NamedTuple):
@@ -57,33 +41,19 @@ class _Target(NamedTuple):
     size: str  # "large", or "small" where every box has a side shorter than a patch
 
 
-def examples_of(dataset: CaptionDataset) -> Iterator[Example]:
-    """Images of a data set with their boxes, which `open_dataset` reads from COCO's instances."""
-    vocabulary = dataset.judge.vocabulary if dataset.judge else coco_vocabulary()
-    for image in dataset:
-        boxes = defaultdict(list)
-        for category, box in image.boxes or ():
-            boxes[category].append(box)
-        yield Example(image.picture, boxes, vocabulary)
-
-
-def score_maps(
-    captioner: Captioner, examples: Iterable[Example], methods: Mapping[str, Method] = METHODS
-) -> pd.DataFrame:
-    """Scores of `score_words`, averaged.
-
-    Returns:
-        A row for each `method`, `size` of what is named ("small": every box has a side shorter
-        than a patch) and `measure`: `value`, `low` and `high` (95%, over images: `share_interval`
-        of hits in pointing, else bootstrap), and the number of `words` and `images`.
-    """
-    return summarise(score_words(captioner, examples, methods), ["method", "size"])
-
-
 def score_words(
-    captioner: Captioner, examples: Iterable[Example], methods: Mapping[str, Method] = METHODS
+    captioner: Captioner,
+    dataset: CaptionDataset,
+    methods: Mapping[str, Method] = METHODS,
+    captions: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Score the maps of every word that names an object of its image, in a row for each method.
+
+    Its columns are `image`, `method`, `size` of what is named ("small": every box has a side
+    shorter than a patch), and the measures, which `summarise` averages:
+
+    The words are of `captions`, one an image, or of those that greedy search finds. Boxes are those
+    that `open_dataset` reads from COCO's instances.
 
     - pointing (Zhang et al. 2018, arXiv:1608.00507): the centre of the peak patch lies in a box of
       an object that the word names.
@@ -100,7 +70,7 @@ def score_words(
 
     methods = {**methods, "centre": _centre, "chance": noise}
     records = []
-    for image, (trace, targets) in enumerate(_locate(captioner, examples)):
+    for image, (trace, targets) in enumerate(_locate(captioner, dataset, captions)):
         words = [target.word for target in targets]
         values = np.stack([method(trace, words) for method in methods.values()])  # [M,W,P]
         curves = removal_curves(trace, words, values)
@@ -118,16 +88,19 @@ def score_words(
 
 
 def check_randomised(
-    captioner: Captioner, examples: Iterable[Example], methods: Mapping[str, Method] = METHODS
+    captioner: Captioner,
+    dataset: CaptionDataset,
+    methods: Mapping[str, Method] = METHODS,
+    captions: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Compare maps with those of randomised weights (Adebayo et al. 2018, arXiv:1810.03292).
 
     From the words to the pixels, the weights of one part after another are shuffled within each
     tensor, in a copy of the model. The measure is the rank correlation of a word's map with that of
-    the original model: near 1, a map does not depend on what the model has learned. The table is as
-    that of `score_maps`, with a row for each `method` and last `shuffled` part.
+    the original model: near 1, a map does not depend on what the model has learned. Returns means
+    of `summarise` for each `method` and last `shuffled` part.
     """
-    located = list(_locate(captioner, examples))
+    located = list(_locate(captioner, dataset, captions))
     traces, words = [t for t, _ in located], [[x.word for x in targets] for _, targets in located]
     images, captions = [trace.image for trace in traces], [trace.caption for trace in traces]
     before = {name: list(map(method, traces, words)) for name, method in methods.items()}
@@ -148,11 +121,11 @@ def check_randomised(
     return summarise(pd.DataFrame(records), ["method", "shuffled"])
 
 
-def object_words(trace: Trace, vocabulary: Vocabulary) -> list[tuple[Word, str]]:
-    """Words that name an object, in the image or not (the last of a phrase), and its category."""
+def object_words(trace: Trace, vocabulary: Vocabulary | None = None) -> list[tuple[Word, str]]:
+    """Words (of a phrase the last) that name an object, in the image or not, and its category."""
     return [
         (word, mention.category)
-        for mention in vocabulary.mentions(trace.caption)
+        for mention in (vocabulary or coco_vocabulary()).mentions(trace.caption)
         for word in trace.words
         if word.span[0] < mention.span[1] <= word.span[1]
     ]
@@ -177,16 +150,19 @@ def removal_curves(
 
 
 def _locate(
-    captioner: Captioner, examples: Iterable[Example]
+    captioner: Captioner, dataset: CaptionDataset, captions: Sequence[str] | None = None
 ) -> Iterator[tuple[Trace, list[_Target]]]:
-    """Traces of examples whose captions name an object of the image, and those words."""
-    examples = list(examples)
-    traces = trace_all(captioner, [e.image for e in examples], [e.caption for e in examples])
-    for trace, example in zip(traces, examples, strict=True):
+    """Traces of images whose captions name an object in them, and those words."""
+    vocabulary = dataset.judge.vocabulary if dataset.judge else None
+    traces = trace_all(captioner, (image.picture for image in dataset), captions)
+    for trace, image in zip(traces, dataset, strict=True):
+        boxes = defaultdict(list)
+        for category, box in image.boxes or ():
+            boxes[category].append(box)
         targets = [
-            _target(trace, word, np.array(example.boxes[category], float))
-            for word, category in object_words(trace, example.vocabulary)
-            if example.boxes.get(category)
+            _target(trace, word, np.array(boxes[category], float))
+            for word, category in object_words(trace, vocabulary)
+            if category in boxes
         ]
         if targets:
             yield trace, targets
@@ -225,7 +201,7 @@ def compare_methods(scores: pd.DataFrame, against: Mapping[str, str]) -> pd.Data
     rows = []
     for size, pair, measure in product(scores["size"].unique(), against.items(), measures):
         both = (sums.loc[size, name][[measure, "words"]].to_numpy(float) for name in pair)
-        difference, limits, p = paired_difference(
+        difference, limits, p = bootstrap.paired_difference(
             *both,
             lambda counts: counts[..., :1] / counts[..., 1:],
             confidence=1 - 0.05 / len(against),
@@ -235,21 +211,25 @@ def compare_methods(scores: pd.DataFrame, against: Mapping[str, str]) -> pd.Data
         key = {"method": pair[0], "size": size, "measure": measure}
         rows.append(key | {name: value.item() for name, value in found.items()})
     table = pd.DataFrame(rows)
-    return table.assign(p=table.groupby(["size", "measure"])["p"].transform(holm))
+    return table.assign(p=table.groupby(["size", "measure"])["p"].transform(bootstrap.holm))
 
 
-def summarise(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Means over words, in one row for each group and measure; ValueError without a word."""
+def summarise(scores: pd.DataFrame, by: Sequence[str] = ("method", "size")) -> pd.DataFrame:
+    """Means over words, in one row for each group and `measure`; ValueError without a word.
+
+    `value`, `low` and `high` (95%, over images: `share_interval` of hits in pointing, else
+    bootstrap), and the number of `words` and `images`.
+    """
     if scores.empty:
-        raise ValueError("no caption names an object of its image; give other examples.")
+        raise ValueError("no caption names an object of its image; give other images.")
     measures = [name for name in scores if name in MEASURES]
     tables = []
     for key, group in scores.groupby([*by], sort=False):
         per_image = group.assign(words=1).groupby("image")[["words", *measures]].sum()
         counts = per_image.to_numpy(float)  # [images,1+S]
-        low, high = bootstrap_interval(counts, lambda sums: sums[..., 1:] / sums[..., :1])
+        low, high = bootstrap.bootstrap_interval(counts, lambda sums: sums[..., 1:] / sums[..., :1])
         if measures[0] == "pointing" and "chance" not in key:  # words that hit or miss
-            low[0], high[0] = share_interval(counts[:, 1], counts[:, 0])
+            low[0], high[0] = bootstrap.share_interval(counts[:, 1], counts[:, 0])
         table = pd.DataFrame({**dict(zip(by, key, strict=True)), "measure": measures})
         value = [group[name].mean() for name in measures]
         table = table.assign(value=value, low=low, high=high, words=len(group), images=len(counts))

@@ -25,7 +25,8 @@ from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.qformer import QFormerBlock
 from qvision_lab.model.variants import require_parts
 
-__all__ = ["Effect", "Intervention", "blank_image", "effects", "mute", "patch", "stack", "sweep"]
+__all__ = ["Effect", "Intervention", "blank_image", "effects", "mute", "mute_each", "patch"]
+__all__ += ["stack", "sweep"]
 
 Change = Callable[..., Tensor]  # of an activation; the model continues with the result
 Site = Callable[[nn.Module, Change], RemovableHandle]  # where in a module that is
@@ -242,21 +243,26 @@ class Effect:
         return self.after - self.before
 
 
-def sweep(trace: Trace, over: str) -> list[Effect]:
-    """`effects` of muting every part of a kind, each by itself.
+def mute_each(model: QVisionForConditionalGeneration, over: str) -> list[Intervention]:
+    """Mutes of every part of a kind, each by itself.
 
     The kinds of `mute` are "queries" (all visual tokens, in their order), "heads" or "self_heads"
     (each L * H, block by block), "bridge_heads" (H) and "blocks" (L).
     """
-    model, queries = trace.model, range(trace.model.config.num_query_tokens)
     heads, blocks = range(model.config.num_attention_heads), range(len(model.qformer.blocks))
+    queries = range(model.config.num_query_tokens)
     parts = {"queries": queries, "blocks": blocks, "bridge_heads": heads}
     parts |= {"heads": product(blocks, heads), "self_heads": product(blocks, heads)}
     if over not in parts:
         raise ValueError(f"no sweep over {over!r}; choose one of {', '.join(parts)}.")
     has_global = over == "queries" and model.config.global_token != "none"
-    mutes = [mute(model, global_token=True)] if has_global else []
-    return effects(trace, [*mutes, *(mute(model, **{over: [part]}) for part in parts[over])])
+    first = [mute(model, global_token=True)] if has_global else []
+    return [*first, *(mute(model, **{over: [part]}) for part in parts[over])]
+
+
+def sweep(trace: Trace, over: str) -> list[Effect]:
+    """`effects` of `mute_each`."""
+    return effects(trace, mute_each(trace.model, over))
 
 
 @torch.no_grad()

@@ -1,7 +1,5 @@
 """A page that needs no Python: words to click, maps, and each visual token muted beforehand."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -12,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from qvision_lab.data.atomic import write_atomic
-from qvision_lab.interpretation.interventions import mute, stack
+from qvision_lab.interpretation.interventions import mute_each, stack
 from qvision_lab.interpretation.maps import DEFAULT_METHOD, METHODS, PatchMap, word_maps
 from qvision_lab.interpretation.trace import Trace, trace_all
 
@@ -33,7 +31,7 @@ def write_page(trace: Trace, path: str | Path) -> Path:
         "picture": _picture(trace.image),
         "grid": trace.patch_grid,
         "words": [word.text for word in trace.words],
-        "probabilities": _probabilities(trace),
+        "probabilities": _rounded(trace.probabilities),
         "tokens": trace.visual_token_labels,
         "maps": {method: _values(word_maps(trace, method)) for method in methods},
         "attention": _rounded(trace.qformer_cross_attentions),
@@ -52,10 +50,7 @@ Trace.to_html = write_page  # set here: the page needs maps, and these need Trac
 
 def _muted(trace: Trace) -> list[dict]:
     """Caption, probabilities and maps with each visual token muted, in their order."""
-    captioner, model = trace.captioner, trace.model
-    labels = trace.visual_token_labels
-    first = [mute(model, global_token=True)] if labels[0] == "global token" else []
-    mutes = [*first, *(mute(model, queries=[q]) for q in range(len(labels) - len(first)))]
+    captioner, mutes = trace.captioner, mute_each(trace.model, "queries")
     images = [trace.image] * len(mutes)
     with stack(mutes):
         captions = captioner.caption(images, batch_size=len(mutes), preset="greedy")
@@ -64,15 +59,11 @@ def _muted(trace: Trace) -> list[dict]:
     return [
         {
             "caption": caption.text,
-            "probabilities": _probabilities(traced),
+            "probabilities": _rounded(traced.probabilities),
             "maps": _values(word_maps(traced, MUTED_METHOD)),
         }
         for caption, traced in zip(captions, traces, strict=True)
     ]
-
-
-def _probabilities(trace: Trace) -> list[float]:
-    return _rounded(np.exp([trace.logprobs[list(word.tokens)].sum() for word in trace.words]))
 
 
 def _values(maps: list[PatchMap]) -> list[list[float]]:
@@ -86,7 +77,12 @@ def _rounded(values: np.ndarray) -> list:
 
 
 def _picture(image: np.ndarray) -> str:
-    small, jpeg = Image.fromarray(image), io.BytesIO()
+    small = Image.fromarray(image)
     small.thumbnail((SIDE, SIDE))
-    small.save(jpeg, "jpeg", quality=90)
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
+    return data_url(small, "jpeg", quality=90)
+
+
+def data_url(image: Image.Image, kind: str = "png", **settings) -> str:
+    """An image as text, for HTML and JSON."""
+    image.save(content := io.BytesIO(), kind, **settings)
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -74,6 +74,11 @@ class Trace:
             )
         return self.captioner.model
 
+    @property
+    def probabilities(self) -> Float[np.ndarray, " W"]:
+        """Of each word, given those before it."""
+        return np.exp([self.logprobs[list(word.tokens)].sum() for word in self.words])
+
     def to_tensor(self, values: np.ndarray) -> Tensor:
         """An array of the trace with the model's device and dtype."""
         return torch.from_numpy(values).to(self.model.device, self.model.dtype)
@@ -101,7 +106,8 @@ class Trace:
 
     def __repr__(self) -> str:
         blocks, heads, tokens, patches = self.qformer_cross_attentions.shape
-        likely = (f"{w.text} {np.exp(self.logprobs[list(w.tokens)].sum()):.0%}" for w in self.words)
+        pairs = zip(self.words, self.probabilities, strict=True)
+        likely = (f"{word.text} {probability:.0%}" for word, probability in pairs)
         return (
             f"Trace of {self.source}: {self.caption!r}\n  words: {', '.join(likely)}\n"
             f"  {blocks} blocks, {heads} heads, {tokens} visual tokens, {patches} patches"

@@ -1,7 +1,5 @@
 """Cache of vision states: the tower is frozen, so each image is encoded once and kept on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

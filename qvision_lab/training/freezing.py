@@ -1,7 +1,5 @@
 """Freezing: which parameters a run trains. A policy is data; applying one sets `requires_grad`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches

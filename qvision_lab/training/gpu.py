@@ -1,7 +1,5 @@
 """Fast training steps on a GPU: TF32, frozen weights cast once, packed captions, CUDA graphs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -199,11 +197,7 @@ class CapturedLoss:
         places: Int[Tensor, " K"],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Float[Tensor, ""]:
-        """As the model's own loss, inside autocast or not.
-
-        Raises:
-            ValueError: if the step cannot be captured.
-        """
+        """As the model's own loss, inside autocast or not; ValueError if it cannot be captured."""
         addresses = [weight.data_ptr() for weight in self.model.parameters()]
         if addresses != self.addresses:
             self.graphs.clear()

@@ -1,7 +1,5 @@
 """Memory that a training step needs, estimated before it runs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 

@@ -1,13 +1,10 @@
 """What a run starts from without a checkpoint: a new model behind a tower, and its tokenizer."""
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
@@ -29,13 +26,10 @@ IMAGENET_DIGEST = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf7
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE (Radford et al. 2019): short for its captions, able to spell anything.
-
-    Captions get a space before and after, as in the model's text.
-    """
+    """A byte-level BPE (Radford et al. 2019): short for its captions, able to spell anything."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
-        (f" {caption} " for caption in captions),
+        (f" {caption} " for caption in captions),  # spaces as in the model's text
         vocab_size=vocab_size,
         min_frequency=10,
         special_tokens=list(SPECIAL_TOKENS.values()),
@@ -44,21 +38,25 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **SPECIAL_TOKENS)
 
 
-def new_config(sizes: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> QVisionConfig:
-    """The configuration of a model of these sizes, with the tokenizer's vocabulary."""
-    text = {**sizes["text_config"], "vocab_size": len(tokenizer)}
-    return QVisionConfig(
-        **{**sizes, "text_config": text},
+def new_config(
+    settings: NewModel, captions: Iterable[str]
+) -> tuple[QVisionConfig, PreTrainedTokenizerFast]:
+    """The configuration of a new model, with the vocabulary of a tokenizer trained on captions."""
+    tokenizer = train_tokenizer(captions, settings.vocab_size)
+    text = {**settings.model["text_config"], "vocab_size": len(tokenizer)}
+    config = QVisionConfig(
+        **{**settings.model, "text_config": text},
         start_token_id=tokenizer.bos_token_id,
         end_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    return config, tokenizer
 
 
 def save_new_model(
     config: QVisionConfig,
     tokenizer: PreTrainedTokenizerFast,
-    tower: Mapping[str, Tensor],
+    tower: dict[str, Tensor],
     seed: int,
     dest: Path,
 ) -> Path:
@@ -80,8 +78,7 @@ def start_from_imagenet(settings: NewModel, captions: Iterable[str], seed: int, 
     """
     if (dest / "config.json").exists():
         return dest
-    tokenizer = train_tokenizer(captions, settings.vocab_size)
-    config = new_config(settings.model, tokenizer)
+    config, tokenizer = new_config(settings, captions)
     return save_new_model(config, tokenizer, imagenet_tower(config), seed, dest)
 
 
@@ -98,9 +95,8 @@ def imagenet_tower(config: QVisionConfig) -> dict[str, Tensor]:
         raise ValueError(f"{path} has SHA-256 {digest}, not {IMAGENET_DIGEST}: install it again.")
     stored = torch.load(BytesIO(content), weights_only=True)
     tower = build_tower(config.vision_config).state_dict()
-    counters = "num_batches_tracked"
-    names = [name for name in tower if not name.endswith(counters)]
-    weights = [
-        w for name, w in stored.items() if not name.startswith("_fc") and counters not in name
-    ]
-    return tower | dict(zip(names, weights, strict=True))
+    names, weights = (
+        [name for name in part if not name.startswith("_fc") and "num_batches_tracked" not in name]
+        for part in (tower, stored)
+    )
+    return tower | {n: stored[w] for n, w in zip(names, weights, strict=True)}

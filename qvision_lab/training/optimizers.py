@@ -1,7 +1,5 @@
 """Optimizers: Muon for hidden matrices, AdamW for the rest, batched on a GPU."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable
 

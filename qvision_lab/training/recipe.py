@@ -1,7 +1,5 @@
 """Recipes: every setting of a training run with its type, bounds and default, read from YAML."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Iterable, Mapping
@@ -105,7 +103,7 @@ class Phase(Settings):
     thaw_projection: bool = False
 
     @model_validator(mode="after")
-    def _consistent(self) -> Phase:
+    def _consistent(self) -> "Phase":
         find_policy(self.policy)
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("a phase needs epochs or steps, and not both")
@@ -196,7 +194,7 @@ class Recipe(Settings):
     push_to: str | None = None  # Hub id to upload the result to
 
     @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
+    def _consistent(self) -> "Recipe":
         for phase in self.training.phases if self.features else ():
             if "vision" in find_policy(phase.policy).modules:
                 raise ValueError(
@@ -222,12 +220,8 @@ def load_recipe(
     values = read_yaml(find_settings(name, RECIPES, "recipe"))
     changes = changes if isinstance(changes, Mapping) else parse_overrides(changes)
     if data is not None:
-        sources = [
-            "data.train",
-            "data.validation",
-            *(f"scores.{n}" for n in values.get("scores", ())),
-        ]
-        changes = {f"{source}.source": data for source in sources} | changes
+        parts = "data.train", "data.validation", *(f"scores.{n}" for n in values.get("scores", ()))
+        changes = {f"{part}.source": data for part in parts} | changes
     return Recipe.parse(override(values, changes))
 
 

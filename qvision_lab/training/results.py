@@ -1,7 +1,5 @@
 """What a run writes: `run.yaml` at its start; at its end a checkpoint, scores and a card."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -142,11 +140,10 @@ def fit_familiarity(
 
 
 def score_captioner(captioner: Captioner, dataset: CaptionDataset) -> dict[str, dict]:
-    """Score a checkpoint's captions of held-out images against references, and truth if known.
+    """Score captions of held-out images: rows of `EvaluationReport.table`, by source and score.
 
-    By source and score: a row of `EvaluationReport.table`. Sources are the captioner and, for
-    Scenes, a sixth caption by the grammar that wrote the five references, which shows how far true
-    captions differ.
+    Sources are the captioner and, for Scenes, a sixth caption by the grammar that wrote the five
+    references, which shows how far true captions differ.
     """
     pictures = (image.picture for image in tqdm(dataset, f"captioning {dataset.name}"))
     captions = captioner.caption(pictures, batch_size=50)
@@ -170,13 +167,15 @@ def scores_table(scores: Mapping[str, dict[str, dict]]) -> str:
     lines = [["", *scores], ["---", *["---:"] * len(scores)]]
     for source, name in ((source, name) for source, rows in first.items() for name in rows):
         label = labels.get(name, name) + ("" if source == CAPTIONER else f", {source}")
-        lines.append([label, *(_cell(rows[source][name]) for rows in scores.values())])
+        cells = (interval_cell(rows[source][name], "of") for rows in scores.values())
+        lines.append([label, *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _cell(row: Mapping[str, float]) -> str:
-    """A score with its interval, times 100, of so many images or cases."""
-    if not row["of"]:
+def interval_cell(row: Mapping[str, Any], of: str | None = None) -> str:
+    """A score or value times 100 with its interval, and the number of its cases, named by `of`."""
+    score = row.get("value", row.get("score"))
+    if score is None:
         return "no case"
-    score, low, high = (100 * row[name] for name in ("score", "low", "high"))
-    return f"{score:.1f} [{low:.1f}, {high:.1f}] of {row['of']:,}"
+    number = f" of {row[of]:,}" if of else ""
+    return f"{100 * score:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]{number}"

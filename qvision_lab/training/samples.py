@@ -1,7 +1,5 @@
 """Training samples: an image (cached states or pixels) with some of its captions, and batches."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from itertools import islice
 

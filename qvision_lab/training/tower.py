@@ -5,8 +5,6 @@ captioner attends did not emerge from captions alone. The control for that is th
 supervision `images` instead of `patches`: what is in an image, not where.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ from qvision_lab import scenes
 from qvision_lab.data.atomic import atomic
 from qvision_lab.scenes.captions import caption_scene
 from qvision_lab.scenes.layout import BACKGROUNDS, CATEGORIES, COLORS, PICTURE, SKIES
-from qvision_lab.training.new_model import new_config, save_new_model, train_tokenizer
+from qvision_lab.training.new_model import new_config, save_new_model
 from qvision_lab.training.recipe import Tower, TowerData
 from qvision_lab.training.trainer import train_stage
 
@@ -59,8 +57,7 @@ def train_tower(settings: Tower, seed: int, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     layouts = (scenes.layout("train", 0, i) for i in range(settings.vocab_scenes))
     captions = (caption for layout in layouts for caption in caption_scene(layout))
-    tokenizer = train_tokenizer(captions, settings.vocab_size)
-    config = new_config(settings.model, tokenizer)
+    config, tokenizer = new_config(settings, captions)
     grid = config.patch_grid[0]
     *train, held_out = (
         TowerSamples(draw_records(part, grid, folder, settings.drawing_workers), grid)

@@ -1,7 +1,5 @@
 """A training run: a checkpoint or new model, data and a recipe -> a trained checkpoint."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -97,14 +95,9 @@ def open_data(data: Data) -> dict[str, CaptionDataset]:
 
 
 def open_source(source: DataSource) -> CaptionDataset:
-    settings = source.model_dump()
-    captions, as_sentences = settings.pop("captions"), settings.pop("as_sentences")
-    dataset = open_dataset(**settings)
-    images = []
-    for image in dataset:
-        chosen = image.references[:captions]
-        chosen = tuple(map(as_sentence, chosen)) if as_sentences else chosen
-        images.append(replace(image, references=chosen))
+    dataset = open_dataset(**source.model_dump(exclude={"captions", "as_sentences"}))
+    change, most = as_sentence if source.as_sentences else str, source.captions
+    images = (replace(i, references=tuple(map(change, i.references[:most]))) for i in dataset)
     return replace(dataset, images=tuple(images))
 
 

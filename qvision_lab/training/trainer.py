@@ -1,7 +1,5 @@
 """One trainer for every stage: transformers' own, with a measure and complete checkpoints."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -68,23 +66,16 @@ class StageTrainer(Trainer):
     A checkpoint whose write fails is deleted. Evaluation leaves the random numbers of training
     alone, so that the number of evaluations changes no weight. On a GPU, steps take float32
     products in TF32 and read frozen matrices in the bfloat16 that autocast would cast them to; what
-    is evaluated and saved is float32.
-
-    Args:
-        measure: numbers to be logged; called with the model in evaluation mode.
-        processor: saved with each checkpoint, so that `ql.load` can read it. (As the Trainer's
-            `processing_class` it would change the model's special tokens.)
-        patience, compiled, captured, smoothing, state_dropout: of the settings `Training`. Where
-            compiling fails in the first step, training continues without; graphs are captured where
-            one GPU trains alone, without smoothing.
+    is evaluated and saved is float32. Where compiling fails in the first step, training continues
+    without; graphs are captured where one GPU trains alone, without smoothing.
     """
 
     def __init__(
         self,
         *args,
-        measure: Callable[[], dict[str, float]],
-        processor: QVisionProcessor | None = None,
-        patience: int | None = None,
+        measure: Callable[[], dict[str, float]],  # to be logged; the model is in evaluation mode
+        processor: QVisionProcessor | None = None,  # saved with each checkpoint, for `ql.load`
+        patience: int | None = None,  # this and the others: of the settings `Training`
         compiled: bool = False,
         captured: bool = False,
         smoothing: float = 0.0,
@@ -199,7 +190,7 @@ class StageTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.processor is not None:
+        if self.processor is not None:  # as `processing_class` it would change special tokens
             self.processor.save_pretrained(output_dir)
 
     def _diverged(self, problem: str, step: int) -> ValueError:

@@ -1,13 +1,10 @@
 """Runs the model for the explorer, and caches what can be."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -45,12 +42,6 @@ class Result:
     trace: Trace  # of the caption that is read: one for the whole and the muted model
     word: int | None  # index of the mapped word in the trace
     maps: tuple[PatchMap, ...]  # of the word, if there is one, and of the visual token
-
-    @property
-    def probabilities(self) -> np.ndarray:
-        """Of each word [W] of the trace's caption, given those before it."""
-        logprobs = self.trace.logprobs
-        return np.exp([logprobs[list(word.tokens)].sum() for word in self.trace.words])
 
 
 class Backend:

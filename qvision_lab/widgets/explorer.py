@@ -1,7 +1,5 @@
 """The controls of the explorer: words to click, parts to mute, a caption of your own."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable
@@ -197,7 +195,7 @@ class Explorer(w.VBox):
     def _write_words(self, result: Result, marks: list[str]) -> None:
         """Separate buttons, known by their position: a word may occur twice."""
         buttons, likely = [], self.backend.alternatives(result.trace)
-        rows = zip(result.trace.words, marks, result.probabilities, likely, strict=True)
+        rows = zip(result.trace.words, marks, result.trace.probabilities, likely, strict=True)
         for i, (word, mark, probability, others) in enumerate(rows):
             button = w.ToggleButton(description=f"{word.text} {mark}".strip())
             button.tooltip = f"probability {probability:.0%}; here the model would write {others}"

@@ -3,10 +3,6 @@
 A map is a small image of one pixel a patch that the browser enlarges, so its opacity is a style.
 """
 
-from __future__ import annotations
-
-import base64
-import io
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
@@ -18,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from qvision_lab.interpretation.maps import PatchMap
+from qvision_lab.interpretation.page import data_url
 from qvision_lab.interpretation.trace import Word
 from qvision_lab.plots.images import HEAT
 from qvision_lab.widgets.backend import Result
@@ -47,13 +44,13 @@ def result_html(result: Result, vmax: Sequence[float], title: str, whole: str = 
 
 def probabilities_html(results: Sequence[Result]) -> str:
     """Probabilities of the words of the caption that is read; what muting changes is marked."""
-    whole, words = results[0].probabilities, results[0].trace.words
+    whole, words = results[0].trace.probabilities, results[0].trace.words
     head = "".join(f"<th>{escape(word.text)}</th>" for word in words)
     rows = []
     for name, result in zip(("whole", "muted"), results, strict=False):
         cells = "".join(
             f"<td><mark>{p:.0%}</mark></td>" if abs(p - w) > CHANGED else f"<td>{p:.0%}</td>"
-            for p, w in zip(result.probabilities, whole, strict=True)
+            for p, w in zip(result.trace.probabilities, whole, strict=True)
         )
         rows.append(f"<tr><th>probability, {name}</th>{cells}</tr>")
     return f"<table class='qv-table'><tr><th></th>{head}</tr>{''.join(rows)}</table>"
@@ -73,14 +70,14 @@ def truth_marks(claims: Sequence[object], words: Sequence[Word]) -> list[str]:
 def _picture(trace: object) -> str:
     image = Image.fromarray(trace.image)
     image.thumbnail((SIDE, SIDE))
-    return _data_url(image)
+    return data_url(image)
 
 
 def _map_html(picture: str, patch_map: PatchMap, vmax: float) -> str:
     shares = np.clip(patch_map.values / (vmax or 1), 0, 1)
     pixels = plt.get_cmap(HEAT)(shares)
     pixels[..., 3] = LOWEST + (1 - LOWEST) * shares
-    heat = _data_url(Image.fromarray((255 * pixels).round().astype(np.uint8)))
+    heat = data_url(Image.fromarray((255 * pixels).round().astype(np.uint8)))
     label = escape(f"{patch_map.label} ({patch_map.method})", quote=True)
     return (
         f"<figure><div class='qv-picture' role='img' aria-label='{label}: highest in patch "
@@ -88,12 +85,6 @@ def _map_html(picture: str, patch_map: PatchMap, vmax: float) -> str:
         f"</div><figcaption>{label}<br>0 <span class='qv-bar'></span> {vmax:.2g}</figcaption>"
         "</figure>"
     )
-
-
-def _data_url(image: Image.Image) -> str:
-    png = io.BytesIO()
-    image.save(png, format="png")
-    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
 
 
 def _marked(caption: str, whole: str) -> str:
