@@ -65,6 +65,10 @@ def caption(options: argparse.Namespace) -> int:
 
     if options.output:
         output_file(options.output)  # raises before the long load, as the next line
+    for path in options.paths:
+        if path.endswith("/") and "://" not in path and not os.path.isdir(path):
+            hint = f"name a folder of yours, or draw some: `qvision scenes write {path}`"
+            raise ValueError(f"there is no folder {path}; {hint}.")
     next(walk_pictures(options.paths, options.recursive))
     captioner = ql.load(options.model, options.revision, options.dtype, options.device)
     names = ["num_beams", "num_return_sequences", "temperature", "max_new_tokens", "preset", "seed"]
@@ -163,7 +167,7 @@ def convert(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """Caption held-out scenes, check every caption against the truth; caption photographs."""
-    ql.figures.run_demo(options.n, options.output, options.folder, options.seed, options.model)
+    ql.figures.run_demo(options.n, options.output, options.seed, options.model)
     if options.model is None:
         ql.figures.draw_photographs(Path(options.output).with_name("photos.png"))
 
@@ -258,7 +262,7 @@ def tables(options: argparse.Namespace) -> None:
         print(f"wrote {tables.fill(Path(page), more={'study': ql.figures.findings_table})}")
     for name, draw in tables.FIGURES.items() if options.figures else ():
         figure = Path(options.figures, f"{name}.png")
-        ql.figures.write_figure(draw().figure, figure, dpi=150)
+        ql.figures.write_styled(draw, figure)
         print(f"wrote {figure}")
 
 
@@ -311,7 +315,6 @@ def _parser() -> argparse.ArgumentParser:
     add = _command(commands, "demo", demo, "--seed", "--model")
     add("--n", default=24, **number)
     add("--output", default="figures/demo.png", metavar="FILE", help="contact sheet (%(default)s)")
-    add("--folder", metavar="DIR", help="keep the picture files here (default: nowhere)")
 
     add = _command(commands, "curves", curves)
     add("--output", default="figures/training.png", metavar="FILE", help="picture (%(default)s)")

@@ -1,6 +1,6 @@
 """The demo, the figures of the README, and the findings of a study."""
 
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.resources import files
 from importlib.util import find_spec
@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qvision_lab import plots, scenes
@@ -32,6 +33,8 @@ from qvision_lab.scenes.checker import RATES, Rate
 from qvision_lab.scenes.dataset import SceneJudge
 from qvision_lab.scenes.layout import COLORS
 
+__all__ = ["draw_curves", "draw_findings", "draw_inside", "run_demo"]
+
 EXAMPLE = 2  # index of the test scene in the figures of words and queries
 CURVES = {  # stages of the embedded checkpoint's training, and the measures that are drawn
     "vision": ("Vision tower", ["category", "color", "number", "background"]),
@@ -52,18 +55,14 @@ STUDY = files("qvision_lab.ablation") / "results" / "architecture"
 def run_demo(
     n: int = 24,
     output: str | Path = "figures/demo.png",
-    folder: str | Path | None = None,
     seed: int = 0,
     model: str | None = None,
 ) -> dict[str, Rate]:
-    """Caption n scenes of the split `test`, draw a contact sheet, print and return the rates.
-
-    The images are written to `folder` and stay; without one they are deleted.
-    """
+    """Caption n scenes of the split `test`, draw a contact sheet, print and return the rates."""
     if n < 1:
         raise ValueError(f"n={n} scenes cannot be shown; choose at least 1.")
     captioner = load(model)
-    with nullcontext(folder) if folder else TemporaryDirectory() as place:
+    with TemporaryDirectory() as place:
         dataset = open_dataset(scenes.write_coco(place, n, split="test", seed=seed))
         captions = captioner.caption([image.image for image in dataset])
         checks = [scenes.check(captions[i].text, t) for i, t in dataset.judge.truths.items()]
@@ -155,6 +154,12 @@ def draw_inside(
     write_figure(figure, folder / "deletion.png")
 
 
+@plt.style.context(STYLE)
+def write_styled(draw: Callable[[], Axes], output: Path) -> None:
+    """Draw in the package's style, and write the figure."""
+    write_figure(draw().figure, output)
+
+
 def write_figure(figure: Figure, output: Path, dpi: float | None = None) -> None:
     """Write a figure atomically, by default at least 1,200 pixels wide; its folder is created."""
     dpi = dpi or max(160, 1200 / figure.get_figwidth())
@@ -213,3 +218,7 @@ def findings_table(results: str | Path = STUDY, metric: str = "CIDEr") -> pd.Dat
     }
     table = pd.DataFrame(columns).replace({"maps point": {"nan%": "no map"}})
     return table.replace(r".*nan.*", "", regex=True)
+
+
+def __dir__() -> list[str]:  # for completion
+    return __all__

@@ -88,6 +88,7 @@ def test_caption_to_a_file_counts_failures(checkpoint, photos, tmp_path, capsys)
     "words",
     [
         "caption NOWHERE",
+        "caption no_photos/",
         "caption PHOTOS --model NOWHERE",
         "caption PHOTOS --model CHECKPOINT --preset best",
         "info NOWHERE",

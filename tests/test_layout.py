@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import qvision_lab as ql
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qvision_lab"
 
@@ -96,6 +98,12 @@ def test_files_are_small_and_no_drawers():
     for path in PACKAGE.rglob("*.py"):
         assert path.read_text(encoding="utf-8").count("\n") <= 400, path
         assert path.stem not in {"utils", "util", "helpers", "common", "misc"}, path
+
+
+def test_completion_lists_what_is_public():
+    for module in (ql.coco, ql.figures, ql.interventions):
+        assert not {"np", "plt", "torch", "Path", "dataclass"} & {*dir(module)}
+        assert all(hasattr(module, name) for name in dir(module))
 
 
 def test_what_is_declared_is_pinned_and_imported():

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,7 +121,8 @@ def test_a_drawing_follows_its_map_and_has_a_text(backend, request_):
 
 
 def test_a_caption_without_a_word_has_a_result(backend, request_, monkeypatch):
-    monkeypatch.setattr(backend, "_caption", lambda *request: "")
+    nothing = SimpleNamespace(text="", familiar=None)
+    monkeypatch.setattr(backend, "_caption", lambda *request: nothing)
     (result,) = backend.run(request_)
     assert result.word is None
     assert [m.label for m in result.maps] == ["global token"]
@@ -200,7 +202,7 @@ def test_a_picture_is_saved_and_a_foreign_one_is_warned_of(explorer, tmp_path, m
     assert not explorer.warning.value
     explorer.folder.value = str(tmp_path)
     explorer.pending.result()
-    assert "trained on drawn scenes alone" in explorer.warning.value
+    assert "unlike those that the checkpoint learned from" in explorer.warning.value
     explorer.opacity.value = 0.25
     assert "--qv-opacity: 0.25" in explorer._style.value
 

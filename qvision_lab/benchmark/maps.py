@@ -56,10 +56,10 @@ def run_benchmarks(
 def _score_boxes(captioner: Captioner, quick: bool, data: str) -> Table:
     """Maps of the model's captions of photographs; words that name an object with a box count."""
     dataset = open_dataset(data, n=6 if quick else None)
-    scores = faithfulness.score_words(captioner, faithfulness.examples_of(dataset), CANDIDATES)
+    scores = score_words(captioner, dataset, CANDIDATES)
     against = dict.fromkeys(CANDIDATES, "centre")
-    differences = faithfulness.compare_methods(scores, against)
-    tested = faithfulness.summarise(scores, KEYS).merge(differences, "left", [*KEYS, "measure"])
+    differences = compare_methods(scores, against)
+    tested = summarise(scores, KEYS).merge(differences, "left", [*KEYS, "measure"])
     rows = tested.astype(object).where(tested.notna(), None).to_dict("records")
     identity = identity_of(captioner, test=dataset)
     settings = {"images": dataset.name, "chosen": "centre"}

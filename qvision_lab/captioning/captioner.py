@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
+from html import escape
 from itertools import chain, islice
 from pathlib import Path
 from typing import TypeAlias
@@ -65,9 +66,11 @@ class Captioner:
     def __repr__(self) -> str:
         origin = self.provenance.source if self.provenance else "a model in memory"
         total = sum(weights.numel() for weights in self.model.parameters())
-        return (
-            f"Captioner of {origin}: {total:,} parameters, {self.model.dtype}, {self.model.device}"
-        )
+        where = f"{self.model.dtype}, {self.model.device}"
+        return f"Captioner of {origin}: {total:,} parameters, {where}"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
 
     def caption(
         self,

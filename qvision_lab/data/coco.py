@@ -18,6 +18,8 @@ from PIL import Image
 
 from qvision_lab.data.atomic import find_path
 
+__all__ = ["CaptionDataset", "CaptionedImage", "Contamination", "contamination", "open_dataset"]
+
 ImageId = int | str
 
 POOL = 80_000  # images of train2017, of which a random 80% trained the published checkpoint
@@ -350,3 +352,7 @@ def some(thing: str, ids: Sequence[ImageId]) -> str:
     """ "3 images (7, 12, 15)", with the first five ids; "" for none."""
     first = ", ".join(map(repr, ids[:5])) + (", ..." if len(ids) > 5 else "")
     return f"{len(ids):,} {thing}{'s' * (len(ids) > 1)} ({first})" if ids else ""
+
+
+def __dir__() -> list[str]:  # for completion
+    return __all__

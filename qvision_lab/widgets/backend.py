@@ -1,5 +1,6 @@
 """Runs the model for the explorer, and caches what can be."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -8,7 +9,7 @@ from functools import lru_cache
 import torch
 from PIL import Image
 
-from qvision_lab.captioning import Captioner
+from qvision_lab.captioning import Caption, Captioner
 from qvision_lab.captioning.decoding_step import copy_sharing_weights
 from qvision_lab.interpretation.interventions import mute
 from qvision_lab.interpretation.maps import DEFAULT_METHOD, PatchMap, query_maps, word_maps
@@ -42,6 +43,7 @@ class Result:
     trace: Trace  # of the caption that is read: one for the whole and the muted model
     word: int | None  # index of the mapped word in the trace
     maps: tuple[PatchMap, ...]  # of the word, if there is one, and of the visual token
+    familiar: bool | None = None  # as in `Caption`
 
 
 class Backend:
@@ -58,7 +60,7 @@ class Backend:
 
     def run(self, request: Request) -> list[Result]:
         """Result of the whole model, then of the muted one if a part is muted."""
-        caption = request.caption or self._caption(request.image, request.search, ())
+        caption = request.caption or self._caption(request.image, request.search, ()).text
         words = self._trace(request.image, caption, ()).words
         word = max(range(len(words)), key=lambda i: len(words[i].text), default=None)
         if request.word and request.word[0] == caption:
@@ -70,7 +72,7 @@ class Backend:
                 maps = word_maps(traced, request.method, () if word is None else (words[word],))
             maps.append(query_maps(traced, request.block, request.head)[request.token])
             own = self._caption(request.image, request.search, muted)
-            results.append(Result(own, traced, word, tuple(maps)))
+            results.append(Result(own.text, traced, word, tuple(maps), own.familiar))
         return results
 
     @torch.no_grad()
@@ -97,9 +99,10 @@ class Backend:
                     merged[argument] = sorted(known + value) if isinstance(value, list) else value
         return merged
 
-    def _caption(self, image: Callable, search: tuple, muted: tuple[str, ...]) -> str:
-        with self._muting(muted):
-            return self.captioner.caption(image(), **dict(search)).text
+    def _caption(self, image: Callable, search: tuple, muted: tuple[str, ...]) -> Caption:
+        with self._muting(muted), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign pictures: the explorer has its own
+            return self.captioner.caption(image(), **dict(search))
 
     def _trace(self, image: Callable, caption: str, muted: tuple[str, ...]) -> Trace:
         with self._muting(muted):

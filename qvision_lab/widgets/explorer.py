@@ -19,10 +19,8 @@ from qvision_lab.widgets import html
 from qvision_lab.widgets.backend import Backend, Request, Result
 
 SAMPLES = 6  # scenes to choose from
-EMBEDDED = "the embedded checkpoint"  # as its provenance has it: trained on Scenes alone
 FOREIGN = (
-    "This checkpoint was trained on drawn scenes alone: of another picture it writes what a scene "
-    "might hold. Load the published checkpoint for photographs."
+    "This picture is unlike those that the checkpoint learned from: its captions of it mean little."
 )
 
 
@@ -39,8 +37,8 @@ class Explorer(w.VBox):
     def __init__(self, captioner: Captioner, pictures: str | os.PathLike | Iterable = ()):
         self.backend, self._requested, self._picked = Backend(captioner), None, ("", 0)
         self._worker, self._shown = ThreadPoolExecutor(1), ()
-        origin, config = captioner.provenance, captioner.model.config
-        self._embedded = origin is not None and origin.source == EMBEDDED
+        config, origin = captioner.model.config, captioner.provenance
+        self._source = origin and origin.source
         auto, style = {"layout": {"width": "auto"}}, {"style": {"description_width": "initial"}}
         late = {"continuous_update": False, **style}  # a request when the handle is released
         self.image = w.Dropdown(description="Picture", layout={"width": "220px"}, **style)
@@ -83,17 +81,20 @@ class Explorer(w.VBox):
         self.only = w.Button(description="Only this visual token", **auto)
         self.only.tooltip = "mute all visual tokens but the one whose map is drawn"
         self.save = w.Button(description="Save PNG", tooltip="in the notebook's folder", **auto)
-        self.words, self._style = w.HBox(layout={"flex_flow": "row wrap"}), w.HTML()
+        wrapped = {"flex_flow": "row wrap"}
+        self.words, self._style = w.HBox(layout=wrapped), w.HTML()
         self.words.add_class("qv-words")
         half = {"width": "50%", "padding": "0 4px"}
         self.whole, self.muted = w.HTML(layout=half), w.HTML(layout=half)
         self.status, self.warning, self.probabilities, self.code = (w.HTML() for _ in range(4))
         searching = (self.search, self.beams, self.temperature, self.top_p, self.seed, self.penalty)
         mapping = (self.image, self.own, self.method, self.token, self.block, self.head)
-        row = {"layout": {"flex_flow": "row wrap"}}
+        row = {"layout": {**wrapped, "align_items": "center", "grid_gap": "0 8px"}}
         mutes: list[w.Widget] = [w.HBox([self.unmute, self.only], **row)]
         for kind, group in self.backend.parts.items():
-            mutes.append(w.HBox([w.Label(kind), *(self.parts[name] for name in group)], **row))
+            mutes.append(
+                w.HBox([w.Label(kind), *(self.parts[name] for name in group)], layout=wrapped)
+            )
         panel = w.VBox(mutes, layout={"flex": "1 1 260px"})
         panel.add_class("qv-mute")
         maps = w.VBox(
@@ -112,7 +113,7 @@ class Explorer(w.VBox):
                 self.warning,
                 w.HBox([self.words, self.status], **row),
                 w.HBox([self.method, self.token, self.block, self.head], **row),
-                w.HBox([maps, panel], **row),
+                w.HBox([maps, panel], layout=wrapped),
                 more,
             ]
         )
@@ -175,9 +176,8 @@ class Explorer(w.VBox):
                 marks = html.truth_marks(check(traced.caption, truth).claims, traced.words)
             self._write_words(results[0], marks)
         self._shown = name, traced.caption, results
-        self.warning.value = (
-            f"<div class='qv-warning'>{FOREIGN}</div>" if truth is None and self._embedded else ""
-        )
+        foreign = results[0].familiar is False
+        self.warning.value = f"<div class='qv-warning'>{FOREIGN}</div>" if foreign else ""
         if request == self._requested and results[0].word is not None:
             self._press(traced.caption, results[0].word)
         titles = ["You wrote" if request.caption else "The model says", "Nothing is muted"]
@@ -232,7 +232,8 @@ class Explorer(w.VBox):
         if name in self._truths:
             picture = f'ql.scenes.scene("test", 0, {name.split()[1]}).image'
         caption = self._shown[1]
-        lines = ["captioner = ql.load()", f"traced = ql.trace(captioner, {picture}, {caption!r})"]
+        lines = [f"captioner = ql.load({self._source!r})"]
+        lines.append(f"traced = ql.trace(captioner, {picture}, {caption!r})")
         lines.append(f"ql.word_maps(traced, {request.method!r})[{self._picked[1]}]")
         if request.muted:
             muted = self.backend.mute_arguments(request.muted).items()

@@ -52,8 +52,8 @@ def probabilities_html(results: Sequence[Result]) -> str:
             f"<td><mark>{p:.0%}</mark></td>" if abs(p - w) > CHANGED else f"<td>{p:.0%}</td>"
             for p, w in zip(result.trace.probabilities, whole, strict=True)
         )
-        rows.append(f"<tr><th>probability, {name}</th>{cells}</tr>")
-    return f"<table class='qv-table'><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+        rows.append(f"<tr><th>{name}</th>{cells}</tr>")
+    return f"<table class='qv-table'><tr><th>probability</th>{head}</tr>{''.join(rows)}</table>"
 
 
 def truth_marks(claims: Sequence[object], words: Sequence[Word]) -> list[str]:
