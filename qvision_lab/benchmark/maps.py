@@ -31,17 +31,17 @@ def run_benchmarks(
         yield _score_boxes(captioner, quick, data)
         return
     how = {split: {**settings, "n": 6} if quick else settings for split, settings in SPLITS.items()}
-    data = {split: open_dataset(f"scenes:{split}", **settings) for split, settings in how.items()}
+    splits = {split: open_dataset(f"scenes:{split}", **settings) for split, settings in how.items()}
     name, chosen, source = "maps", None, Path(captioner.provenance.source)
     if str(source) == EMBEDDED:
-        choice = summarise(score_words(captioner, data["val"], CANDIDATES))
+        choice = summarise(score_words(captioner, splits["val"], CANDIDATES))
         choice = choice.query("measure == 'pointing' and size == 'large'")
         chosen = choice[choice.method.isin(METHODS)].set_index("method")["value"].idxmax()
-        scores = score_words(captioner, data["test"], CANDIDATES)
+        scores = score_words(captioner, splits["test"], CANDIDATES)
         against = {method: chosen for method in scores.method.unique() if method != chosen}
     else:
         name += f" {(source.parent if source.name == 'checkpoint' else source).name}"  # of a run
-        shared = data["test"], CANDIDATES, [image.references[0] for image in data["test"]]
+        shared = splits["test"], CANDIDATES, [image.references[0] for image in splits["test"]]
         ours, theirs = (score_words(c, *shared) for c in (captioner, load()))
         against, choice = {m: f"{m}, embedded" for m in ours.method}, pd.DataFrame()
         scores = pd.concat([ours, theirs.assign(method=theirs.method.map(against))])
@@ -49,7 +49,7 @@ def run_benchmarks(
     tested = summarise(scores).merge(differences, "left", KEYS)
     both = pd.concat([choice.assign(split="val"), tested.assign(split="test")]).astype(object)
     rows = tuple(both.where(both.notna(), None).to_dict("records"))
-    settings, identity = {"scenes": how, "chosen": chosen}, identity_of(captioner, **data)
+    settings, identity = {"scenes": how, "chosen": chosen}, identity_of(captioner, **splits)
     yield Table(name=name, rows=rows, quick=quick, settings=settings, identity=identity)
 
 
@@ -57,16 +57,12 @@ def _score_boxes(captioner: Captioner, quick: bool, data: str) -> Table:
     """Maps of the model's captions of photographs; words that name an object with a box count."""
     dataset = open_dataset(data, n=6 if quick else None)
     scores = score_words(captioner, dataset, CANDIDATES)
-    against = dict.fromkeys(CANDIDATES, "centre")
-    differences = compare_methods(scores, against)
-    tested = summarise(scores, KEYS).merge(differences, "left", [*KEYS, "measure"])
-    rows = tested.astype(object).where(tested.notna(), None).to_dict("records")
-    identity = identity_of(captioner, test=dataset)
-    settings = {"images": dataset.name, "chosen": "centre"}
+    differences = compare_methods(scores, dict.fromkeys(CANDIDATES, "centre"))
+    tested = summarise(scores).merge(differences, "left", KEYS)
     return Table(
         name=f"maps boxes {Path(captioner.provenance.source).name}",
-        rows=tuple(rows),
+        rows=tuple(tested.astype(object).where(tested.notna(), None).to_dict("records")),
         quick=quick,
-        settings=settings,
-        identity=identity,
+        settings={"images": dataset.name, "chosen": "centre"},
+        identity=identity_of(captioner, test=dataset),
     )
