@@ -230,7 +230,7 @@ def test_a_page_is_drawn_from_results(results, tmp_path):
         table = block.partition("\n\n")[0]  # before the machines
         assert len({line.count("|") for line in table.splitlines()}) == 1
     page.write_text("<!-- table nonsense --><!-- end -->")
-    with pytest.raises(ValueError, match="no table 'nonsense'; choose among latency"):
+    with pytest.raises(ValueError, match="no table 'nonsense'; choose among parameters"):
         tables.fill(page, results)
     assert tables.draw_ratios(results).get_xscale() == "log"
     with pytest.raises(ValueError, match=r"no latency\.json"):
