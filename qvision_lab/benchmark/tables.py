@@ -216,7 +216,11 @@ def draw_recovery(folder: Path = RESULTS) -> Axes:
     )
     ax = plots.plot_curves(curves, "CIDEr")
     ax.axhline(100 * whole["score"], color="gray", lw=1, ls="--")
-    ax.set_title(f"{first['device']}; dashed: the checkpoint as it was, on test", fontsize=9)
+    for row, line in zip(tuned, ax.get_lines(), strict=False):  # the last is dashed
+        end = max(map(int, row["curve"]))
+        ax.plot(end, 100 * row["score"], "*", ms=11, color=line.get_color())
+    ax.set_title(f"Q-Former retrained from random weights, {first['device']}", fontsize=9)
+    ax.set_xlabel("step (curves: val; stars, and dashed the checkpoint as it was: test)")
     return ax
 
 

@@ -32,16 +32,31 @@ def plot_training_curves(log: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def plot_scores(
-    tables: Mapping[str, pd.DataFrame], scale: float = 100, ax: Axes | None = None
+    tables: Mapping[str, pd.DataFrame],
+    scale: float = 100,
+    ax: Axes | None = None,
+    sign: str = "",
 ) -> Axes:
-    """Scores, times `scale`, of systems as dots with their intervals: `score`, `low`, `high`."""
+    """Scores, times `scale`, of systems as dots with their intervals: `score`, `low`, `high`.
+
+    Next to each stands its value, with a plus if `sign` is one.
+    """
     names = list(dict.fromkeys(name for table in tables.values() for name in table.index))
-    ax = ax or plt.subplots(figsize=(6, 1 + 0.3 * len(names)), layout="constrained")[1]
+    ax = (
+        ax
+        or plt.subplots(
+            figsize=(6, 1 + (0.24 + 0.08 * len(tables)) * len(names)), layout="constrained"
+        )[1]
+    )
     for i, (system, table) in enumerate(tables.items()):
-        rows = [names.index(name) + 0.18 * (i - (len(tables) - 1) / 2) for name in table.index]
+        rows = [names.index(name) + 0.32 * (i - (len(tables) - 1) / 2) for name in table.index]
         score, low, high = (scale * table[column] for column in ("score", "low", "high"))
         style = {"fmt": "o", "ms": 4, "capsize": 2, "label": system}
-        ax.errorbar(score, rows, xerr=[score - low, high - score], **style)
+        line = ax.errorbar(score, rows, xerr=[score - low, high - score], **style)
+        beside = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
+        for value, end, row in zip(score, high, rows, strict=True):
+            text = f"{float(f'{value:.3g}'):{sign},g}"  # three digits, without an exponent
+            ax.annotate(text, (end, row), color=line[0].get_color(), **beside)
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set_xlabel(f"score, times {scale:g}" if scale != 1 else "score")
@@ -61,7 +76,9 @@ def plot_differences(
     rows = differences.dropna(subset=["low", "high"]).sort_values("difference", ascending=False)
     if "corrected" in rows:
         rows = rows.rename({name: f"{name} *" for name in rows.index[rows["corrected"] < 0.05]})
-    ax = plot_scores({label: rows.rename(columns={"difference": "score"})}, scale=1, ax=ax)
+    ax = plot_scores(
+        {label: rows.rename(columns={"difference": "score"})}, scale=1, ax=ax, sign="+"
+    )
     ax.axvline(0, color=WRONG, lw=0.8)
     ax.xaxis.set_major_formatter("{x:+g}")
     ax.set_xlabel(label)
@@ -120,6 +137,7 @@ def plot_tradeoff(table: pd.DataFrame, cost: str, quality: str, ax: Axes | None 
         place = {"xytext": (1.03, (i + 0.5) / len(means)), "textcoords": "axes fraction"}
         ax.annotate(variant, mean, **place, va="center", fontsize=8, color=INK, arrowprops=line)
     ax.set(xlabel=cost, ylabel=quality)
+    ax.xaxis.set_major_formatter("{x:,.9g}")  # millions in full
     ax.grid(alpha=0.3)
     return ax
 
