@@ -59,6 +59,7 @@ def plot_scores(
             ax.annotate(text, (end, row), color=line[0].get_color(), **beside)
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
+    ax.margins(x=0.12)  # room for the values
     ax.set_xlabel(f"score, times {scale:g}" if scale != 1 else "score")
     ax.grid(axis="x", alpha=0.3)
     if len(tables) > 1:
