@@ -45,8 +45,9 @@ PHOTOGRAPHS = (  # free photographs in scikit-image
     *("camera.png", "rocket.jpg", "clock_motion.png"),
 )
 CREDITS = (
-    "cat by Stefan van der Walt, coffee by Rachel Michetti, man with a camera by Lav Varshney "
-    "(CC0); astronaut by NASA, rocket by SpaceX, clock by Stefan van der Walt (public domain)"
+    "Photographs of scikit-image. CC0: cat by Stefan van der Walt, coffee by Rachel Michetti, man\n"
+    "with a camera by Lav Varshney; public domain: astronaut by NASA, rocket by SpaceX, clock by\n"
+    "Stefan van der Walt."
 )
 STYLE = str(files("qvision_lab.plots") / "qvision.mplstyle")
 STUDY = files("qvision_lab.ablation") / "results" / "architecture"
@@ -83,7 +84,7 @@ def draw_photographs(output: str | Path = "figures/photos.png") -> list[Caption]
     folder = files("skimage") / "data"
     captions = load("photos").caption([folder / name for name in PHOTOGRAPHS])
     sheet = plots.caption_sheet(captions, ncols=3)
-    sheet.text(0.5, 0, f"Photographs of scikit-image: {CREDITS}.", ha="center", fontsize=7)
+    sheet.text(0.34, 0.02, CREDITS, fontsize=7)  # below the shorter photographs
     write_figure(sheet, Path(output), dpi=80)
     for caption in captions:
         print(f"  {Path(caption.source).stem}: {caption.text}")
