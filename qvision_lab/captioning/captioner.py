@@ -326,8 +326,8 @@ class Captioner:
             pixels = self.processor.normalise(pixels, search.preprocessing)
             image = {"pixel_values": pixels}
             if self.familiarity is not None:
-                image = {"image_tokens": self.model.vision(pixels)}  # [B,P,D]
-                familiar = self.familiarity.holds(image["image_tokens"].mean(1)).tolist()
+                image = {"vision_states": self.model.vision.encode(pixels)}  # [B,P,C]
+                familiar = self.familiarity.holds(image["vision_states"].mean(1)).tolist()
             ids, logprobs = search.run(self.decoding, keys, **image)
         return self._make_captions(batch.items, search, ids, logprobs, familiar)
 

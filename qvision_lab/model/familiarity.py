@@ -8,36 +8,36 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-SHRINKAGE = 0.01  # of the covariance towards its diagonal
+COMPONENTS = 64
 MISSED = 0.01  # share of familiar images beyond the limit
 
 
 @dataclass(frozen=True)
 class Familiarity:
-    """A normal distribution of mean image tokens, and the distance that 1% of images exceed.
+    """Principal components of mean vision states, and the distance from them that 1% exceed.
 
-    Mahalanobis distance as a measure of novelty: Lee et al. 2018, arXiv:1807.03888.
+    The distance is what the components leave of a state, as in Wang et al. 2022 (ViM,
+    arXiv:2203.10807).
     """
 
-    mean: Float[Tensor, " D"]
-    whitening: Float[Tensor, "D D"]
+    mean: Float[Tensor, " C"]
+    components: Float[Tensor, "K C"]
     limit: Float[Tensor, ""]
 
     @classmethod
-    def fit(cls, learned: Float[Tensor, "N D"], held_out: Float[Tensor, "M D"]) -> Familiarity:
-        """From mean image tokens: the distribution of those learned from, the limit of others."""
-        learned, held_out = learned.double(), held_out.double()
-        covariance = learned.T.cov()
-        covariance += SHRINKAGE * covariance.diag().diag()
-        whitening = torch.linalg.cholesky(covariance.inverse()).T  # its square is the inverse
-        fitted = cls(learned.mean(0).float(), whitening.float(), torch.tensor(0.0))
-        limit = fitted.distances(held_out.float()).quantile(1 - MISSED)
-        return cls(fitted.mean, fitted.whitening, limit)
+    def fit(cls, learned: Float[Tensor, "N C"], held_out: Float[Tensor, "M C"]) -> Familiarity:
+        """From mean states: the components of images learned from, the limit of others."""
+        mean = learned.mean(0)
+        *_, components = torch.linalg.svd(learned - mean, full_matrices=False)
+        components = components[: min(COMPONENTS, len(components) // 2)].contiguous()
+        fitted = cls(mean, components, torch.tensor(0.0))
+        return cls(mean, components, fitted.distances(held_out).quantile(1 - MISSED))
 
-    def distances(self, means: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
-        """Mahalanobis distances of mean image tokens from those learned from."""
-        return ((means.float().cpu() - self.mean) @ self.whitening.T).norm(dim=1)
+    def distances(self, means: Float[Tensor, "B C"]) -> Float[Tensor, " B"]:
+        """Distances of mean states from the components."""
+        centred = means.float().cpu() - self.mean
+        return (centred - centred @ self.components.T @ self.components).norm(dim=1)
 
-    def holds(self, means: Float[Tensor, "B D"]) -> Bool[Tensor, " B"]:
+    def holds(self, means: Float[Tensor, "B C"]) -> Bool[Tensor, " B"]:
         """Whether images are within the limit."""
         return self.distances(means) <= self.limit

@@ -20,7 +20,7 @@ from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, ImageId
 from qvision_lab.data.identity import identify
 from qvision_lab.evaluation.report import COCO_METRICS, evaluate_dataset
-from qvision_lab.model.captioner import QVisionForConditionalGeneration, generation_preset
+from qvision_lab.model.captioner import generation_preset
 from qvision_lab.model.familiarity import Familiarity
 from qvision_lab.model.loading.checkpoint import Checkpoint, Provenance, save_checkpoint
 from qvision_lab.scenes.captions import caption_scene
@@ -80,7 +80,7 @@ def save_result(
 ) -> None:
     """Write the checkpoint with its card, recipe, scores and curves; upload it if asked."""
     made_by = Provenance(f"the recipe {recipe.name}", "native", None, {}, recipe.dtype)
-    familiarity = fit_familiarity(checkpoint.model, samples)
+    familiarity = fit_familiarity(samples)
     checkpoint = replace(checkpoint, provenance=made_by, familiarity=familiarity)
     dtype = getattr(torch, recipe.dtype)
     rounded = checkpoint.model.to(dtype).float()  # what is scored is what is saved
@@ -124,18 +124,14 @@ def save_result(
     save_checkpoint(checkpoint, output / "checkpoint", companions, recipe.push_to)
 
 
-def fit_familiarity(
-    model: QVisionForConditionalGeneration, samples: Mapping[str, CaptionSamples]
-) -> Familiarity | None:
-    """From cached states, by `FAMILIAR` training images; None without a cache, or of too few."""
+def fit_familiarity(samples: Mapping[str, CaptionSamples]) -> Familiarity | None:
+    """From cached states, by `FAMILIAR` training images; None without a cache."""
     means = []
     for part in (samples["train"], samples["validation"]):
-        if part.features is None or len(samples["train"]) <= model.config.hidden_size:
+        if part.features is None:
             return None
         states = (part.features.view(image_id) for image_id in part.images.ids[:FAMILIAR])
-        mean_states = torch.stack([x.float().mean(0) for x in states])  # [N,C]
-        with torch.no_grad():
-            means.append(model.vision.project(mean_states.to(model.device)).float().cpu())
+        means.append(torch.stack([x.float().mean(0) for x in states]))  # [N,C]
     return Familiarity.fit(*means)
 
 

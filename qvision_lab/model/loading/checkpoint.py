@@ -319,13 +319,15 @@ def _assign(model: QVisionForConditionalGeneration, weights: dict[str, Tensor]) 
 
 def _read_familiarity(folder: Path, model: QVisionForConditionalGeneration) -> Familiarity | None:
     """What a checkpoint knows of its images; CheckpointError where it does not fit the model."""
-    path, width = folder / FAMILIARITY, model.config.hidden_size
+    path, width = folder / FAMILIARITY, model.config.vision_config.hidden_size
     if not os.path.lexists(path):
         return None
     stored = storage.read_headers([path])
-    shapes = {"mean": (width,), "whitening": (width, width), "limit": ()}
-    if {name: tensor.shape for name, tensor in stored.items()} != shapes:
-        raise CheckpointError(f"{path} has not the tensors {shapes}; delete or download it again.")
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    found = shapes.pop("components", ())
+    fits = len(found) == 2 and found[0] <= found[1] == width
+    if not fits or shapes != {"mean": (width,), "limit": ()}:
+        raise CheckpointError(f"{path} does not fit width {width}; delete or download it again.")
     return Familiarity(**storage.read_tensors(stored, torch.float32, torch.device("cpu")))
 
 
