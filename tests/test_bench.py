@@ -220,8 +220,9 @@ def test_a_page_is_drawn_from_results(results, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("".join(f"# {n}\n<!-- table {n} --><!-- end -->\n" for n in tables.NAMES))
     tables.fill(page, tmp_path / "nothing")
-    lines = 13 + 6  # of the claims, and of the headlines; the other tables are one line
-    assert page.read_text().count("not measured") == lines + len([*tables.COLUMNS, "maps"])
+    lines = 13 + 5  # of the claims, and of the headlines; the other tables are one line
+    others = [*tables.COLUMNS, "maps", "boxes", "baselines"]
+    assert page.read_text().count("not measured") == lines + len(others)
     tables.fill(page, results)
     tables.fill(page, results)  # replaces what was drawn
     drawn = page.read_text()
