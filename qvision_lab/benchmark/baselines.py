@@ -8,8 +8,6 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from torch.nn import functional as F
 
 from qvision_lab.benchmark.harness import Table, identity_of
@@ -41,9 +39,10 @@ def run_benchmarks(
         sources[name] = [caption.text for caption in captions]
     with TemporaryDirectory() as folder:
         cache = FeatureCache(folder, model, "bfloat16")
-        known, mean_image = _mean_states(captioner, cache, train)
-        asked, _ = _mean_states(captioner, cache, test)
-    nearest = (asked @ known.T).argmax(1).tolist()
+        known, asked = (cache.encode(part, model, captioner.processor) for part in (train, test))
+        mean_image = sum(known.view(image_id).float() for image_id in train.ids) / len(train)
+        means = [F.normalize(known.means(train.ids)), F.normalize(asked.means(test.ids))]  # [N,C]
+    nearest = (means[1] @ means[0].T).argmax(1).tolist()
     sources["nearest training image"] = [train[i].references[0] for i in nearest]
     with torch.no_grad():
         _, visual = model.encode(vision_states=mean_image[None].to(model.device))
@@ -85,16 +84,3 @@ def _open(data: str | None, split: str, quick: bool) -> CaptionDataset:
     if data is None:
         return open_dataset(f"scenes:{split}", n=n or SCENES[split])
     return open_dataset(data, split=split, n=n)
-
-
-def _mean_states(
-    captioner: Captioner, cache: FeatureCache, images: CaptionDataset
-) -> tuple[Float[Tensor, "N C"], Float[Tensor, "P C"]]:
-    """Mean state of each image, normalised, and the mean image's states."""
-    features = cache.encode(images, captioner.model, captioner.processor)
-    means, total = [], 0
-    for image_id in images.ids:
-        states = features.view(image_id).float()  # [P,C]
-        means.append(states.mean(0))
-        total = total + states
-    return F.normalize(torch.stack(means), dim=-1), total / len(images)

@@ -274,11 +274,10 @@ class Captioner:
     def _warn_of_unfamiliar(self, count: int, total: int) -> None:
         if count:
             name = self.provenance.source if self.provenance else "the model"
-            others = {kind: other for other, kind in SHIPPED.items() if other != name}
-            hints = (f" For {kind}: ql.load({other!r})." for kind, other in others.items())
+            hints = [f" For {SHIPPED[n]}: ql.load({n!r})." for n in SHIPPED if n != name]
             warnings.warn(
                 f"{count:,} of {total:,} pictures are unlike those that {name} learned from: its "
-                f"captions of them mean little.{next(hints) if name in SHIPPED else ''}",
+                f"captions of them mean little.{hints[0] if name in SHIPPED else ''}",
                 stacklevel=3,
             )
 

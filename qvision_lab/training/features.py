@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import groupby
@@ -42,6 +42,10 @@ class CachedFeatures:
     def view(self, image_id: ImageId, number: int = 0) -> Float[Tensor, "P C"]:
         path, name = self.places[image_id][number]
         return _open(path).get_tensor(name)
+
+    def means(self, image_ids: Iterable[ImageId]) -> Float[Tensor, "N C"]:
+        """Mean state of each image, as it is."""
+        return torch.stack([self.view(image_id).float().mean(0) for image_id in image_ids])
 
 
 @lru_cache(maxsize=4096)  # COCO's train2017 has 2,000 files

@@ -130,8 +130,7 @@ def fit_familiarity(samples: Mapping[str, CaptionSamples]) -> Familiarity | None
     for part in (samples["train"], samples["validation"]):
         if part.features is None:
             return None
-        states = (part.features.view(image_id) for image_id in part.images.ids[:FAMILIAR])
-        means.append(torch.stack([x.float().mean(0) for x in states]))  # [N,C]
+        means.append(part.features.means(part.images.ids[:FAMILIAR]))
     return Familiarity.fit(*means)
 
 

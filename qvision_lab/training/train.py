@@ -49,6 +49,7 @@ def train_captioner(recipe: Recipe, output: str | Path) -> Path:
         raise ValueError("training.precision='float16' needs a GPU; use bfloat16 or float32.")
     batch_share(settings.batch_size)  # an error before the work, if any
     data = open_data(recipe.data)
+    tests = {name: open_source(source) for name, source in recipe.scores.items()}
     output.mkdir(parents=True, exist_ok=True)
     with locked(output):
         weights = None  # a new model starts from random ones
@@ -74,7 +75,6 @@ def train_captioner(recipe: Recipe, output: str | Path) -> Path:
             best = train_phase(settings, phase, seed, checkpoint, samples, folder)
             checkpoint = load_checkpoint(best, device=state.device)
         if state.is_main_process:
-            tests = {name: open_source(source) for name, source in recipe.scores.items()}
             save_result(recipe, checkpoint, samples, tests, best, output)
         state.wait_for_everyone()
     return output / "checkpoint"
