@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import Executor, Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -189,7 +190,10 @@ def test_an_interrupted_study_ends_its_workers_and_reports_what_is_kept(tmp_path
     path.write_text(yaml.safe_dump(study.model_dump(mode="json")))
     command = [sys.executable, "-m", "qvision_lab.cli", "ablate", str(path), "--processes", "1"]
     command += ["--output", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
+    piped = {"stdout": subprocess.PIPE, "text": True, "preexec_fn": heard}
+    with subprocess.Popen(command, **piped) as running, ExitStack() as stack:
+        stack.callback(running.kill)  # also where the guard below ends the test
         while running.poll() is None and not list(tmp_path.glob("runs/*/phase-1")):
             os.sched_yield()
         running.send_signal(signal.SIGINT)  # to the parent alone

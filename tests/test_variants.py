@@ -16,7 +16,8 @@ from qvision_lab.captioning.compiled import FastDecoding
 from qvision_lab.interpretation.interventions import mute, patch, sweep
 from qvision_lab.interpretation.trace import Trace, trace
 from qvision_lab.training.optimizers import MuonAdamW
-from qvision_lab.widgets import explore, parts
+from qvision_lab.widgets import explore
+from qvision_lab.widgets.backend import Backend
 
 VARIANTS = {
     "published": {},
@@ -160,7 +161,8 @@ def test_queries_keep_their_names_without_the_global_token(tiny, tmp_path):
     traced.save(tmp_path / "trace.safetensors")
     maps = ql.query_maps(Trace.load(tmp_path / "trace.safetensors"))
     assert [patch_map.label for patch_map in maps] == queries
-    assert [part.label for part in parts(captioner.model)["Queries"].values()] == queries
+    parts = Backend(captioner).parts["Queries"].values()
+    assert [mute(captioner.model, **part).label for part in parts] == queries
     with pytest.raises(ValueError, match=r"global token does not exist; .* query 0 to query 3"):
         mute(captioner.model, global_token=True)
 

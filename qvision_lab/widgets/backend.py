@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from PIL import Image
@@ -55,6 +56,8 @@ class Backend:
     def __init__(self, captioner: Captioner):
         self.captioner = replace(captioner, model=copy_sharing_weights(captioner.model))
         self.parts = parts(captioner.model.config)
+        for arguments in chain.from_iterable(group.values() for group in self.parts.values()):
+            mute(self.captioner.model, **arguments)  # raises where the model lacks a part
         self._caption = lru_cache(CACHE_SIZE)(self._caption)
         self._trace = lru_cache(CACHE_SIZE)(self._trace)
 

@@ -168,7 +168,7 @@ class Explorer(w.VBox):
 
     def _show(self, request: Request, name: str, results: list[Result]) -> None:
         traced, truth = results[0].trace, self._truths.get(name)
-        if (name, traced.caption) != self._shown[:2]:
+        if new := (name, traced.caption) != self._shown[:2]:
             marks = [""] * len(traced.words)
             if truth is not None:
                 from qvision_lab.scenes import check
@@ -178,7 +178,7 @@ class Explorer(w.VBox):
         self._shown = name, traced.caption, results
         foreign = results[0].familiar is False
         self.warning.value = f"<div class='qv-warning'>{FOREIGN}</div>" if foreign else ""
-        if request == self._requested and results[0].word is not None:
+        if new and results[0].word is not None:  # other words were pressed by whoever clicked
             self._press(traced.caption, results[0].word)
         titles = ["You wrote" if request.caption else "The model says", "Nothing is muted"]
         if len(results) > 1:
