@@ -1,5 +1,6 @@
 """Studies: the same table in any order and after interruptions, and only what it supports."""
 
+import json
 import os
 import random
 import signal
@@ -18,7 +19,16 @@ from conftest import file_limit, interrupted
 from distributed import Client, LocalCluster
 from pandas.testing import assert_frame_equal
 
-from qvision_lab.ablation import Study, averages, differences, summarise
+from qvision_lab.ablation import (
+    Study,
+    averages,
+    crossover,
+    differences,
+    differences_of_scenes,
+    part,
+    study,
+    summarise,
+)
 from qvision_lab.ablation.study import STUDIES
 from qvision_lab.cli import main
 from qvision_lab.data.atomic import locked
@@ -255,6 +265,106 @@ def test_studies_are_read_by_name_and_name_what_they_do_not_know(tmp_path):
     path.write_text((STUDIES / "architecture.yaml").read_text().replace("seeds:", "seed:"))
     with pytest.raises(ValueError, match="no setting seed; did you mean 'seeds'"):
         Study.read(path)
+
+
+def made_up(run, study) -> None:
+    """In place of a run: CIDEr is best at twice the base's rate, and at half of the others'."""
+    rate = run.recipe.training.learning_rate / 1e-3
+    best = 2 if run.columns["variant"] == "base" else 0.5
+    row = {
+        "failed": None,
+        "validation": -abs(rate - best),
+        "steps run": run.recipe.training.phases[0].steps,
+    }
+    folder = run.folder(study)
+    (folder / "phase-1").mkdir(parents=True)
+    (folder / "phase-1/curve.csv").write_text("step,loss\n1,1\n")
+    (folder / "row.json").write_text(json.dumps(row | ({"CIDEr": rate} if run.scored else {})))
+
+
+def test_learning_rates_are_tuned_for_each_arm_and_length_on_validation(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "carry_out", made_up)
+    plan = changed(
+        variants={"prefix": {"model.bridge": "prefix"}},
+        lengths=[3, 6],
+        costs={"prefix": 0.5},
+        rates=[0.5, 1, 2],
+    )
+    table = plan.run(tmp_path, InTurn(), processes=1)
+    assert (table["steps"] == table["steps run"]).all()
+    arms = table.groupby(["variant", "length", "equal", "tuned"])
+    assert len(arms) == 12
+    assert arms["seed"].agg(list).map(lambda seeds: seeds == [0, 1]).all()
+    rates = arms["rate"].unique().map(list)
+    assert rates.xs(True, level="tuned").groupby("variant").first().to_dict() == {
+        "base": [2.0],
+        "prefix": [0.5],
+    }
+    assert rates.xs(False, level="tuned").map(lambda rate: rate == [1.0]).all()
+    assert set(table.query("equal == 'compute'")["steps"]) == {6, 12}
+    runs = 6 * (3 + 2 + 2)  # three tune, two seeds each tuned and not
+    assert len(list(tmp_path.glob("runs/*"))) == runs - 7  # 6 steps of prefix are in two arms
+    fair = part(table, 6, "compute")
+    assert fair["steps"].tolist() == [6, 6, 12, 12]
+    assert fair["rate"].tolist() == [2, 2, 0.5, 0.5]
+    with pytest.raises(ValueError, match="no runs of 4 steps, tuned: True; lengths are 3, 6"):
+        part(table, 4)
+    with pytest.raises(ValueError, match="choose a length by `part`"):
+        differences(table)
+    with pytest.raises(ValueError, match="costs of x: they are of base, prefix"):
+        _ = changed(variants={"prefix": {"model.bridge": "prefix"}}, costs={"x": 1.0}).runs
+
+
+def test_the_crossover_is_where_straight_lines_over_log_steps_meet():
+    change = {100: -2.0, 1000: -1.0, 10_000: 1.0}  # meets zero in the middle of the last decade
+    rows = [
+        {"variant": name, "length": length, "seed": seed, "CIDEr": seed + (name != "base") * value}
+        for length, value in change.items()
+        for seed in range(5)
+        for name in ("base", "longer")
+    ]
+    table = pd.DataFrame(rows)
+    assert crossover(table, "longer") == pytest.approx([10**3.5] * 3)  # no noise between pairs
+    assert crossover(table[table["length"] < 5000], "longer") == (np.inf,) * 3
+
+
+def test_seeds_and_scenes_both_widen_the_interval_of_true_captions():
+    rng = np.random.default_rng(0)
+
+    def runs(variant, effects, scenes):
+        shares = 0.5 + np.add.outer(effects, scenes)
+        true = [
+            "".join("ny"[hit] for hit in row) for row in (rng.random(shares.shape) < shares) * 1
+        ]
+        return [{"variant": variant, "seed": i, "true_scenes": each} for i, each in enumerate(true)]
+
+    still, varied = np.zeros(8), rng.normal(0, 0.15, 8)
+    widths = {}
+    for name, effects in {"still": still, "varied": varied}.items():
+        table = pd.DataFrame(runs("base", still, np.zeros(400)) + runs("x", effects, np.zeros(400)))
+        row = differences_of_scenes(table).loc["x"]
+        assert row["n"] == 8
+        assert row["low"] < row["difference"] < row["high"]
+        widths[name] = row["high"] - row["low"]
+    assert widths["varied"] > 1.5 * widths["still"]
+    exact = pd.DataFrame(
+        [
+            {"variant": v, "seed": s, "true_scenes": t}
+            for v, t in (("base", "nn"), ("x", "yy"))
+            for s in (0, 1)
+        ]
+    )
+    assert differences_of_scenes(exact).loc["x"].tolist() == [2, 1, 1, 1]
+
+
+def test_equivalence_is_claimed_within_the_margin_alone():
+    table = simulated({"same": 0.0, "worse": -50.0}, 8, np.random.default_rng(3))
+    rows = differences(table, margin=10)
+    assert rows.loc["same", "equivalent"] < 0.01
+    assert rows.loc["worse", "equivalent"] > 0.99
+    sentences = summarise(table, margin=10)
+    assert any(s.startswith("same: within 10 of the base, ") for s in sentences)
+    assert differences(table, margin=0.1).loc["same", "equivalent"] > 0.05
 
 
 def simulated(arms: dict[str, float], seeds: int, rng: np.random.Generator) -> pd.DataFrame:

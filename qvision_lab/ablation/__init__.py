@@ -4,5 +4,15 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={"analysis": ["averages", "differences", "summarise"], "study": ["Study"]},
+    submod_attrs={
+        "analysis": [
+            "averages",
+            "crossover",
+            "differences",
+            "differences_of_scenes",
+            "part",
+            "summarise",
+        ],
+        "study": ["Study"],
+    },
 )

@@ -1,6 +1,8 @@
 """Statistics of a study's table: paired over seeds, corrected for multiple comparisons."""
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from scipy.stats import t
 
 from qvision_lab.ablation.study import BASE
@@ -13,10 +15,12 @@ def averages(table: pd.DataFrame) -> pd.DataFrame:
     """Means over `n` finished runs, one row per variant: scores and costs."""
     finished = table[table["failed"].isna()].drop(columns=["seed", "failed"])
     groups = finished.groupby("variant", sort=False)
-    return groups.mean().assign(n=groups.size())
+    return groups.mean(numeric_only=True).assign(n=groups.size())
 
 
-def differences(table: pd.DataFrame, metric: str = "CIDEr") -> pd.DataFrame:
+def differences(
+    table: pd.DataFrame, metric: str = "CIDEr", margin: float | None = None
+) -> pd.DataFrame:
     """What each variant has over the base: the mean of paired differences, one a seed.
 
     A run averages over its images, so that seeds are what varies. With five of them a paired
@@ -25,11 +29,17 @@ def differences(table: pd.DataFrame, metric: str = "CIDEr") -> pd.DataFrame:
 
     Returns one row a variant, with `n` pairs: `difference`, `low` and `high` of its interval, `p`,
     and `corrected`, Holm's p. The intervals of all variants of the table hold together
-    (Bonferroni). NaN with less than two pairs.
+    (Bonferroni). NaN with less than two pairs. With a `margin`, chosen before the runs, also
+    `equivalent`: Holm's p of two one-sided tests (Schuirmann 1987, J. Pharmacokinet. Biopharm.
+    15:657) that the difference lies within it.
+
+    ValueError for a metric that the base has not, and for several lengths in one table.
     """
     if metric not in table or BASE not in set(table.dropna(subset=metric)["variant"]):
         known = ", ".join(table.columns.drop(["variant", "seed", "failed"]))
         raise ValueError(f"no {metric!r} of the base in this table; its metrics are {known}.")
+    if table.duplicated(["variant", "seed"]).any():
+        raise ValueError("a variant has several runs of one seed: choose a length by `part`.")
     values = table.pivot(index="seed", columns="variant", values=metric).astype(float)
     variants = [name for name in table["variant"].unique() if name != BASE]
     paired = values[variants].sub(values[BASE], axis=0)
@@ -38,16 +48,99 @@ def differences(table: pd.DataFrame, metric: str = "CIDEr") -> pd.DataFrame:
     statistic = (mean / error).abs().where(mean.ne(0) | error.isna(), 0)  # 0 / 0 is no difference
     p = pd.Series(2 * t.sf(statistic, n - 1), variants)
     columns = {"n": n, "difference": mean, "low": mean - half, "high": mean + half, "p": p}
-    return pd.DataFrame({**columns, "corrected": holm(p)}).rename_axis("variant")
+    columns["corrected"] = holm(p)
+    if margin is not None:
+        columns["equivalent"] = holm(
+            pd.Series(t.sf((margin - mean.abs()) / error, n - 1), variants)
+        )
+    return pd.DataFrame(columns).rename_axis("variant")
 
 
-def summarise(table: pd.DataFrame, metric: str = "CIDEr") -> list[str]:
+def part(
+    table: pd.DataFrame, length: int, equal: str = "steps", tuned: bool = True
+) -> pd.DataFrame:
+    """The runs of one length, which can be compared: trained as many steps, or as long (`compute`).
+
+    An arm without a cost of its own, such as the base, stands for itself in both. ValueError if
+    there are none.
+    """
+    rows = table[table["length"] == length]
+    rows = rows[rows["tuned"] == tuned] if "tuned" in rows else rows
+    own = rows["equal"] == equal
+    rows = rows[own | ~rows["variant"].isin(rows.loc[own, "variant"])]
+    if rows.empty:
+        lengths = ", ".join(map(str, sorted(table["length"].unique())))
+        raise ValueError(f"no runs of {length} steps, tuned: {tuned}; lengths are {lengths}.")
+    return rows
+
+
+def differences_of_scenes(
+    table: pd.DataFrame, resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Differences of the share of true captions, with seeds and scenes as sources of variance.
+
+    Both are resampled together (Owen 2007, Ann. Appl. Stat. 1:386, which is conservative), so that
+    an interval holds for other seeds and other scenes. Columns as those of `differences`.
+    """
+    runs = table.dropna(subset="true_scenes").set_index(["variant", "seed"])["true_scenes"]
+    rng, rows = np.random.default_rng(seed), {}
+    variants = [name for name in table["variant"].unique() if name != BASE]
+    for name in variants:
+        seeds = runs[name].index.intersection(runs[BASE].index) if name in runs else []
+        true = [[_bits(runs[arm, key]) for key in seeds] for arm in (name, BASE)]
+        change = np.subtract(*true) if len(seeds) else np.zeros((0, 1))  # [seeds, scenes]
+        rows[name] = {"n": len(seeds), "difference": np.nan, "low": np.nan, "high": np.nan}
+        if len(seeds) > 1:
+            weights = [rng.multinomial(n, [1 / n] * n, resamples) / n for n in change.shape]
+            draws = np.einsum("rs,sn,rn->r", weights[0], change, weights[1])
+            tail = LEVEL / 2 / len(variants)
+            low, high = np.quantile(draws, [tail, 1 - tail])
+            rows[name] |= {"difference": change.mean(), "low": low, "high": high}
+    return pd.DataFrame.from_dict(rows, "index").rename_axis("variant")
+
+
+def crossover(
+    table: pd.DataFrame, variant: str, metric: str = "CIDEr", resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """The steps at which a variant and the base change places, and the ends of a 95% interval.
+
+    Mean paired differences are joined by straight lines over log steps; where they change sign
+    last is the crossover, infinite where they never do. The interval resamples the seeds of each
+    length. `table` holds one run for each variant, seed and length, see `part`.
+    """
+    values = table.pivot(index=["length", "seed"], columns="variant", values=metric).astype(float)
+    change = (values[variant] - values[BASE]).dropna()
+    lengths = np.log(change.index.levels[0].to_numpy(float))
+    by_length = [change[length].to_numpy() for length in change.index.levels[0]]
+    rng = np.random.default_rng(seed)
+    draws = [
+        _crossing(lengths, [rng.choice(x, len(x)).mean() for x in by_length])
+        for _ in range(resamples)
+    ]
+    tails = np.quantile(draws, [LEVEL / 2, 1 - LEVEL / 2], method="nearest")  # of infinities, too
+    return _crossing(lengths, [x.mean() for x in by_length]), *tails
+
+
+def _crossing(lengths: Float[np.ndarray, " L"], change: list[float]) -> float:
+    places = [i for i in range(len(change) - 1) if change[i] * change[i + 1] < 0]
+    if not places:
+        return np.inf
+    (x, y), (a, b) = (values[places[-1] : places[-1] + 2] for values in (lengths, change))
+    return float(np.exp(x + (y - x) * a / (a - b)))
+
+
+def _bits(true: str) -> list[int]:
+    return [int(letter == "y") for letter in true]
+
+
+def summarise(table: pd.DataFrame, metric: str = "CIDEr", margin: float | None = None) -> list[str]:
     """Sentences on a metric, one per variant, and on runs that failed.
 
-    A difference is claimed where Holm's p is below 5%. For the others none is shown, which does not
-    exclude one: the sentence gives the largest that the interval allows.
+    A difference is claimed where Holm's p is below 5%, equivalence where that of its tests is. For
+    the others none is shown, which does not exclude one: the sentence gives the largest that the
+    interval allows.
     """
-    rows, means = differences(table, metric), averages(table)
+    rows, means = differences(table, metric, margin), averages(table)
     base = means.loc[BASE]
     sentences = [f"{metric} of the base is {base[metric]:.3g}, the mean of {base['n']:.0f} seeds."]
     for name, row in rows.sort_values("difference").iterrows():
@@ -58,6 +151,9 @@ def summarise(table: pd.DataFrame, metric: str = "CIDEr") -> list[str]:
             verb = "raises" if row.difference > 0 else "lowers"
             found = f"{verb} {metric} by {abs(row.difference):.3g}, {interval}"
             sentences.append(f"{name}: {found}, corrected p = {row.corrected:.2g}.")
+        elif row.get("equivalent", 1) < LEVEL:
+            found = f"within {margin:.3g} of the base, {row.difference:+.3g}, {interval}"
+            sentences.append(f"{name}: {found}, corrected p = {row.equivalent:.2g}.")
         else:
             bound = max(abs(row.low), abs(row.high))
             shown = f"no difference shown, up to {bound:.3g} is possible"

@@ -6,11 +6,12 @@ import os
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import nan
 from pathlib import Path
 from statistics import median
 from timeit import repeat
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ from qvision_lab.interpretation.faithfulness import score_words, summarise
 from qvision_lab.interpretation.maps import composition
 from qvision_lab.model.captioner import generation_preset
 from qvision_lab.training import freezing
-from qvision_lab.training.recipe import Recipe
+from qvision_lab.training.recipe import Phase, Recipe, Training
 from qvision_lab.training.train import train_captioner
 from qvision_lab.training.trainer import DivergedError, Validation, last_checkpoint
 
@@ -33,18 +34,27 @@ TOKENS, ROUNDS = 20, 5  # of the captions that are timed
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """A variant with a seed, and everything that determines its result."""
+class Arm:
+    """A variant at one length: what runs have in common that differ in seed and learning rate."""
 
-    variant: str
+    columns: dict[str, Any]  # in the table: `variant`, and `length`, `equal`, `steps` if any
+    recipe: Recipe
+    first_seed: int  # added to seeds: a control's are its own
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """An arm with a seed and a learning rate, and everything that determines its result."""
+
+    columns: dict[str, Any]  # of the arm, and `tuned`, `rate` if any
     seed: int  # runs of one seed are pairs
     recipe: Recipe
-    scored: int  # test scenes
+    scored: int  # test scenes; 0: validation only
     pointed: int  # of those, for the maps
     threads: int
     origin: str  # digest of the tower and of how scenes are drawn and captioned
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Hash of everything that determines the result; names and places excluded."""
         recipe = self.recipe.model_dump(mode="json", exclude={"name": True, "features": {"folder"}})
@@ -54,6 +64,35 @@ class Run:
     def folder(self, study: str | os.PathLike) -> Path:
         """Folder of the run: `row.json` once it is finished, `phase-1/curve.csv`, `log.txt`."""
         return Path(study, "runs", self.key)
+
+    def row(self, study: str | os.PathLike) -> dict[str, Any] | None:
+        """Its measures, or None as long as it is not finished."""
+        path = self.folder(study) / "row.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def with_steps(recipe: Recipe, steps: int | None) -> Recipe:
+    """The recipe with another number of steps, shared by its phases as before."""
+    phases = recipe.training.phases
+    if steps is None:
+        return recipe
+    share = steps / sum(phase.steps for phase in phases)
+    phases = tuple(p.model_copy(update={"steps": max(1, round(p.steps * share))}) for p in phases)
+    training = recipe.training.model_copy(update={"phases": phases})
+    return recipe.model_copy(update={"training": training})
+
+
+def with_rates(recipe: Recipe, factor: float) -> Recipe:
+    """The recipe with its learning rates times a factor."""
+
+    def scaled(settings: Training | Phase) -> dict[str, float]:
+        names = {"learning_rate", "matrix_learning_rate"} & set(type(settings).model_fields)
+        return {n: factor * rate for n in names if (rate := getattr(settings, n)) is not None}
+
+    training = recipe.training
+    phases = tuple(phase.model_copy(update=scaled(phase)) for phase in training.phases)
+    training = training.model_copy(update={"phases": phases, **scaled(training)})
+    return recipe.model_copy(update={"training": training})
 
 
 def carry_out(run: Run, study: Path) -> None:
@@ -87,13 +126,16 @@ def _measure(run: Run, folder: Path, features: Path) -> dict[str, float | str | 
         freezing.apply(captioner.model, recipe.training.phases[-1].policy)
     except DivergedError as error:
         return {"failed": f"diverged: {error}"}
+    curves = [pd.read_csv(path) for path in sorted(folder.glob("phase-*/curve.csv"))]
+    row = {"failed": None, "validation": curves[-1]["eval_cider"].max()}
+    if not run.scored:
+        return row
     dataset = open_dataset("scenes:test", n=run.scored)
     captions = Validation(dataset, captioner).captions()
     report = evaluate_dataset(captions, dataset, ("cider", "scenes"), resamples=1)
-    curves = [pd.read_csv(path) for path in folder.glob("phase-*/curve.csv")]
-    return {
-        "failed": None,
+    return row | {
         **report.scores,
+        "true_scenes": "".join(np.where(report.per_image["true"] == 1, "y", "n")),
         "pointing": _pointing(captioner, open_dataset("scenes:test", n=run.pointed)),
         "parameters": sum(p.numel() for p in captioner.model.parameters() if p.requires_grad),
         "seconds": nan if resumed else sum(curve["train_runtime"].max() for curve in curves),

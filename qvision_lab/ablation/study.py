@@ -1,6 +1,5 @@
 """A study: variants of one base recipe, each with the same seeds, run anywhere, into one table."""
 
-import json
 import os
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ import pandas as pd
 from pydantic import Strict
 from tqdm.auto import tqdm
 
-from qvision_lab.ablation.arm import Run, carry_out
+from qvision_lab.ablation.arm import Arm, Run, carry_out, with_rates, with_steps
 from qvision_lab.captioning import load
 from qvision_lab.data.atomic import locked, write_atomic
 from qvision_lab.data.coco import open_dataset
@@ -24,6 +23,7 @@ from qvision_lab.training.features import FeatureCache
 from qvision_lab.training.recipe import (
     RECIPES,
     Count,
+    Positive,
     Recipe,
     Settings,
     find_settings,
@@ -36,6 +36,7 @@ from qvision_lab.training.train import changed_config, open_data
 STUDIES = files("qvision_lab.ablation") / "studies"
 BASE = "base"
 CONTROL_SEEDS = 10_000  # between the seeds of a control and those of the next arm
+TUNING_SEED = 9_999
 
 
 class Study(Settings):
@@ -43,7 +44,9 @@ class Study(Settings):
 
     Each run is one training by the recipe, and is trained on as many captions as every other run.
     The variant `{"control": True}` changes nothing and uses other random numbers: it shows how
-    large differences get by chance.
+    large differences get by chance. With `lengths`, each variant is trained for each of them; with
+    `costs`, some also as long as the base's steps would take; with `rates`, the learning rates of
+    each such arm are tuned on the validation images, and it is trained with and without that.
     """
 
     name: str
@@ -51,6 +54,9 @@ class Study(Settings):
     seeds: Annotated[tuple[int, ...], Strict(False)]  # of every arm; runs of one seed are pairs
     base: dict[str, Any] = {}  # changes of the recipe by all arms
     recipe: str = "ablation"  # name or path
+    lengths: Annotated[tuple[Count, ...], Strict(False)] = ()  # in steps; none: the recipe's
+    costs: dict[str, Positive] = {}  # of a step, in those of the base, for arms of equal compute
+    rates: Annotated[tuple[Positive, ...], Strict(False)] = (1.0,)  # factors of the learning rates
     scored: Count = 500  # test scenes that every run captions
     pointed: Count = 50  # of those, for the maps
     threads: Count = 1  # of each run
@@ -61,16 +67,13 @@ class Study(Settings):
         return cls.parse(read_yaml(find_settings(str(source), STUDIES, "study")), str(source))
 
     @cached_property
-    def runs(self) -> list[Run]:
-        """All runs, the base's first; ValueError for variants that cannot be compared."""
+    def arms(self) -> list[Arm]:
+        """Every variant at every length, the base first; ValueError if they cannot be compared."""
         values = override(read_yaml(find_settings(self.recipe, RECIPES, "recipe")), self.base)
         base = Recipe.parse(values, BASE)
-        tower = load(base.checkpoint, base.revision, device="cpu").model
-        drawn = fingerprint(open_dataset("scenes:test", n=20))  # they stand for all
-        origin = fingerprint_weights(tower.vision.tower) + drawn
-        sizes = self.scored, self.pointed, self.threads, origin
-        arms: dict[str, Recipe] = {}
-        runs: list[Run] = []
+        config = load(base.checkpoint, base.revision, device="cpu").model.config
+        recipes: dict[str, Recipe] = {}
+        arms: list[Arm] = []
         for name, changes in [(BASE, {}), *self.variants.items()]:
             is_control = changes.get("control", False)
             if is_control and len(changes) > 1:
@@ -78,8 +81,8 @@ class Study(Settings):
             recipe = base if is_control else Recipe.parse(override(values, changes), name)
             if recipe.features is None:
                 raise ValueError(f"{name}: features is null, but a study needs them: leave it out.")
-            duplicate = next((other for other in arms if arms[other] == recipe), None)
-            if name in arms or (duplicate and not is_control):
+            duplicate = next((other for other in recipes if recipes[other] == recipe), None)
+            if name in recipes or (duplicate and not is_control):
                 raise ValueError(
                     f"{name} is the same configuration as {duplicate or BASE}: change something, "
                     "or declare `control: true`, to measure the effect of chance."
@@ -91,14 +94,63 @@ class Study(Settings):
                     "product of steps, batch_size, accumulation and captions_per_image."
                 )
             try:
-                changed_config(tower.config, recipe.model.model_dump(exclude_none=True))
+                changed_config(config, recipe.model.model_dump(exclude_none=True))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            first = CONTROL_SEEDS * len(arms) if is_control else 0
-            arms[name] = recipe
-            for seed in self.seeds:
-                seeded = recipe.model_copy(update={"seed": first + seed})
-                runs.append(Run(name, seed, seeded, *sizes))
+            first = CONTROL_SEEDS * len(recipes) if is_control else 0
+            recipes[name] = recipe
+            arms += [
+                Arm({"variant": name} | columns, with_steps(recipe, columns.get("steps")), first)
+                for columns in self._lengths(name)
+            ]
+        if unknown := ", ".join(self.costs.keys() - recipes):
+            raise ValueError(f"costs of {unknown}: they are of {', '.join(recipes)}.")
+        return arms
+
+    def _lengths(self, variant: str) -> list[dict[str, Any]]:
+        """Columns that a length adds; an arm of equal compute takes as long as the base's steps."""
+        cost = self.costs.get(variant, 1)
+        compared = {"steps": 1, "compute": cost} if cost != 1 else {"steps": 1}
+        return [
+            {"length": length, "equal": name, "steps": round(length / share)}
+            for name, share in compared.items()
+            for length in self.lengths
+        ] or [{}]
+
+    @cached_property
+    def origin(self) -> str:
+        """Digest of the tower and of how scenes are drawn and captioned; twenty stand for all."""
+        recipe = self.arms[0].recipe
+        tower = load(recipe.checkpoint, recipe.revision, device="cpu").model.vision.tower
+        return fingerprint_weights(tower) + fingerprint(open_dataset("scenes:test", n=20))
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The runs with the recipe's learning rates, the base's first; ValueError as `arms`."""
+        return [self._run(arm, seed) for arm in self.arms for seed in self.seeds]
+
+    def _run(self, arm: Arm, seed: int, rate: float = 1, tuned: bool = False, **changed) -> Run:
+        tuning = {"tuned": tuned, "rate": rate} if len(self.rates) > 1 else {}
+        sizes = {"scored": self.scored, "pointed": self.pointed, "threads": self.threads} | changed
+        recipe = with_rates(arm.recipe, rate).model_copy(update={"seed": arm.first_seed + seed})
+        return Run(arm.columns | tuning, seed, recipe, origin=self.origin, **sizes)
+
+    def tuning(self, arm: Arm) -> list[Run]:
+        """Runs that the learning rates of an arm are chosen by; their seed is in no comparison."""
+        rates = self.rates if len(self.rates) > 1 else ()
+        return [self._run(arm, TUNING_SEED, rate, scored=0) for rate in rates]
+
+    def tuned_runs(self, folder: str | os.PathLike) -> list[Run]:
+        """Runs with the rates of the best CIDEr on validation images, of arms tuned so far."""
+        runs = []
+        for arm in self.arms:
+            rows = {run.columns["rate"]: run.row(folder) for run in self.tuning(arm)}
+            scores = {
+                rate: row["validation"] for rate, row in rows.items() if row and not row["failed"]
+            }
+            if scores and all(rows.values()):
+                best = max(scores, key=scores.get)
+                runs += [self._run(arm, seed, best, tuned=True) for seed in self.seeds]
         return runs
 
     def run(
@@ -122,23 +174,32 @@ class Study(Settings):
         base = self.runs[0].recipe.model_dump(mode="json", exclude={"seed"})
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
-            record_run(folder, {"base": base}, {"scenes and tower": self.runs[0].origin})
-            todo = [run for run in self.runs if not (run.folder(folder) / "row.json").exists()]
-            processes = processes or os.cpu_count()
-            if todo:
-                _fill_cache(folder / "features", [run.recipe for run in todo], processes)
-            self._carry_out(todo, folder, executor, processes)
+            record_run(folder, {"base": base}, {"scenes and tower": self.origin})
+            for length in self.lengths or (None,):  # each is a result without the next
+                arms = [arm for arm in self.arms if arm.columns.get("length") == length]
+                tuning = [run for arm in arms for run in self.tuning(arm)]
+                self._carry_out(tuning, folder, executor, processes)
+                runs = [*self.runs, *self.tuned_runs(folder)]
+                runs = [run for run in runs if run.columns.get("length") == length]
+                self._carry_out(runs, folder, executor, processes)
             table, curves = self.table(folder), self.curves(folder)
             write_atomic(folder / "table.csv", table.to_csv(index=False))
             write_atomic(folder / "curves.csv", curves.to_csv(index=False, float_format="%.6g"))
         return table
 
     def _carry_out(
-        self, todo: list[Run], folder: Path, executor: Executor | None, processes: int
+        self, runs: list[Run], folder: Path, executor: Executor | None, processes: int | None
     ) -> None:
-        total = len(self.runs)
+        runs = list({run.key: run for run in runs}.values())  # a tuned rate may be the recipe's
+        todo = sorted((run for run in runs if run.row(folder) is None), key=lambda run: run.seed)
+        if not todo:
+            return
+        processes = processes or os.cpu_count()
+        _fill_cache(folder / "features", [run.recipe for run in todo], processes)
         # No smoothing: the remaining time comes from the mean of all runs so far.
-        bar = tqdm(None, self.name, total, initial=total - len(todo), unit="run", smoothing=0)
+        bar = tqdm(
+            None, self.name, len(runs), initial=len(runs) - len(todo), unit="run", smoothing=0
+        )
         spawn, others = get_context("spawn"), set(active_children())
         pool = nullcontext(executor) if executor else ProcessPoolExecutor(processes, spawn)
         with bar, pool as workers:
@@ -148,32 +209,38 @@ class Study(Settings):
             except KeyboardInterrupt:
                 for process in set(active_children()) - others:
                     process.terminate()  # else the pool would wait for their runs
-                print(f"interrupted: {bar.n} of {total} runs are in {folder}; run again to resume")
+                print(
+                    f"interrupted: {bar.n} of {len(runs)} runs are in {folder}; run again to resume"
+                )
                 raise
 
     def table(self, folder: str | os.PathLike) -> pd.DataFrame:
-        """One row per finished run, in the order of `runs`: `variant`, `seed` and its measures.
+        """One row per finished run, in the order of `runs`: its arm, `seed`, measures and key.
 
         `failed` has the reason why a run has no scores; `seconds` (of training) is missing after an
         interruption, and `pointing` where an arm has no maps. Scores are those of
-        `EvaluationReport`, on the test split, CIDEr times 100; `latency` is in seconds per caption.
+        `EvaluationReport`, on the test split, CIDEr times 100; `true_scenes` has y or n for each;
+        `validation` is the CIDEr that the checkpoint was chosen by; `latency` is in seconds.
         """
         rows = [
-            {"variant": run.variant, "seed": run.seed, **json.loads(path.read_text())}
-            for run in self.runs
-            if (path := run.folder(folder) / "row.json").exists()
+            {**run.columns, "seed": run.seed, **row, "run": run.key}
+            for run in self.runs + self.tuned_runs(folder)
+            if (row := run.row(folder))
         ]
         table = pd.DataFrame(rows)
         return table.assign(CIDEr=100 * table["CIDEr"]) if "CIDEr" in table else table
 
     def curves(self, folder: str | os.PathLike) -> pd.DataFrame:
-        """The log of every run that has begun: `variant`, `seed`, `step`, `loss` and measures."""
+        """The log of every run that has begun: its columns, `seed`, `step`, `loss`, measures."""
         logs = pd.concat(
-            pd.read_csv(log).assign(variant=run.variant, seed=run.seed)
-            for run in self.runs
+            pd.read_csv(log).assign(**run.columns, seed=run.seed)
+            for run in self.runs + self.tuned_runs(folder)
             if (log := run.folder(folder) / "phase-1" / "curve.csv").exists()
         )
-        return logs.filter(regex="^(variant|seed|step|loss|eval_(?!runtime|.*_per_second).*)$")
+        shown = (
+            f"^({'|'.join(self.runs[0].columns)}|seed|step|loss|eval_(?!runtime|.*_per_second).*)$"
+        )
+        return logs.filter(regex=shown)
 
 
 def _fill_cache(folder: Path, recipes: list[Recipe], workers: int) -> None:
