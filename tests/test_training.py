@@ -169,6 +169,14 @@ def test_optimizer_gives_matrices_to_muon(tiny):
     assert id(tiny.vision.tower.embeddings.patch_embedding.weight) not in matrices
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_cpu_that_would_emulate_bfloat16_computes_in_float32(supported, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "has_bfloat16", lambda: supported)
+    settings = load_recipe("scenes").training
+    assert settings.precision == "bfloat16"
+    assert trainer.training_arguments(settings, tmp_path, 0, 10).bf16 is supported
+
+
 def test_killed_and_resumed_ends_where_uninterrupted_does(home):
     whole = run(home, "whole")
     plans = [

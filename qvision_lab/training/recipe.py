@@ -87,6 +87,7 @@ class Optimisation(Settings):
     clip: Positive = 1.0  # largest norm of the gradient
     batch_size: Count = 16  # images per batch, over all processes
     accumulation: Count = 1  # batches per step
+    # bfloat16 is float32 on a CPU without instructions for it
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     evaluations: Count = 8  # each validates and saves a checkpoint
     workers: int | None = Field(None, ge=0)  # processes preparing batches; None: 4 with a GPU

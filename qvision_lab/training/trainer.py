@@ -271,7 +271,7 @@ def training_arguments(
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup,
         max_grad_norm=settings.clip,
-        bf16=settings.precision == "bfloat16",
+        bf16=settings.precision == "bfloat16" and (on_gpu or has_bfloat16()),
         fp16=settings.precision == "float16",
         use_cpu=not on_gpu,
         logging_steps=max(1, min(50, steps // 20)),
@@ -291,6 +291,11 @@ def training_arguments(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # more GPUs are for more processes
     return arguments
+
+
+def has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16; emulated, products take 20 times as long."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def batch_share(batch_size: int) -> int:
