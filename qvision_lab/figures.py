@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qvision_lab import plots, scenes
-from qvision_lab.ablation import averages, differences, summarise
+from qvision_lab.ablation import averages, differences, part, parts, summarise
 from qvision_lab.captioning import Caption, load
 from qvision_lab.data.atomic import atomic
 from qvision_lab.data.coco import open_dataset
@@ -184,9 +184,13 @@ def draw_findings(
     `results` holds the study's `table.csv` and `curves.csv`; `metric` is a column of the table.
     """
     table, curves = (pd.read_csv(Path(results) / f"{name}.csv") for name in ("table", "curves"))
-    print("\n".join(summarise(table, metric)))
+    compared, lengths = parts(table), table
+    for title, rows in compared.items():
+        print("\n".join([f"{title}:"] * bool(title) + summarise(rows, metric)))
     if folder is None:
         return
+    if "length" in table:  # the longest is drawn
+        table, curves = (part(rows, table["length"].max()) for rows in (table, curves))
     effects = differences(table, metric)
     largest = effects["difference"].abs().nlargest(4).index
     shown = curves["variant"].isin({table["variant"][0], *largest})
@@ -196,6 +200,8 @@ def draw_findings(
         "tradeoff": plots.plot_tradeoff(table, "parameters", metric),
         "curves": plots.plot_curves(curves[shown]),
     }
+    if len(compared) > 1:
+        axes["lengths"] = plots.plot_lengths(lengths, metric)
     for name, ax in axes.items():
         write_figure(ax.figure, Path(folder) / f"study_{name}.png")
 

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "differences",
             "differences_of_scenes",
             "part",
+            "parts",
             "summarise",
         ],
         "study": ["Study"],

@@ -74,6 +74,21 @@ def part(
     return rows
 
 
+def parts(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """All comparisons in a study's table, by a title: each `part`, or all of it without lengths."""
+    if "length" not in table:
+        return {"": table}
+    kinds = table.assign(tuned=table.get("tuned", True))[["length", "equal", "tuned"]]
+    kinds = kinds.drop_duplicates().sort_values(["tuned", "length", "equal"], ascending=False)
+    titles = {"steps": "{} steps", "compute": "as long as {} steps of the base"}
+    return {
+        titles[equal].format(length) + (", tuned" if tuned else ""): part(
+            table, length, equal, tuned
+        )
+        for length, equal, tuned in kinds.itertuples(index=False)
+    }
+
+
 def differences_of_scenes(
     table: pd.DataFrame, resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "charts": [
             "plot_curves",
             "plot_differences",
+            "plot_lengths",
             "plot_effects",
             "plot_removal_curves",
             "plot_scores",

@@ -154,3 +154,15 @@ def plot_curves(curves: pd.DataFrame, measure: str = "loss", ax: Axes | None = N
     ax.set(xlabel="step", ylabel=measure.removeprefix("eval_").replace("_", " "))
     ax.legend(**LEGEND)
     return ax
+
+
+def plot_lengths(table: pd.DataFrame, measure: str = "CIDEr", ax: Axes | None = None) -> Axes:
+    """Of `ablation.Study.table`, each variant by its length, at equal steps and tuned rates."""
+    rows = table[(table["equal"] == "steps") & table.get("tuned", True)]
+    ax = plot_curves(rows.assign(step=rows["length"]), measure, ax)
+    lengths = sorted(rows["length"].unique())
+    ax.set_xscale("log")
+    ax.set_xticks(lengths, map("{:,}".format, lengths), minor=False)
+    ax.minorticks_off()
+    ax.set_xlabel("steps")
+    return ax
