@@ -52,17 +52,18 @@ def profile_queries(traces: Iterable[Trace]) -> list[QueryProfile]:
     alike = np.corrcoef(maps.swapaxes(0, 1).reshape(len(means), -1)) > REDUNDANT  # [N,N]
     clusters = connected_components(alike)[1]
 
-    words = [(trace, word) for trace in traces for word in trace.words]  # of length M
-    texts = [word.text.lower() for _, word in words]
-    read = np.stack([t.bridge_attentions[:, list(w.tokens)].mean((0, 1)) for t, w in words])
-    attention = read.mean(0)  # [N]
-    by_trace = pd.DataFrame(read).groupby([id(trace) for trace, _ in words], sort=False).mean()
-    added = {id(trace): direct_contributions(trace) for trace in traces}
-    raised = [added[id(t)][list(w.tokens)].sum(0) for t, w in words]  # [M,N]
-    sweeps = ([effect.change for effect in sweep(trace, "queries")] for trace in traces)
-    falls = -np.concatenate([np.transpose(changes) for changes in sweeps])  # [M,N]
-    read, raised, falls_of = (pd.DataFrame(x).groupby(texts).mean() for x in (read, raised, falls))
-    raised, falls_of = (x.sub(x.mean(axis=1), axis=0) for x in (raised, falls_of))
+    read, raised, falls = [], [], []  # of each of M words: [N]
+    for trace in traces:
+        spelled, added = [list(word.tokens) for word in trace.words], direct_contributions(trace)
+        read += [trace.bridge_attentions[:, tokens].mean((0, 1)) for tokens in spelled]
+        raised += [added[tokens].sum(0) for tokens in spelled]
+        falls += [*-np.transpose([effect.change for effect in sweep(trace, "queries")])]
+    attention, costs = np.mean(read, axis=0), np.sum(falls, axis=0) / len(traces)  # [N] each
+    origin = np.repeat(range(len(traces)), [len(trace.words) for trace in traces])
+    by_trace = pd.DataFrame(read).groupby(origin).mean()
+    texts = [word.text.lower() for trace in traces for word in trace.words]
+    read, raised, falls = (pd.DataFrame(x).groupby(texts).mean() for x in (read, raised, falls))
+    raised, falls = (x.sub(x.mean(axis=1), axis=0) for x in (raised, falls))
     return [
         QueryProfile(
             label=label,
@@ -71,11 +72,11 @@ def profile_queries(traces: Iterable[Trace]) -> list[QueryProfile]:
             entropy=float(entropy[i]),
             attention=float(attention[i]),
             words=tuple((read[i] / attention[i]).nlargest(TOP).index),
-            traces=tuple(by_trace[i].reset_index(drop=True).nlargest(TOP).index),
+            traces=tuple(by_trace[i].nlargest(TOP).index),
             cluster=int(clusters[i]),
-            cost=float(falls[:, i].sum() / len(traces)),
+            cost=float(costs[i]),
             raises=raised[i],
-            falls=falls_of[i],
+            falls=falls[i],
         )
         for i, label in enumerate(traces[0].visual_token_labels)
     ]
