@@ -13,6 +13,8 @@ from .evaluation import EvaluationReport as EvaluationReport
 from .evaluation import compare as compare
 from .evaluation import evaluate as evaluate
 from .interpretation import interventions as interventions
+from .interpretation.collapse import Diagnosis as Diagnosis
+from .interpretation.collapse import diagnose as diagnose
 from .interpretation.maps import query_maps as query_maps
 from .interpretation.maps import word_maps as word_maps
 from .interpretation.trace import Trace as Trace

@@ -23,6 +23,7 @@ SHARED = {  # options of several commands
     "--dtype": {"help": "float32, bfloat16 or float16"},
     "--device": {"help": "cpu, cuda, mps (default: cuda where there is one)"},
     "--preset": {"help": "published, model_card, greedy or beam (default: the model's own)"},
+    "--split": {"help": "of several in --data: val2017, or Karpathy's test"},
     "--batch-size": {"type": int, "metavar": "N", "help": "default: 16; on a GPU 256"},
     "--seed": {"type": int, "default": 0, "help": "of random choices (%(default)s)"},
     "--metric": {"default": "CIDEr", "help": "column of the table to report (%(default)s)"},
@@ -159,6 +160,13 @@ def evaluate(options: argparse.Namespace) -> None:
         print(f"-> {report.save(output)}")
 
 
+def diagnose(options: argparse.Namespace) -> None:
+    """Measure whether the queries of a model have collapsed."""
+    dataset = ql.coco.open_dataset(options.data, **_chosen(options, "split", "n", "seed"))
+    captioner = ql.load(options.model, options.revision, options.dtype, options.device)
+    print(ql.diagnose(captioner, dataset))
+
+
 def convert(options: argparse.Namespace) -> None:
     """Write a checkpoint in the layout that transformers reads too."""
     chosen = options.dtype, options.push_to, options.revision
@@ -288,10 +296,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--recursive", action="store_true", help="include subfolders")
     add("--json", action="store_true", help="print records as JSON lines")
 
-    add = _command(commands, "eval", evaluate, *MODEL, "--preset", "--batch-size", "--seed")
+    how = "--preset", "--batch-size", "--seed", "--split"
+    add = _command(commands, "eval", evaluate, *MODEL, *how)
     data = "COCO's, Karpathy's or a plain folder or file of captions, or scenes:test"
     add("--data", required=True, help=data)
-    add("--split", help="of several in --data: val2017, or Karpathy's test")
     add("--n", type=int, metavar="N", help="score so many images, drawn with --seed")
     add("--images", metavar="DIR", help="folder of the pictures (default: around the captions)")
     add("--instances", metavar="FILE", help="COCO's instances (default: next to the captions)")
@@ -302,6 +310,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (%(default)s)")
     add("--baseline", metavar="DIR", help="results of an earlier call to compare with")
     add("--train-captions", metavar="FILE", help="captions_train2017.json: checks contamination")
+
+    add = _command(commands, "diagnose", diagnose, *MODEL, "--seed", "--split")
+    add("--data", default="scenes:val", help="images with captions, as for eval (%(default)s)")
+    add("--n", type=int, default=64, metavar="N", help="images, drawn with --seed (%(default)s)")
 
     add = _command(commands, "info", info, "--revision")
     add("checkpoint", nargs="?", help="folder or Hub id (default: the embedded checkpoint)")

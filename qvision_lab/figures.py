@@ -19,13 +19,8 @@ from qvision_lab.captioning import Caption, load
 from qvision_lab.data.atomic import atomic
 from qvision_lab.data.coco import open_dataset
 from qvision_lab.interpretation.faithfulness import object_words, removal_curves
-from qvision_lab.interpretation.maps import (
-    METHODS,
-    PatchMap,
-    profile_queries,
-    query_maps,
-    word_maps,
-)
+from qvision_lab.interpretation.maps import METHODS, PatchMap, query_maps, word_maps
+from qvision_lab.interpretation.queries import profile_queries
 from qvision_lab.interpretation.trace import trace_all
 from qvision_lab.model.architecture import architecture
 from qvision_lab.model.config import QVisionConfig

@@ -12,8 +12,8 @@ from qvision_lab.cli import main
 from qvision_lab.model.captioner import generation_preset
 
 HEAVY = ("torch", "transformers", "pandas", "matplotlib", "numpy", "PIL")
-COMMANDS = "caption eval info convert demo curves look explore scenes train ablate findings bench "
-COMMANDS += "tables"
+COMMANDS = "caption eval diagnose info convert demo curves look explore scenes train ablate "
+COMMANDS += "findings bench tables"
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,13 @@ def test_info_prints_parameters_and_provenance(checkpoint, capsys):
     assert "model.safetensors" in shown
     total = sum(parameter.numel() for parameter in tiny_captioner().model.parameters())
     assert f"{total:,}" in shown
+
+
+def test_diagnose_prints_a_verdict(checkpoint, capsys):
+    assert main(["diagnose", "--model", str(checkpoint), "--n", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("2 pictures, 5 visual tokens each")
+    assert "ollapsed: " in shown.splitlines()[-1]
 
 
 def test_scenes_are_written_and_described(tmp_path, capsys):

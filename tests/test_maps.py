@@ -6,18 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from qvision_lab.captioning import Captioner
 from qvision_lab.interpretation.maps import (
     METHODS,
     composition,
-    profile_queries,
     query_maps,
     rolled_out,
     word_maps,
 )
-from qvision_lab.interpretation.trace import Trace, trace, trace_all
+from qvision_lab.interpretation.trace import Trace, trace
 
 RUN_THE_MODEL = ("gradient", "occlusion", "integrated_gradients")
 
@@ -129,23 +127,3 @@ def test_what_does_not_exist_is_named(traced):
         composition(traced, traced.words, block=2)
     with pytest.raises(ValueError, match="no head 8; choose one of 0 to 7"):
         query_maps(traced, head=8)
-
-
-def test_profiles_find_redundant_queries(byte_captioner, noise):
-    """A query that is a copy of another is in its cluster."""
-    model = copy.deepcopy(byte_captioner.model)
-    with torch.no_grad():
-        model.qformer.query_tokens[0, 2] = model.qformer.query_tokens[0, 1]
-    copied = replace(byte_captioner, model=model)
-    images = [noise[0], noise[0].rotate(90), Image.new("RGB", (9, 9), "red")]
-    profiles = profile_queries(trace_all(copied, images, ["a red dog", "a car", "red"]))
-    assert [p.label for p in profiles] == ["global token", *(f"query {i}" for i in range(4))]
-    assert profiles[2].cluster == profiles[3].cluster
-    assert sum(p.attention for p in profiles) == pytest.approx(1, abs=1e-5)
-    for profile in profiles:
-        assert profile.map.values.sum() == pytest.approx(1, abs=1e-5)
-        assert 0 <= profile.spread <= 1
-        assert 0 <= profile.entropy <= np.log(4) + 1e-6
-        assert set(profile.words) <= {"a", "red", "dog", "car"}
-    with pytest.raises(ValueError, match="no trace to profile"):
-        profile_queries([])

@@ -15,14 +15,18 @@ LEGEND = {"frameon": False, "fontsize": 8}
 
 
 def plot_training_curves(log: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Loss (left axis) and shares among the measures (right) of a training stage's `curve.csv`."""
+    """Loss (left axis) and shares among the measures (right) of a training stage's `curve.csv`.
+
+    Other measures, such as the effective rank of the queries, are drawn by `plot_curves`.
+    """
     ax = ax or plt.subplots(layout="constrained")[1]
     loss = log.dropna(subset=["loss"])
     ax.plot(loss["step"], loss["loss"], color=INK, lw=1.2, label="loss")
     ax.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    if measures := [*log.filter(regex=r"^eval_(?!(loss|cider|runtime|.*_per_second)$)")]:
+    no_shares = "loss|cider|runtime|.*_per_second|effective_rank|bridge_scale"
+    if measures := [*log.filter(regex=rf"^eval_(?!({no_shares})$)")]:
         shares = ax.twinx()
-        shares.set(ylabel="right", ylim=(0, 1.02))
+        shares.set(ylabel="share", ylim=(0, 1.02))
         shares.spines["right"].set_visible(True)
         for name in measures:
             rows, label = log.dropna(subset=[name]), name.removeprefix("eval_").replace("_", " ")

@@ -127,7 +127,7 @@ def map_sheet(
 
 
 def query_sheet(profiles: Sequence[Any], image: ImageLike | None = None) -> Figure:
-    """Maps of `interpretation.maps.QueryProfile`s on one colour scale, with words and cost."""
+    """Maps of `interpretation.queries.QueryProfile`s on one colour scale, with words and cost."""
     vmax = max(profile.map.values.max() for profile in profiles)
     figure, axes = _tiles(-(-len(profiles) // 5), 5, below=0.75)
     for ax, profile in zip(axes.flat, profiles, strict=False):

@@ -26,10 +26,13 @@ from qvision_lab.captioning import Captioner
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, ImageId
 from qvision_lab.evaluation import evaluate_dataset
+from qvision_lab.interpretation.query_measures import measure_queries
 from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.training import gpu
 from qvision_lab.training.optimizers import MuonAdamW
 from qvision_lab.training.recipe import Optimisation
+
+WATCHED = 32  # validation images on which the queries are measured
 
 
 @dataclass
@@ -52,12 +55,13 @@ class Validation:
         return dict(zip(self.images.ids, texts, strict=True))
 
     def __call__(self) -> dict[str, float]:
-        """CIDEr-D times 100, and the rates of the data set's judge where it has one, 0 to 1."""
+        """CIDEr-D times 100, the rates of the data set's judge if any, and `measure_queries`."""
         judge = self.images.judge
         metrics = ("cider", judge.name) if judge else ("cider",)
         scores = evaluate_dataset(self.captions(), self.images, metrics, resamples=1).scores
         scores = {name.replace(" ", "_"): score for name, score in scores.items()}
-        return {"cider": 100 * scores.pop("CIDEr"), **scores}
+        measures = measure_queries(self.captioner, self.images[:WATCHED])
+        return {"cider": 100 * scores.pop("CIDEr"), **scores, **measures}
 
 
 class StageTrainer(Trainer):
