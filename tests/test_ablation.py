@@ -26,6 +26,7 @@ from qvision_lab.ablation import (
     differences,
     differences_of_scenes,
     part,
+    parts,
     study,
     summarise,
 )
@@ -304,6 +305,12 @@ def test_learning_rates_are_tuned_for_each_arm_and_length_on_validation(tmp_path
     assert set(table.query("equal == 'compute'")["steps"]) == {6, 12}
     runs = 6 * (3 + 2 + 2)  # three tune, two seeds each tuned and not
     assert len(list(tmp_path.glob("runs/*"))) == runs - 7  # 6 steps of prefix are in two arms
+    assert [*parts(table)] == [
+        *("6 steps, tuned", "as long as 6 steps of the base, tuned"),
+        *("3 steps, tuned", "as long as 3 steps of the base, tuned"),
+        *("6 steps", "as long as 6 steps of the base"),
+        *("3 steps", "as long as 3 steps of the base"),
+    ]
     fair = part(table, 6, "compute")
     assert fair["steps"].tolist() == [6, 6, 12, 12]
     assert fair["rate"].tolist() == [2, 2, 0.5, 0.5]

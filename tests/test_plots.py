@@ -137,6 +137,10 @@ def test_studies_are_drawn_sorted_with_a_zero_line_and_bands():
     ax = plots.plot_curves(table, "CIDEr")
     assert ax.lines[0].get_ydata().tolist() == [2]
     assert ax.collections[0].get_datalim(ax.transData).intervaly.tolist() == [1, 3]
+    both = [table.assign(length=n, equal="steps", tuned=n == 600) for n in (150, 600)]
+    ax = plots.plot_lengths(pd.concat([*both, both[1].assign(length=2400)]))
+    assert ax.lines[0].get_xdata().tolist() == [600, 2400]  # with tuned rates alone
+    assert ax.get_xscale() == "log"
 
 
 def test_the_diagram_has_every_stage_and_parameter_of_a_configuration(tiny):

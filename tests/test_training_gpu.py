@@ -178,17 +178,17 @@ def test_on_a_cpu_muon_multiplies_in_float32(tiny):  # bfloat16 is slow where it
     optimizer = MuonAdamW(copy.deepcopy(tiny), 1e-3, 0.02, 0.03).muon
     for weight in optimizer.param_groups[0]["params"]:
         weight.grad = torch.randn_like(weight)
-    seen = set()
+    dtypes = set()
 
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func._schema.name in ("aten::bmm", "aten::baddbmm", "aten::mm", "aten::addmm"):
-                seen.update(arg.dtype for arg in args if isinstance(arg, torch.Tensor))
+                dtypes.update(arg.dtype for arg in args if isinstance(arg, torch.Tensor))
             return func(*args, **(kwargs or {}))
 
     with Products():
         optimizer.step()
-    assert seen == {torch.float32}
+    assert dtypes == {torch.float32}
 
 
 @pytest.mark.parametrize("longest", [1, 7, 8, 15])
