@@ -1,5 +1,6 @@
 """The path of photographs: splits, sentences, a tower from a package, the run, what ships."""
 
+import html
 import json
 import subprocess
 from pathlib import Path
@@ -173,6 +174,15 @@ def test_it_knows_photographs_from_scenes(photos):
     captions = photos.caption(images, preset="greedy")
     assert sum(caption.familiar for caption in captions) >= 18
     assert len({caption.text for caption in captions}) > 15
+
+
+def test_the_explorer_offers_photographs_to_it(photos):
+    explorer = pytest.importorskip("qvision_lab.widgets").explore(photos)
+    explorer.pending.result()
+    path = ql.figures.photographs()[0]
+    assert explorer.image.label == path.name
+    assert repr(str(path)) in html.unescape(explorer.code.value)
+    explorer.close()
 
 
 def test_no_photograph_and_no_captions_of_others_are_committed():
