@@ -28,14 +28,14 @@ from qvision_lab.scenes.checker import RATES, Rate
 from qvision_lab.scenes.dataset import SceneJudge
 from qvision_lab.scenes.layout import COLORS
 
-__all__ = ["draw_curves", "draw_findings", "draw_inside", "run_demo"]
+__all__ = ["draw_curves", "draw_findings", "draw_inside", "photographs", "run_demo"]
 
 EXAMPLE = 2  # index of the test scene in the figures of words and queries
 CURVES = {  # stages of the embedded checkpoint's training, and the measures that are drawn
     "vision": ("Vision tower", ["category", "color", "number", "background"]),
     "captioner": ("Captioner", ["true", "pairs_right", "object_recall", "hallucination"]),
 }
-PHOTOGRAPHS = (  # free photographs in scikit-image
+PHOTOGRAPHS = (
     *("chelsea.png", "coffee.png", "astronaut.png"),
     *("camera.png", "rocket.jpg", "clock_motion.png"),
 )
@@ -72,12 +72,16 @@ def run_demo(
     return rates
 
 
-def draw_photographs(output: str | Path = "figures/photos.png") -> list[Caption]:
-    """Caption six free photographs, which scikit-image brings, by the checkpoint `photos`."""
-    if find_spec("skimage") is None:
+def photographs() -> list[Path]:
+    """Six free photographs that scikit-image brings; ImportError if it is not installed."""
+    if (package := find_spec("skimage")) is None:
         raise ImportError("scikit-image has the photographs: pip install 'qvision-lab[photos]'.")
-    folder = files("skimage") / "data"
-    captions = load("photos").caption([folder / name for name in PHOTOGRAPHS])
+    return [Path(package.origin).with_name("data") / name for name in PHOTOGRAPHS]
+
+
+def draw_photographs(output: str | Path = "figures/photos.png") -> list[Caption]:
+    """Draw `photographs` with their captions by the checkpoint `photos`."""
+    captions = load("photos").caption(photographs())
     sheet = plots.caption_sheet(captions, ncols=3)
     sheet.text(0.34, 0.02, CREDITS, fontsize=7)  # below the shorter photographs
     write_figure(sheet, Path(output), dpi=80)

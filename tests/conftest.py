@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 if os.environ.get("QVISION_GPU_TESTS") != "1":  # `make test-gpu` sets it
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also for subprocesses: these tests expect a CPU
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,7 @@ from qvision_lab.model.attention import MultiHeadAttention  # noqa: E402
 from qvision_lab.model.loading import checkpoint  # noqa: E402
 from qvision_lab.model.loading.published import SPECIAL_TOKENS  # noqa: E402
 
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SHARED = Path(os.environ.get("QVISION_SHARED") or Path(__file__).parents[2] / "shared")
 
 
@@ -173,3 +176,25 @@ def file_limit(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def run_notebook(
+    number: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch, skipped: str = "$"
+) -> None:
+    """Run a notebook's cells here, with one line of its parameter cell changed.
+
+    `skipped` is a pattern of the beginning of cell ids.
+    """
+    pytest.importorskip("ipywidgets")
+    (path,) = (path for path in NOTEBOOKS if path.stem.startswith(number))
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    changed, names = 0, {"__name__": "__main__", "display": print}
+    with plt.rc_context({"backend": "agg"}), torch.enable_grad():  # a notebook may switch it off
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code" and not re.match(skipped, cell["id"]):
+                source, found = re.subn(f"(?m)^{old}", new, "".join(cell["source"]))
+                changed += found
+                exec(compile(source, f"{path.name}, cell {cell['id']}", "exec"), names)
+                plt.close("all")
+    assert changed == 1

@@ -170,6 +170,16 @@ CASES += [
 ]
 
 
+def test_sampling_replaces_the_beams_of_a_model(pictures):
+    captioner = tiny_captioner()
+    captioner.model.generation_config.update(num_beams=3, do_sample=False)
+    sampled = captioner.caption(pictures[0], temperature=0.5, num_return_sequences=4)
+    assert {c.settings.get("num_beams", 1) for c in sampled} == {1}
+    assert captioner.caption(pictures[0]).settings["num_beams"] == 3
+    with pytest.raises(ValueError, match="num_beams=3 and sampling"):
+        captioner.caption(pictures[0], preset="beam", temperature=0.5)
+
+
 @pytest.mark.parametrize("settings", WORKING, ids=str)
 def test_settings_of_any_kind_of_number_resume(captioner, pictures, tmp_path, settings):
     pictures[0].save(tmp_path / "a.png")

@@ -3,13 +3,17 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import NOTEBOOKS, run_notebook
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 CELL_TIMEOUT = 300  # seconds
+ON_SCENES = {  # ids of cells that do the same whatever MODEL is
+    "02": "truth|false|try|temperature|penalty|card-[^r]|sheet",
+    "03": "$",
+    "04": "case|truth|removal-areas|random",
+}
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -25,6 +29,12 @@ def test_runs(path):
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("number", ON_SCENES)
+def test_runs_on_photographs(number, monkeypatch):
+    pytest.importorskip("timm")
+    run_notebook(number, "MODEL = None", 'MODEL = "photos"', monkeypatch, ON_SCENES[number])
 
 
 @each_notebook

@@ -1,6 +1,8 @@
 """The path of photographs: splits, sentences, a tower from a package, the run, what ships."""
 
+import html
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -81,6 +83,19 @@ def test_a_run_names_one_start_and_its_data():
     assert all(source.as_sentences for source in sources)
     with pytest.raises(ValueError, match="a run starts from one of imagenet and checkpoint"):
         load_recipe("photos", {"checkpoint": "x"})
+
+
+def test_what_does_not_fit_is_refused_before_the_training(folder, tmp_path):
+    pytest.importorskip("timm")
+    for key, value, message in (
+        ("scores.test.split", "train", r"train is no test: 6 images .* are trained on too"),
+        ("imagenet.model.vision_config.architecture", "vgg16", "'vgg16' is not one of"),
+        ("imagenet.model.vision_config.architecture", "resnet18", "tf_efficientnet_lite0, not for"),
+    ):
+        recipe = load_recipe("photos", SMALL | {key: value}, data=str(folder))
+        with pytest.raises(ValueError, match=message):
+            train_captioner(recipe, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
 def test_smoothing_is_torchs(tiny, captions, pixels):
@@ -173,6 +188,15 @@ def test_it_knows_photographs_from_scenes(photos):
     captions = photos.caption(images, preset="greedy")
     assert sum(caption.familiar for caption in captions) >= 18
     assert len({caption.text for caption in captions}) > 15
+
+
+def test_the_explorer_offers_photographs_to_it(photos):
+    explorer = pytest.importorskip("qvision_lab.widgets").explore(photos)
+    explorer.pending.result()
+    path = ql.figures.photographs()[0]
+    assert explorer.image.label == path.name
+    assert repr(str(path)) in html.unescape(explorer.code.value)
+    explorer.close()
 
 
 def test_no_photograph_and_no_captions_of_others_are_committed():

@@ -122,3 +122,8 @@ def test_without_timm_a_sentence_says_what_to_install():
         pytest.raises(ImportError, match=r"pip install 'qvision-lab\[photos\]'"),
     ):
         model_with(TIMM)
+    with (
+        patch.object(towers, "is_timm_available", lambda: False),
+        pytest.raises(ValueError, match=r"install 'qvision-lab\[photos\]'\.$"),
+    ):
+        ql.load("photos")

@@ -93,8 +93,8 @@ class Captioner:
             preset: a key of `GENERATION_PRESETS`; by default the model's own generation settings.
             preprocessing: "training" (how the model was trained), "model_card" or "clip".
             settings: any setting of transformers' `generate`, on top of the preset. One of sampling
-                (`temperature`, `top_k`, `top_p`, ...) turns sampling on, and `num_beams` turns it
-                off, unless `do_sample` says otherwise.
+                (`temperature`, `top_k`, `top_p`, ...) turns sampling on, and the model's own beams
+                off; `num_beams` turns sampling off, unless `do_sample` says otherwise.
 
         Returns a Caption for one image, a list for an iterable; with `num_return_sequences=k` > 1 a
         list of k in place of each Caption, in the order of `generate`. ImageError for an image that

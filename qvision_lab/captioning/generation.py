@@ -64,7 +64,8 @@ class Search:
         config = copy.deepcopy(own) if preset is None else generation_preset(preset, model.config)
         samples = any(settings.get(name) is not None for name in WARPERS)
         if samples or (settings.get("num_beams") or 1) > 1:
-            settings = {"do_sample": samples, **settings}
+            single = {"num_beams": 1} if samples and preset is None else {}  # not the model's own
+            settings = {"do_sample": samples, **single, **settings}
         rest = config.update(**{**settings, "return_dict_in_generate": False})
         if unknown := sorted(rest.keys() - LIVE_SETTINGS):
             raise ValueError(

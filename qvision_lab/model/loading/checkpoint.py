@@ -100,6 +100,8 @@ def load_checkpoint(
         model, processor = _build(folder, layout, stored)
     except CheckpointError:
         raise
+    except ImportError as error:  # it says what to install
+        raise CheckpointError(f"{folder}: {error!s}") from error
     except Exception as error:  # of many kinds, since the libraries check settings too
         raise CheckpointError(f"{folder}: {error!s}; correct it or download it again.") from error
     stored = _match(model, stored, layout)
