@@ -372,5 +372,6 @@ def test_memory_of_a_full_size_load(published, tmp_path, monkeypatch):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             folders = published, tmp_path / "full"  # the first load does all imports
             _, load = (pool.submit(load_once, f, OURS, dtype, cold=False).result() for f in folders)
-        assert load.resident_gigabytes <= load.peak_gigabytes <= limit * 4 * 509_190_401 / 1e9, load
+        resident, peak = load["resident_gigabytes"], load["peak_gigabytes"]
+        assert resident <= peak <= limit * 4 * 509_190_401 / 1e9, load
     shutil.rmtree(tmp_path / "full")  # pytest would keep it for days

@@ -74,9 +74,8 @@ def score_person(references: Mapping[ImageId, Sequence[str]]) -> pd.DataFrame:
 
 
 def _rows(source: str, scores: pd.DataFrame) -> list[dict]:
-    return [
-        {"source": source, "metric": name, **row} for name, row in scores.to_dict("index").items()
-    ]
+    table = scores.to_dict("index")
+    return [{"source": source, "metric": name, **row} for name, row in table.items()]
 
 
 def _open(data: str | None, split: str, quick: bool) -> CaptionDataset:

@@ -154,9 +154,8 @@ class Search:
             visual_tokens = visual_tokens.repeat_interleave(k, dim=0)  # [R,1+Q,D]
         config.update(return_dict_in_generate=True, output_logits=True)
         found = model.generate(visual_tokens=visual_tokens, generation_config=config, **live)
-        logprobs = model.compute_transition_scores(
-            found.sequences, found.logits, found.get("beam_indices"), normalize_logits=True
-        )
+        scored = found.sequences, found.logits, found.get("beam_indices")
+        logprobs = model.compute_transition_scores(*scored, normalize_logits=True)
         return found.sequences[:, 1:].cpu(), logprobs.cpu()
 
 

@@ -45,10 +45,8 @@ class Batch:
     def split(self, count: int) -> "tuple[Batch, Batch]":
         """The first `count` items, and the others."""
         good = sum(error is None for _, error in self.items[:count])
-        return (
-            Batch(self.items[:count], self.pixels[:good]),
-            Batch(self.items[count:], self.pixels[good:]),
-        )
+        first = Batch(self.items[:count], self.pixels[:good])
+        return first, Batch(self.items[count:], self.pixels[good:])
 
     def pin_memory(self) -> "Batch":  # the DataLoader calls it
         return Batch(self.items, self.pixels.pin_memory())

@@ -100,9 +100,8 @@ def meteor_formula(counts: Float[np.ndarray, "... 23"]) -> Float[np.ndarray, "..
     chunks, matched = counts[..., 20], counts[..., 21:23].mean(-1)
     weighed = delta * (length - function) + (1 - delta) * function
     with np.errstate(divide="ignore", invalid="ignore"):
-        precision, recall = np.moveaxis(
-            np.einsum("...mks,m,k->...s", matches, modules, kinds) / weighed, -1, 0
-        )
+        matched_weight = np.einsum("...mks,m,k->...s", matches, modules, kinds)
+        precision, recall = np.moveaxis(matched_weight / weighed, -1, 0)
         mean = 1 / ((1 - alpha) / precision + alpha / recall)
         score = mean * (1 - gamma * (chunks / matched) ** beta)
     return np.nan_to_num(score)[..., None]

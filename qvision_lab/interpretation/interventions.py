@@ -278,10 +278,8 @@ def effects(trace: Trace, interventions: Sequence[Intervention]) -> list[Effect]
     with stack([mute(trace.model), *interventions]):
         rows = image_tokens.expand(1 + len(interventions), -1, -1)  # [1+V,P,D]
         before, *after = trace.word_logprobs(trace.words, rows).cpu().numpy()  # [1+V,W]
-    return [
-        Effect(intervention.label, trace.words, before, row)
-        for intervention, row in zip(interventions, after, strict=True)
-    ]
+    pairs = zip(interventions, after, strict=True)
+    return [Effect(each.label, trace.words, before, row) for each, row in pairs]
 
 
 def __dir__() -> list[str]:  # for completion

@@ -47,10 +47,8 @@ def word_maps(
         raise ValueError(f"no method {method!r}; choose one of {', '.join(METHODS)}.")
     with torch.inference_mode(False):  # some need gradients
         values = METHODS[method](trace, words) if words else ()
-    return [
-        PatchMap(of_word.reshape(trace.patch_grid), word.text, method)
-        for word, of_word in zip(words, values, strict=True)
-    ]
+    pairs = zip(words, values, strict=True)
+    return [PatchMap(x.reshape(trace.patch_grid), word.text, method) for word, x in pairs]
 
 
 def query_maps(trace: Trace, block: int | None = None, head: int | None = None) -> list[PatchMap]:

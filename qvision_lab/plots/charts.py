@@ -46,12 +46,8 @@ def plot_scores(
     Next to each stands its value, with a plus if `sign` is one.
     """
     names = list(dict.fromkeys(name for table in tables.values() for name in table.index))
-    ax = (
-        ax
-        or plt.subplots(
-            figsize=(6, 1 + (0.24 + 0.08 * len(tables)) * len(names)), layout="constrained"
-        )[1]
-    )
+    height = 1 + (0.24 + 0.08 * len(tables)) * len(names)
+    ax = ax or plt.subplots(figsize=(6, height), layout="constrained")[1]
     for i, (system, table) in enumerate(tables.items()):
         rows = [names.index(name) + 0.32 * (i - (len(tables) - 1) / 2) for name in table.index]
         score, low, high = (scale * table[column] for column in ("score", "low", "high"))
@@ -81,9 +77,8 @@ def plot_differences(
     rows = differences.dropna(subset=["low", "high"]).sort_values("difference", ascending=False)
     if "corrected" in rows:
         rows = rows.rename({name: f"{name} *" for name in rows.index[rows["corrected"] < 0.05]})
-    ax = plot_scores(
-        {label: rows.rename(columns={"difference": "score"})}, scale=1, ax=ax, sign="+"
-    )
+    scores = rows.rename(columns={"difference": "score"})
+    ax = plot_scores({label: scores}, scale=1, ax=ax, sign="+")
     ax.axvline(0, color=WRONG, lw=0.8)
     ax.xaxis.set_major_formatter("{x:+g}")
     ax.set_xlabel(label)

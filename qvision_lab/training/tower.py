@@ -215,9 +215,8 @@ class TowerLearner(nn.Module):
     def forward(self, pixels: UInt8[Tensor, "B H W 3"], **truth: Tensor) -> dict[str, Tensor]:
         """The weighted sum of all losses."""
         logits = self.predict(pixels)
-        shown = (truth["coverage"] > VISIBLE) | (
-            (truth["center"] > 0) & (truth["coverage"] > UNCERTAIN)
-        )
+        covered = truth["coverage"]
+        shown = (covered > VISIBLE) | ((truth["center"] > 0) & (covered > UNCERTAIN))
         measure = patch_loss if self.supervision == "patches" else image_loss
         loss = measure(logits, shown, truth)
         for name in SCENE_HEADS:
@@ -231,9 +230,8 @@ def patch_loss(
     """Of the patches that show an object; the others are background, or ignored in doubt."""
     uncertain = (truth["coverage"] > UNCERTAIN) & ~shown
     weight = torch.where(shown, 1.0, torch.where(uncertain, 0.0, 0.3))
-    category = F.cross_entropy(
-        logits["category"].transpose(1, 2), truth["category"].where(shown, 0), reduction="none"
-    )
+    categories = logits["category"].transpose(1, 2), truth["category"].where(shown, 0)
+    category = F.cross_entropy(*categories, reduction="none")
     (center, extent), middle = truth["box"].split(2, -1), shown.shape[1] ** 0.5 / 2
     box = torch.cat([center - middle, (extent / 1.5).log()], -1)
     is_center = F.binary_cross_entropy_with_logits(
@@ -306,10 +304,8 @@ def measure_tower(model: TowerLearner, samples: TowerSamples) -> dict[str, float
     for batch in DataLoader(unmirrored, batch_size=100):
         logits = model.predict(batch["pixels"].to(model.tower.device))
         shown = batch["coverage"] > VISIBLE
-        right = {
-            name: logits[name].argmax(-1).cpu() == batch[name]
-            for name in ("category", "color", "number", *SCENE_HEADS)
-        }
+        names = "category", "color", "number", *SCENE_HEADS
+        right = {name: logits[name].argmax(-1).cpu() == batch[name] for name in names}
         right["image"] = (~shown | (right["category"] & right["color"])).all(1)
         for name, hit in right.items():
             hits[name].append(hit[shown] if hit.ndim == 2 else hit)
