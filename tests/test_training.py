@@ -18,7 +18,6 @@ from conftest import file_limit, interrupted, random_images, save_captioner
 from transformers import TrainerState
 
 import qvision_lab as ql
-from qvision_lab.data.atomic import locked
 from qvision_lab.model.captioner import IGNORED_LABEL
 from qvision_lab.model.parameters import fingerprint_weights
 from qvision_lab.training import freezing, load_recipe, train_captioner, trainer
@@ -230,14 +229,6 @@ def test_a_finished_run_records_everything_and_is_not_run_again(home, quick, mon
         file.write(json.dumps({"file": "0.png", "caption": "one more"}) + "\n")
     with pytest.raises(ValueError, match=r"settings of data\.train \(\w+, not \w+\)"):
         run(home, "run")
-
-
-def test_two_commands_do_not_write_to_one_folder(home):
-    (home / "run").mkdir()
-    with locked(home / "run"), pytest.raises(ValueError, match="another command is writing to"):
-        run(home, "run")
-    with locked(home / "run"):  # released, also after the error
-        assert not (home / "run/run.yaml").exists()
 
 
 def test_a_second_command_is_refused_and_the_first_goes_on(home, monkeypatch):

@@ -14,7 +14,7 @@ from qvision_lab.interpretation.interventions import mute_each, stack
 from qvision_lab.interpretation.maps import DEFAULT_METHOD, METHODS, PatchMap, word_maps
 from qvision_lab.interpretation.trace import Trace, trace_all
 
-SIDE = 512  # pixels, of the picture in the page
+SIDE = 512  # pixels, of the picture in pages and in the explorer
 MUTED_METHOD = "composition"  # of attention that a single pass records
 WITHOUT_MODEL = ("composition", "rollout")  # methods that need no model, for a loaded trace
 
@@ -28,7 +28,7 @@ def write_page(trace: Trace, path: str | Path) -> Path:
     """
     methods = METHODS if trace.captioner is not None else WITHOUT_MODEL
     content = {
-        "picture": _picture(trace.image),
+        "picture": picture_url(trace.image),
         "grid": trace.patch_grid,
         "words": [word.text for word in trace.words],
         "probabilities": _rounded(trace.probabilities),
@@ -76,7 +76,8 @@ def _rounded(values: np.ndarray) -> list:
     return np.reshape(digits, np.shape(values)).tolist()
 
 
-def _picture(image: np.ndarray) -> str:
+def picture_url(image: np.ndarray) -> str:
+    """A small copy of an image as text."""
     small = Image.fromarray(image)
     small.thumbnail((SIDE, SIDE))
     return data_url(small, "jpeg", quality=90)

@@ -5,7 +5,6 @@ A map is a small image of one pixel a patch that the browser enlarges, so its op
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
-from functools import lru_cache
 from html import escape
 from importlib.resources import files
 
@@ -14,14 +13,13 @@ import numpy as np
 from PIL import Image
 
 from qvision_lab.interpretation.maps import PatchMap
-from qvision_lab.interpretation.page import data_url
+from qvision_lab.interpretation.page import data_url, picture_url
 from qvision_lab.interpretation.trace import Word
 from qvision_lab.plots.images import HEAT
 from qvision_lab.widgets.backend import Result
 
 STYLE = (files("qvision_lab.widgets") / "explorer.css").read_text()
 CHANGED = 0.1  # difference of a probability from which on it is marked
-SIDE = 480  # pixels, of the picture as it is sent
 LOWEST = 0.3  # opacity of the darkest patch, relative to the brightest
 
 
@@ -33,7 +31,7 @@ def color_limits(results: Sequence[Result]) -> list[float]:
 
 def result_html(result: Result, vmax: Sequence[float], title: str, whole: str = "") -> str:
     """A title, the caption (words that `whole` has not are marked), and maps over the image."""
-    picture = _picture(result.trace)
+    picture = picture_url(result.trace.image)
     maps = [_map_html(picture, m, top) for m, top in zip(result.maps, vmax, strict=True)]
     caption = _marked(result.caption, whole or result.caption) or "(no word)"
     return (
@@ -64,13 +62,6 @@ def truth_marks(claims: Sequence[object], words: Sequence[Word]) -> list[str]:
             if claim.span[0] <= word.span[0] < claim.span[1]:
                 marks[i] = "✓" if claim.right else "✗"
     return marks
-
-
-@lru_cache(2)
-def _picture(trace: object) -> str:
-    image = Image.fromarray(trace.image)
-    image.thumbnail((SIDE, SIDE))
-    return data_url(image)
 
 
 def _map_html(picture: str, patch_map: PatchMap, vmax: float) -> str:
