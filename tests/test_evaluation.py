@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from unittest.mock import Mock
 
 import numpy as np
@@ -100,9 +101,8 @@ def test_a_report_is_printed_and_saved(tmp_path, capfd):
 
 def test_meteor_ends_after_an_interruption(monkeypatch):
     started, popen = [], subprocess.Popen
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1]
-    )
+    record = lambda *a, **k: started.append(popen(*a, **k)) or started[-1]  # noqa: E731
+    monkeypatch.setattr(subprocess, "Popen", record)
     monkeypatch.setenv("PATH", "/nowhere")  # Java comes from its wheel
     interrupted = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setitem(METRICS, "bleu", replace(METRICS["bleu"], count=interrupted))
@@ -192,10 +192,8 @@ def test_comparisons_find_a_difference_and_only_that():
     good = {i: CAPTIONS[i % 4 + 1] for i in references}
     worse = good | dict.fromkeys(range(0, 60, 3), "a thing in a place")
     backwards = dict(reversed(list(worse.items())))
-    first, second, reordered = (
-        ql.evaluate(captions, references, ("rouge", "bleu"))
-        for captions in (good, worse, backwards)
-    )
+    score = partial(ql.evaluate, references=references, metrics=("rouge", "bleu"))
+    first, second, reordered = map(score, (good, worse, backwards))
     table = ql.compare(first, second).table
     assert (table["low"] > 0).all()
     assert (table["p"] < 0.01).all()

@@ -80,14 +80,12 @@ def test_views_are_the_image_mirrored_and_cut(encode, byte_captioner, pictures):
             states = byte_captioner.model.vision.encode(mirrored.pixel_values)[0]
         torch.testing.assert_close(views[1], states, atol=1e-5, rtol=1e-2)
     side, noise = 32, np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    crops = [
-        features.draw_view(Image.fromarray(noise), f"{n}" * 32 + "-crop", side) for n in (1, 1, 2)
-    ]
+    image, names = Image.fromarray(noise), (f"{n}" * 32 + "-crop" for n in (1, 1, 2))
+    crops = [features.draw_view(image, name, side) for name in names]
     assert crops[0] == crops[1] != crops[2]
-    assert encode(pictures, "afresh", views=3).places.keys() == cached.places.keys()
-    assert torch.equal(
-        encode(pictures, "afresh", views=3).view("2.png", 2), cached.view("2.png", 2)
-    )
+    again = encode(pictures, "afresh", views=3)
+    assert again.places.keys() == cached.places.keys()
+    assert torch.equal(again.view("2.png", 2), cached.view("2.png", 2))
 
 
 def test_an_interrupted_build_resumes(tmp_path, tiny, encode, pictures, monkeypatch):

@@ -114,9 +114,8 @@ def test_scores_record_what_they_depend_on(byte_captioner, tmp_path):
     dataset = open_dataset("scenes:test", n=2)
     assert content["data"] == {dataset.name: fingerprint(dataset)}
     assert content["versions"]["qvision-lab"] == version("qvision-lab")
-    assert EvaluationReport.load(tmp_path / "a").identity == identify(
-        content["model"], content["data"]
-    )
+    expected = identify(content["model"], content["data"])
+    assert EvaluationReport.load(tmp_path / "a").identity == expected
     path.write_text(json.dumps({k: v for k, v in content.items() if k not in ("model", "data")}))
     older = EvaluationReport.load(tmp_path / "a").identity
     assert (older["model"], older["data"]) == ("not recorded", "not recorded")

@@ -59,17 +59,9 @@ def test_a_table_has_splits(folder):
         open_dataset(folder, split="train")
 
 
-@pytest.mark.parametrize(
-    ("caption", "sentence"),
-    [
-        ("a dog , running .", "A dog, running."),
-        ("Two  men ", "Two men."),
-        ("wow !", "Wow!"),
-        ("A boy jumps;", "A boy jumps."),
-    ],
-)
-def test_captions_become_sentences(caption, sentence):
-    assert as_sentence(caption) == sentence
+def test_captions_become_sentences():
+    captions = "a dog , running .", "Two  men ", "wow !", "A boy jumps;"
+    assert [*map(as_sentence, captions)] == ["A dog, running.", "Two men.", "Wow!", "A boy jumps."]
 
 
 def test_a_run_names_one_start_and_its_data():

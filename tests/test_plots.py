@@ -78,10 +78,8 @@ def test_patch_maps_lie_flat_on_the_patches_of_a_grey_photo():
 
 
 def test_sheets_share_a_scale_within_a_method():
-    rows = {
-        "weak": [peaked(0, 0, 0.2, method="a"), peaked(0, 0, 0.4, method="a")],
-        "strong": [peaked(0, 0, 30, method="b")],
-    }
+    weak = [peaked(0, 0, height, method="a") for height in (0.2, 0.4)]
+    rows = {"weak": weak, "strong": [peaked(0, 0, 30, method="b")]}
     figure = plots.map_sheet(PHOTO, rows)
     maps = [ax.images[-1] for ax in figure.axes[:3]]
     assert [heat.get_clim() for heat in maps] == [(0, 0.4), (0, 0.4), (0, 30)]
@@ -146,17 +144,14 @@ def test_studies_are_drawn_sorted_with_a_zero_line_and_bands():
 def test_the_diagram_has_every_stage_and_parameter_of_a_configuration(tiny):
     published = architecture(QVisionConfig())
     names = [stage.name for stage in published]
-    assert names == [
-        *("image", "vision tower", "image projection", "Q-Former"),
-        *("words so far", "GPT-Neo", "bridge", "head"),
-    ]
+    inputs = ["image", "vision tower", "image projection", "Q-Former", "words so far"]
+    assert names == [*inputs, "GPT-Neo", "bridge", "head"]
     assert sum(stage.parameters for stage in published) == 509_190_401
     assert published[3].output == "visual tokens [65, 1024]"
     files = {stage.file for stage in published if stage.file}
     assert all((Path(model.__file__).parent / file).exists() for file in files)
-    ax = plots.plot_architecture(
-        published, highlight="Q-Former", trained=pd.Index(["Q-Former", "bridge"])
-    )
+    trained = pd.Index(["Q-Former", "bridge"])
+    ax = plots.plot_architecture(published, highlight="Q-Former", trained=trained)
     drawn = {text.get_text() for text in ax.texts}
     assert {*names, *(stage.output for stage in published), "qformer.py\n52,550,656"} <= drawn
     outlined = [box for box in ax.patches if box.get_linewidth() > 2]

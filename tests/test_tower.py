@@ -58,17 +58,14 @@ def test_tokenizer_spells_scenes_in_words_and_anything_else_in_bytes():
 
 
 def test_supervision_by_images_does_not_depend_on_places():
-    records = np.array(
-        [tower.scene_record(scene, 7) for scene in scenes.generate(4)], tower.record_type(7)
-    )
+    drawn = [tower.scene_record(scene, 7) for scene in scenes.generate(4)]
+    records = np.array(drawn, tower.record_type(7))
     samples = tower.TowerSamples(records, 7)
     truth = default_collate([samples[i] for i in range(4)])
     shown = truth["coverage"] > tower.VISIBLE
     generator = torch.Generator().manual_seed(0)
-    logits = {
-        name: torch.randn(4, 49, n, generator=generator)
-        for name, n in (("category", 21), ("color", 8))
-    }
+    sizes = {"category": 21, "color": 8}
+    logits = {n: torch.randn(4, 49, size, generator=generator) for n, size in sizes.items()}
     loss = tower.image_loss(logits, shown, truth)
     order, other = (torch.randperm(49, generator=generator) for _ in range(2))
     moved = {name: truth[name][:, order] for name in ("category", "color")}
