@@ -2,18 +2,4 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "analysis": [
-            "averages",
-            "crossover",
-            "differences",
-            "differences_of_scenes",
-            "part",
-            "parts",
-            "summarise",
-        ],
-        "study": ["Study"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

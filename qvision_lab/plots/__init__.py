@@ -2,20 +2,4 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "architecture": ["plot_architecture"],
-        "images": ["caption_sheet", "map_sheet", "plot_patch_map", "query_sheet"],
-        "charts": [
-            "plot_curves",
-            "plot_differences",
-            "plot_lengths",
-            "plot_effects",
-            "plot_removal_curves",
-            "plot_scores",
-            "plot_tradeoff",
-            "plot_training_curves",
-        ],
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,12 +7,4 @@ that the others never show; `crowd` has five to eight objects.
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "checker": ["Check", "check", "score"],
-        "dataset": ["SceneJudge", "write_coco"],
-        "drawing": ["Scene", "generate", "scene"],
-        "layout": ["SPLITS", "Layout", "describe", "layout"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

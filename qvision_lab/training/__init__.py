@@ -7,6 +7,4 @@ tower, `samples.py` makes batches, `trainer.py` steps, and `model/captioner.py` 
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"recipe": ["load_recipe"], "train": ["train_captioner"]}
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

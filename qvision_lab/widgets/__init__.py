@@ -6,6 +6,4 @@ controls, so that each can be tested without the others.
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"explorer": ["Explorer", "explore"], "notebook": ["open_lab"]}
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

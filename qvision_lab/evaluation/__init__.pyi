@@ -1,0 +1,11 @@
+from .chair import chair as chair
+from .chair import coco_vocabulary as coco_vocabulary
+from .report import Comparison as Comparison
+from .report import EvaluationReport as EvaluationReport
+from .report import compare as compare
+from .report import evaluate as evaluate
+from .report import evaluate_dataset as evaluate_dataset
+from .report import read_captions as read_captions
+from .report import read_results as read_results
+from .report import write_results as write_results
+from .statistics import caption_statistics as caption_statistics

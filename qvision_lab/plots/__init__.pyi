@@ -1,0 +1,13 @@
+from .architecture import plot_architecture as plot_architecture
+from .charts import plot_curves as plot_curves
+from .charts import plot_differences as plot_differences
+from .charts import plot_effects as plot_effects
+from .charts import plot_lengths as plot_lengths
+from .charts import plot_removal_curves as plot_removal_curves
+from .charts import plot_scores as plot_scores
+from .charts import plot_tradeoff as plot_tradeoff
+from .charts import plot_training_curves as plot_training_curves
+from .images import caption_sheet as caption_sheet
+from .images import map_sheet as map_sheet
+from .images import plot_patch_map as plot_patch_map
+from .images import query_sheet as query_sheet

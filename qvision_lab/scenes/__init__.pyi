@@ -1,0 +1,12 @@
+from .checker import Check as Check
+from .checker import check as check
+from .checker import score as score
+from .dataset import SceneJudge as SceneJudge
+from .dataset import write_coco as write_coco
+from .drawing import Scene as Scene
+from .drawing import generate as generate
+from .drawing import scene as scene
+from .layout import SPLITS as SPLITS
+from .layout import Layout as Layout
+from .layout import describe as describe
+from .layout import layout as layout
