@@ -22,6 +22,7 @@ from qvision_lab.captioning import Captioner, load
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, open_dataset
 from qvision_lab.evaluation import evaluate_dataset
+from qvision_lab.interpretation.collapse import MEASURES, diagnose
 from qvision_lab.interpretation.faithfulness import score_words, summarise
 from qvision_lab.interpretation.maps import composition
 from qvision_lab.model.captioner import generation_preset
@@ -50,7 +51,7 @@ class Run:
     seed: int  # runs of one seed are pairs
     recipe: Recipe
     scored: int  # test scenes; 0: validation only
-    pointed: int  # of those, for the maps
+    pointed: int  # of those, for the maps and `collapse.diagnose`
     threads: int
     origin: str  # digest of the tower and of how scenes are drawn and captioned
 
@@ -133,10 +134,13 @@ def _measure(run: Run, folder: Path, features: Path) -> dict[str, float | str | 
     dataset = open_dataset("scenes:test", n=run.scored)
     captions = Validation(dataset, captioner).captions()
     report = evaluate_dataset(captions, dataset, ("cider", "scenes"), resamples=1)
+    pointed = open_dataset("scenes:test", n=run.pointed)
+    diagnosis = diagnose(captioner, pointed)
     return row | {
         **report.scores,
         "true_scenes": "".join(np.where(report.per_image["true"] == 1, "y", "n")),
-        "pointing": _pointing(captioner, open_dataset("scenes:test", n=run.pointed)),
+        "pointing": _pointing(captioner, pointed),
+        **{name: getattr(diagnosis, name) for name in MEASURES},
         "parameters": sum(p.numel() for p in captioner.model.parameters() if p.requires_grad),
         "seconds": nan if resumed else sum(curve["train_runtime"].max() for curve in curves),
         "latency": _latency(captioner, dataset),

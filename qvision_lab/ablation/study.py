@@ -58,7 +58,7 @@ class Study(Settings):
     costs: dict[str, Positive] = {}  # of a step, in those of the base, for arms of equal compute
     rates: Annotated[tuple[Positive, ...], Strict(False)] = (1.0,)  # factors of the learning rates
     scored: Count = 500  # test scenes that every run captions
-    pointed: Count = 50  # of those, for the maps
+    pointed: Count = 50  # of those, for the maps and `collapse.diagnose`
     threads: Count = 1  # of each run
 
     @classmethod

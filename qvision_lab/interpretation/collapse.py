@@ -23,7 +23,7 @@ from qvision_lab.model.captioner import QVisionForConditionalGeneration, generat
 ROWS = 256  # captions that are generated at once with muted tokens
 # By measure: whether collapsed models lie above the threshold (1) or below it (-1), and that.
 THRESHOLDS = {"effective_rank": (-1, 1.5), "query_cosine": (1, 0.985), "same_peak": (1, 0.985)}
-TEXTS = {  # of what is printed
+MEASURES = {  # and what is printed of them
     "effective_rank": "effective rank of the visual tokens",
     "query_cosine": "mean cosine between them",
     "attention_entropy": "entropy of their attention, share of log P",
@@ -86,7 +86,7 @@ class Diagnosis:
 
     def __str__(self) -> str:
         lines = [f"{self.pictures} pictures, {self.tokens} visual tokens each"]
-        for name, text in TEXTS.items():
+        for name, text in MEASURES.items():
             value, (sign, limit) = getattr(self, name), THRESHOLDS.get(name, (0, 0))
             shown = "undefined" if value is None else f"{value:.3f}"
             side = f"   collapsed {'above' if sign > 0 else 'below'} {limit:g}" if sign else ""
