@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import qvision_lab as ql
 
 SUITES = ("parameters", "latency", "peers", "loading", "folder", "maps", "training", "recovery")
-SUITES += ("baselines",)  # modules of benchmark/
+SUITES += ("baselines", "confidence")  # modules of benchmark/
 SUITES_OF_DATA = {"maps", "baselines"}  # they take other images than Scenes
 MODEL = "--model", "--revision", "--dtype", "--device"
 SHARED = {  # options of several commands
@@ -182,6 +182,13 @@ def look(options: argparse.Namespace) -> None:
     ql.figures.draw_inside(options.output, options.n, options.seed, options.model, options.picture)
 
 
+def calibrate(options: argparse.Namespace) -> None:
+    """Fit a checkpoint's confidence in claims to its captions of validation scenes."""
+    from qvision_lab.training.confidence import calibrate_checkpoint
+
+    print(f"wrote {calibrate_checkpoint(options.checkpoint, options.n)}")
+
+
 def explore(options: argparse.Namespace) -> int:
     """Open the explorer in JupyterLab: click words, mute parts of the model."""
     from qvision_lab.widgets.notebook import open_lab
@@ -327,6 +334,10 @@ def _parser() -> argparse.ArgumentParser:
     add = _command(commands, "explore", explore, "--model")
     add("pictures", nargs="*", metavar="PICTURE", help="files, folders or URLs, besides scenes")
     add("--output", default="explore.ipynb", metavar="FILE", help="notebook (%(default)s)")
+
+    add = _command(commands, "calibrate", calibrate)
+    add("checkpoint", help="folder of a captioner of scenes")
+    add("--n", type=int, default=2000, help=number["help"])
 
     scenes = commands.add_parser("scenes", help="write or describe the drawn scenes")
     kinds = scenes.add_subparsers(required=True, metavar="write|stats")
