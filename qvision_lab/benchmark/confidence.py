@@ -74,6 +74,7 @@ def score(known: pd.DataFrame, cases: pd.DataFrame) -> Iterator[dict]:
     for name in ("probability", "length"):
         weights = fit_logistic(known[[name, "right"]].to_numpy(float))
         predicted[name] = cases[name].map(partial(probability, weights))
+    whole = (cases["of"] == "caption").all()
     for name, values in predicted.items():
         values = values.to_numpy()
         measure = partial(_auroc_of_images, right, values, images)
@@ -84,7 +85,8 @@ def score(known: pd.DataFrame, cases: pd.DataFrame) -> Iterator[dict]:
             **{"auroc": float(auroc(right, values)), "low": low, "high": high},
             "ece": calibration_error(right, values),
             "ece_if_exact": np.mean([calibration_error(each, values) for each in drawn]),
-            **{"brier": np.mean((values - right) ** 2), "risks": risk_curve(right, values)},
+            "brier": np.mean((values - right) ** 2),
+            **({"risks": risk_curve(right, values)} if whole else {}),
         }
 
 

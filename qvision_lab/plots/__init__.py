@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "plot_differences",
             "plot_effects",
             "plot_removal_curves",
+            "plot_risk_coverage",
             "plot_scores",
             "plot_tradeoff",
             "plot_training_curves",

@@ -351,7 +351,8 @@ def _read_confidence(folder: Path, processor: QVisionProcessor) -> Confidence | 
     try:
         return Confidence(Calibration.model_validate(stored), processor.tokenizer)
     except ValueError as error:
-        raise CheckpointError(f"{path} does not fit: {error}; delete or download it.") from error
+        problem = " ".join(str(error).split()).partition(" [type=")[0]
+        raise CheckpointError(f"{path} does not fit: {problem}; delete or download it.") from error
 
 
 def _is_needed(path: Path) -> bool:
