@@ -83,10 +83,13 @@ def test_weights_apply_to_a_claim_its_noun_and_the_least_of_the_caption():
     color, cat, dog = claims
     assert [claim.text for claim in claims] == ["red", "cat", "dog"]
     assert (color.own, color.noun) == pytest.approx((math.log(9), math.log(2.001)), abs=1e-6)
-    least = math.log(1 / 2.001)
+    least = math.log(1 / 2.001)  # the dog, to which the model prefers a cat
     assert [claim.least for claim in claims] == pytest.approx([least] * 3)
     odds = 0.5 + 0.25 * color.own + 2 * color.noun - least
     assert color.confidence == pytest.approx(1 / (1 + math.exp(-odds)))
+    (color, _), _ = judge("red cat", {0: {"red": 1.0, "blue": 9.0}, 1: {"cat": 9.0}})
+    assert color.confidence == pytest.approx(0.1)  # not what the weights make of it, nearly 1
+    color = claims[0]
     product = color.confidence * cat.confidence * dog.confidence
     assert whole == pytest.approx(product)
     assert all_right(claims) == pytest.approx(math.log(product / (1 - product)))

@@ -100,7 +100,7 @@ class Confidence:
         for phrase in phrases:
             noun = min(own for name, *_, own in phrase if not kinds[name].before)
             for name, start, stop, own in phrase:
-                confidence = probability(kinds[name].weights, own, noun, least)
+                confidence = claim_probability(kinds[name].weights, own, noun, least)
                 text = self._decode(ids[start:stop]).strip()
                 claims.append(Claim(name, text, (start, stop), own, noun, least, confidence))
         whole = probability(self.calibration.caption, all_right(claims)) if claims else None
@@ -125,6 +125,12 @@ def _compete(steps: list[list[list[int]]], likely: list[list[float]]) -> float:
         right *= ours / (ours + theirs or 1)
         wrong += theirs / (ours + theirs or 1)
     return _log_odds(right, wrong)
+
+
+def claim_probability(weights: Sequence[float], own: float, noun: float, least: float) -> float:
+    """Of a claim: where the model prefers another word, at most what it gives to this one."""
+    fitted, worst = probability(weights, own, noun, least), min(own, noun)
+    return fitted if worst >= 0 else min(fitted, probability((0.0, 1.0), worst))
 
 
 def probability(weights: Sequence[float], *evidence: float) -> float:

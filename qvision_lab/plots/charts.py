@@ -122,8 +122,9 @@ def plot_risk_coverage(
     for name, risks in curves.items():
         coverages = np.arange(1, len(risks) + 1) / len(risks)
         ax.plot(coverages, risks, "o-", ms=3, lw=1.4, label=f"{name} ({np.mean(risks):.3f})")
-    ax.set(xlabel="share of captions kept", ylabel="share wrong", xlim=(0, 1.03), ylim=(0, None))
-    ax.legend(**LEGEND)
+    top = 1.35 * max(map(max, curves.values()))  # room for the legend
+    ax.set(xlabel="share of captions kept", ylabel="share wrong", xlim=(0, 1.03), ylim=(0, top))
+    ax.legend(loc="upper left", ncols=2, columnspacing=1, handlelength=1.2, **LEGEND)
     return ax
 
 

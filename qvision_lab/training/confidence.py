@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from qvision_lab.captioning import Caption, Captioner, load
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, open_dataset
-from qvision_lab.model.confidence import Calibration, Confidence, all_right, probability
+from qvision_lab.model.confidence import Calibration, Confidence, all_right, claim_probability
 from qvision_lab.model.loading.checkpoint import CONFIDENCE
 from qvision_lab.scenes.captions import NUMERALS, RELATIONS
 from qvision_lab.scenes.checker import check
@@ -54,7 +54,7 @@ def calibrate(captioner: Captioner, scenes: CaptionDataset) -> Confidence:
     whole = []
     for caption, _, true in judged:
         claims = [
-            c._replace(confidence=probability(weights[c.kind], c.own, c.noun, c.least))
+            c._replace(confidence=claim_probability(weights[c.kind], c.own, c.noun, c.least))
             for c in caption.claims
         ]
         whole += [(all_right(claims), true)] if claims else []
