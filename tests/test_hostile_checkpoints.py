@@ -196,6 +196,9 @@ for file in ("added_tokens.json", "chat_template.jinja", "special_tokens_map.jso
 for file, what in product(("README.md", "scores.json", "run.yaml"), PLACES):
     case("native converted", file, instead, file, what)
 case("native converted", "run.yaml", Path.write_bytes, "run.yaml", b"\xff")
+for damage, values in {instead: PLACES, Path.write_bytes: (*JSON, b"{}")}.items():
+    for value in values:
+        case("native", "confidence.json", damage, "confidence.json", value)
 case("published converted", "gpt_decoder", instead, "gpt_decoder.safetensors", "outside")
 
 

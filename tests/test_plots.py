@@ -108,6 +108,13 @@ def test_removal_curves_are_means_with_their_area():
     assert len(ax.collections) == 1  # its band
 
 
+def test_risk_curves_have_their_area_and_end_at_all_captions():
+    ax = plots.plot_risk_coverage({"confidence": [0.0, 0.1, 0.2, 0.5], "constant": [0.5] * 4})
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), [0.25, 0.5, 0.75, 1])
+    labels = [text.get_text() for text in ax.get_legend().texts]
+    assert labels == ["confidence (0.200)", "constant (0.500)"]
+
+
 def test_effects_stand_side_by_side_at_their_words():
     words = [SimpleNamespace(text=text) for text in ("a", "dog")]
     both = [SimpleNamespace(label=name, words=words, change=[-1, i]) for i, name in enumerate("xy")]

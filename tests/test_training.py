@@ -51,6 +51,7 @@ NEW = {  # a tiny new model, with a tower trained on Scenes
     "data.validation.n": 6,
     "features.workers": 0,
     "scores": {"test": {"source": "scenes:test", "n": 4}},
+    "calibration.n": 4,
 }
 
 RECIPE = """
@@ -149,6 +150,7 @@ def test_a_new_model_stopped_in_each_stage_has_the_weights_of_an_uninterrupted_o
         assert pd.read_csv(tmp_path / f"stopped/{stage}/curve.csv")["loss"].count() == 8
     scores = json.loads((resumed / "scores.json").read_text())
     assert scores["test"]["captioner"]["true"]["of"] == 4
+    assert "object" in json.loads((resumed / "confidence.json").read_text())["kinds"]
     assert "a sixth caption | " in (resumed / "README.md").read_text()
     assert pd.read_csv(resumed / "vision.csv")["eval_category"].between(0, 1).any()
     log = pd.read_csv(resumed / "captioner.csv").dropna(subset="eval_true")

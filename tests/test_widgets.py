@@ -181,7 +181,14 @@ def test_words_have_marks_tints_and_alternatives(explorer):
     words = explorer.words.children
     assert [button.description.split()[-1] for button in words[1:3]] == ["✗", "✓"]
     assert "here the model would write" in words[0].tooltip
-    assert all(any(name.startswith("qv-p") for name in each._dom_classes) for each in words)
+    tints = [[name for name in each._dom_classes if name.startswith("qv-p")] for each in words]
+    assert tints[1] == ["qv-p0"]  # confidence in a color that is wrong
+    assert "color right: " in words[1].tooltip
+    assert tints[3:5] == [[], []]  # "on a" claims nothing
+    explorer.backend.captioner.confidence = None
+    explorer.own.value = explorer.own.value + "."
+    explorer.pending.result()
+    assert all(any(n.startswith("qv-p") for n in b._dom_classes) for b in explorer.words.children)
 
 
 def test_only_one_visual_token_is_left(explorer):

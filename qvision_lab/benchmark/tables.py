@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.resources import files
-from itertools import chain, product
+from itertools import chain, groupby, product
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import yaml
 from matplotlib.axes import Axes
@@ -117,6 +118,17 @@ def _scored(rows: list[Row]) -> Iterator[Row]:
         yield row | {"interval": _interval(row), "true": true}
 
 
+def _confidence(rows: list[Row]) -> Iterator[Row]:
+    """A row for what predicts whether the same cases are right."""
+    for _, group in groupby(rows, key=lambda row: (row["split"], row["of"])):
+        first, *_ = by = [*group]
+        more = {f"{row['predictor']}_{name}": row[name] for row in by for name in ("ece", "brier")}
+        for row in by:
+            cell = {"value": row["auroc"], "low": row["low"], "high": row["high"]}
+            more[f"{row['predictor']}_auroc"] = _interval(cell)
+        yield first | more
+
+
 def _recovery(rows: list[Row]) -> Iterator[Row]:
     whole, *tuned = _scored(rows)
     yield whole | {"retrained_on": "(not)", "share": 1.0}
@@ -127,6 +139,7 @@ def _recovery(rows: list[Row]) -> Iterator[Row]:
 
 EXPANSIONS = {"parameters": _parameters, "peers": _peers, "loading": _loading}
 EXPANSIONS |= {"training": _training, "learning": _scored, "recovery": _recovery}
+EXPANSIONS["confidence"] = _confidence
 
 
 def _maps(table: str, folder: Path) -> Iterator[Row]:
@@ -224,7 +237,21 @@ def draw_recovery(folder: Path = RESULTS) -> Axes:
     return ax
 
 
-FIGURES = {"speed": draw_ratios, "recovery": draw_recovery}
+def draw_confidence(folder: Path = RESULTS) -> Axes:
+    """Wrong captions among the surest, for each split in axes of its own; returns the last."""
+    first, *_ = _read_results("confidence", folder, required=True)
+    captions = [row for row in first["rows"] if row["of"] == "caption"]
+    splits = dict.fromkeys(row["split"] for row in captions)
+    size = {"figsize": (3.4 * len(splits), 3), "layout": "constrained"}
+    _, axes = plt.subplots(1, len(splits), squeeze=False, **size)
+    for ax, split in zip(axes[0], splits, strict=True):
+        rows = [row for row in captions if row["split"] == split]
+        plots.plot_risk_coverage({row["predictor"]: row["risks"] for row in rows}, ax)
+        ax.set_title(f"{split}, {rows[0]['cases']:,} captions", fontsize=9)
+    return ax
+
+
+FIGURES = {"speed": draw_ratios, "recovery": draw_recovery, "confidence": draw_confidence}
 
 
 def fill(

@@ -19,14 +19,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from qvision_lab.captioning import reading, records
 from qvision_lab.captioning.compiled import FastDecoding
 from qvision_lab.captioning.decoding_step import Int8Decoder, copy_sharing_weights
-from qvision_lab.captioning.generation import Search, check_number
+from qvision_lab.captioning.generation import Search, check_number, without_padding
 from qvision_lab.captioning.images import (
     ImageError,
     Picture,
@@ -40,6 +39,7 @@ from qvision_lab.captioning.records import Caption, FolderReport, digest
 from qvision_lab.data.atomic import locked, output_file
 from qvision_lab.data.coco import CaptionedImage
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
+from qvision_lab.model.confidence import Confidence
 from qvision_lab.model.familiarity import Familiarity
 from qvision_lab.model.loading.checkpoint import Provenance, load_checkpoint
 from qvision_lab.model.loading.storage import SHIPPED
@@ -58,6 +58,7 @@ class Captioner:
     processor: QVisionProcessor
     provenance: Provenance | None = None
     familiarity: Familiarity | None = None  # of images; None: what it learned from is not known
+    confidence: Confidence | None = None  # in the claims of captions; None: not calibrated
     decoding: FastDecoding = field(init=False)  # on CUDA, captures a graph for each batch size
 
     def __post_init__(self):
@@ -189,7 +190,7 @@ class Captioner:
             model = copy_sharing_weights(model)
             model.decoder = Int8Decoder(model.decoder)
             origin = origin and replace(origin, dtype="int8")  # captions may differ
-        captioner = Captioner(model.eval(), self.processor, origin)
+        captioner = replace(self, model=model.eval(), provenance=origin)
         captioner.decoding = FastDecoding(model, batch_size, length)
         return captioner
 
@@ -319,7 +320,7 @@ class Captioner:
             self.decoding = FastDecoding(self.model)
         if any(module.training for module in self.model.modules()):
             self.model.eval()
-        ids, logprobs, familiar = torch.zeros(0, 0), torch.zeros(0, 0), []
+        made, familiar = [torch.zeros(0, 0)] * 3, []
         if keys := [item.key for item, error in batch.items if not error]:
             pixels = batch.pixels.to(self.model.device)
             pixels = self.processor.normalise(pixels, search.preprocessing)
@@ -327,32 +328,30 @@ class Captioner:
             if self.familiarity is not None:
                 image = {"vision_states": self.model.vision.encode(pixels)}  # [B,P,C]
                 familiar = self.familiarity.holds(image["vision_states"].mean(1)).tolist()
-            ids, logprobs = search.run(self.decoding, keys, **image)
-        return self._make_captions(batch.items, search, ids, logprobs, familiar)
+            kept = self.confidence and self.confidence.tokens
+            made = search.run(self.decoding, keys, kept, **image)
+        return self._make_captions(batch.items, search, familiar, made)
 
     def _make_captions(
         self,
         items: list[tuple[Item, ImageError | None]],
         search: Search,
-        ids: Int[Tensor, "R T"],
-        logprobs: Float[Tensor, "R T"],
         familiar: list[bool],
+        made: Sequence[Tensor],
     ) -> Iterator[Captioned]:
-        """Captions from the rows of readable images, and the errors of the others."""
-        processor, config, settings = self.processor, self.model.config, search.describe()
-        rows, known = zip(ids.tolist(), logprobs, strict=True), iter(familiar)
+        """Captions from what `Search.run` made of readable images, and the errors of the others."""
+        settings, k = search.describe(), search.config.num_return_sequences
+        rows, known = zip(*made, strict=True), iter(familiar)
+        judge = self.confidence.judge if self.confidence else lambda *_: (None, None)
         for item, error in items:
             captions, is_familiar = [], None if error else next(known, None)
-            for row, scores in islice(rows, 0 if error else search.config.num_return_sequences):
-                if config.end_token_id in row:
-                    row = row[: row.index(config.end_token_id) + 1]
-                else:  # a stopping criterion came first
-                    while len(row) > 1 and row[-1] == config.pad_token_id:
-                        row = row[:-1]
+            for ids, scores, logits in islice(rows, 0 if error else k):
+                row = without_padding(ids.tolist(), self.model.config)
                 scores = scores[: len(row)]
+                claims, confidence = judge(row, logits[: len(row)])
                 caption = Caption(
-                    text=processor.decode(row),
-                    tokens=tuple(processor.tokenizer.decode([token]) for token in row),
+                    text=self.processor.decode(row),
+                    tokens=tuple(self.processor.tokenizer.decode([token]) for token in row),
                     token_ids=tuple(row),
                     logprobs=tuple(scores.tolist()),
                     score=scores.mean().item(),
@@ -360,6 +359,8 @@ class Captioner:
                     settings=settings,
                     seed=search.seed,
                     familiar=is_familiar,
+                    claims=claims,
+                    confidence=confidence,
                 )
                 captions.append(caption)
             yield item, error or captions

@@ -71,7 +71,7 @@ class FastDecoding:
         """Drop buffers and graphs."""
         self._placed = None
         self._captures = self.model.device.type == "cuda" and not self._refused
-        self._buffers: dict[tuple[int, int], Buffers] = {}
+        self._buffers: dict[tuple[int, int, int], Buffers] = {}
         self._graphs: dict[tuple, Callable[[], object]] = {}
         self._pixels: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -98,22 +98,24 @@ class FastDecoding:
         steps: int,
         draws: Int[Tensor, "R 2"] | None = None,
         captions_per_image: int = 1,
+        kept: Int[Tensor, " K"] | None = None,
         **image: Tensor,
-    ) -> tuple[Int[Tensor, "R T"], Float[Tensor, "R T"]]:
+    ) -> tuple[Int[Tensor, "R T"], Float[Tensor, "R T"], Float[Tensor, "R T K"]]:
         """Caption images, one of the inputs of `encode`, with a model in evaluation mode.
 
         At most `steps` tokens are chosen; sampling takes the captions' `row_keys` as draws, an
-        image's next to each other. Returns ids (padded after `<END>`) and log-probabilities on the
-        CPU, as `Search.run` does.
+        image's next to each other. Returns ids (padded after `<END>`), log-probabilities, and the
+        logits of the tokens `kept`, on the CPU, as `Search.run` does.
         """
         with self._lock:
             self.follow_weights()
+            kept = torch.zeros(0, dtype=torch.long) if kept is None else kept
             (images,) = {len(values) for values in image.values()}
             k, used = captions_per_image, images * captions_per_image
             compiled = self.rows is not None and self.rows // 2 < used <= self.rows
             compiled = compiled and steps <= self.length and self.rows % k == 0
             size, length = self._size(images, k, steps, compiled)
-            if (shape := (size * k, length)) not in self._buffers:
+            if (shape := (size * k, length, len(kept))) not in self._buffers:
                 if len(self._buffers) == CAPTURED:
                     self._forget()
                     self.follow_weights()
@@ -122,6 +124,7 @@ class FastDecoding:
             self._encode(image, size, k, buffers)
             score = self._compiled if compiled else score_next_token
             step = partial(self._choose, buffers, choice, score)
+            buffers.kept.copy_(kept)
             step = self._captured((*shape, choice, compiled), step, buffers)
             buffers.begin(self.model.config.start_token_id, used, draws)
             every = CHECK_EVERY if self._captures else 1
@@ -131,8 +134,12 @@ class FastDecoding:
                 taken += 1
                 if taken % every == 0 and buffers.finished.all():
                     break
-            ids, logprobs = buffers.ids[:used, 1 : taken + 1], buffers.logprobs[:used, :taken]
-            return ids.to("cpu", copy=True), logprobs.to("cpu", copy=True)  # buffers are reused
+            made = (
+                buffers.ids[:, 1 : taken + 1],
+                buffers.logprobs[:, :taken],
+                buffers.logits[:, :taken],
+            )
+            return tuple(x[:used].to("cpu", copy=True) for x in made)  # buffers are reused
 
     def _size(self, images: int, k: int, steps: int, compiled: bool) -> tuple[int, int]:
         """Images and positions that a batch is padded to."""
@@ -142,7 +149,7 @@ class FastDecoding:
         length = min(-(-steps // 16) * 16, positions)
         if not self._captures:
             return images, length
-        sizes = [rows // k for rows, room in self._buffers if rows % k == 0 and room == length]
+        sizes = [rows // k for rows, room, _ in self._buffers if rows % k == 0 and room == length]
         near = [size for size in sizes if images <= size <= 1.5 * images]
         step = 8 if images > 8 else 1
         return min(near, default=-(-images // step) * step), length
@@ -237,6 +244,7 @@ class FastDecoding:
         chosen = choice.next_tokens(logits, buffers.ids, length, end, buffers.draws)
         logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])  # [R,1]
         buffers.logprobs.index_copy_(1, position, logprobs)
+        buffers.logits.index_copy_(1, position, logits.index_select(1, buffers.kept)[:, None])
         tokens = chosen.masked_fill(buffers.finished, config.pad_token_id)
         buffers.finished |= tokens == end
         position += 1

@@ -21,6 +21,8 @@ class Buffers:
 
     ids: Int[Tensor, "R S+1"]  # `<START>`, the tokens so far, and `<START>` again
     logprobs: Float[Tensor, "R S"]
+    kept: Int[Tensor, " K"]  # tokens whose logits are kept
+    logits: Float[Tensor, "R S K"]
     finished: Bool[Tensor, " R"]
     position: Int[Tensor, " 1"]  # of the token that is read next
     draws: Int[Tensor, "R 2"]  # keys of the random draws
@@ -28,7 +30,9 @@ class Buffers:
     bridge: Float[Tensor, "2 R H N C"]  # the bridge's keys and values of the visual tokens
 
     @classmethod
-    def allocate(cls, model: QVisionForConditionalGeneration, rows: int, length: int) -> "Buffers":
+    def allocate(
+        cls, model: QVisionForConditionalGeneration, rows: int, length: int, kept: int
+    ) -> "Buffers":
         config, text = model.config, model.config.text_config
         number = {"dtype": model.decoder.language_model.dtype, "device": model.device}
         width, heads = config.hidden_size, config.num_attention_heads
@@ -37,6 +41,8 @@ class Buffers:
         return cls(
             ids=torch.zeros(rows, length + 1, dtype=torch.long, device=model.device),
             logprobs=torch.zeros(rows, length, device=model.device),
+            kept=torch.zeros(kept, dtype=torch.long, device=model.device),
+            logits=torch.zeros(rows, length, kept, device=model.device),
             finished=torch.zeros(rows, dtype=torch.bool, device=model.device),
             position=torch.zeros(1, dtype=torch.long, device=model.device),
             draws=torch.zeros(rows, 2, dtype=torch.long, device=model.device),

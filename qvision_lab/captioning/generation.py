@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from qvision_lab.captioning.compiled import FastDecoding, is_hooked
 from qvision_lab.captioning.sampling import NOT_SAMPLING, UNRECORDED, WARPERS, Choice, row_keys
 from qvision_lab.model.captioner import PLAIN, QVisionForConditionalGeneration, generation_preset
+from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.processor import image_preset
 
 LIVE_SETTINGS = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer"}
@@ -123,21 +124,25 @@ class Search:
         return plain({"preprocessing": self.preprocessing, **changed, **live})
 
     def run(
-        self, decoding: FastDecoding, keys: list[str], **image: Tensor
-    ) -> tuple[Int[Tensor, "R T"], Float[Tensor, "R T"]]:
+        self,
+        decoding: FastDecoding,
+        keys: list[str],
+        kept: Int[Tensor, " K"] | None = None,
+        **image: Tensor,
+    ) -> tuple[Int[Tensor, "R T"], Float[Tensor, "R T"], Float[Tensor, "R T K"]]:
         """Generate R = B * `num_return_sequences` captions, by `generate` where `decoding` cannot.
 
         `image` is one of the inputs of `encode`, on the model's device.
-        Draws for an image depend on its key and the seed alone. Returns ids, without `<START>`, and
-        their log-probabilities (nats) under the model itself: before penalties, temperature and
-        other processing of the logits.
+        Draws for an image depend on its key and the seed alone. Returns ids, without `<START>`,
+        their log-probabilities (nats) and the logits of the tokens `kept`, under the model itself:
+        before penalties, temperature and other processing of the logits.
         """
         model, k, draws = decoding.model, self.config.num_return_sequences, None
         if self.config.do_sample:
             draws = row_keys([f"{self.seed}/{key}/{n}" for key in keys for n in range(k)])
         choice = None if self.live else Choice.from_config(self.config)
         if choice is not None and decoding.can_run():
-            return decoding.run(choice, self.new_tokens, draws, k, **image)
+            return decoding.run(choice, self.new_tokens, draws, k, kept, **image)
         config, live = copy.deepcopy(self.config), dict(self.live)
         _, visual = model.encode(**image)
         visual_tokens = visual.visual_tokens  # [B,1+Q,D]
@@ -156,7 +161,22 @@ class Search:
         found = model.generate(visual_tokens=visual_tokens, generation_config=config, **live)
         scored = found.sequences, found.logits, found.get("beam_indices")
         logprobs = model.compute_transition_scores(*scored, normalize_logits=True)
-        return found.sequences[:, 1:].cpu(), logprobs.cpu()
+        ids = found.sequences[:, 1:].cpu()
+        kept = slice(0) if kept is None else kept
+        logits = torch.stack([step[:, kept] for step in found.logits], dim=1).float().cpu()
+        if (beams := found.get("beam_indices")) is not None:  # the row of each token
+            places = torch.arange(ids.shape[1])
+            logits = logits[beams[:, : len(places)].clamp(min=0).cpu(), places]
+        return ids, logprobs.cpu(), logits
+
+
+def without_padding(ids: list[int], config: QVisionConfig) -> list[int]:
+    """Ids of a caption, `<END>` included, of a row of `Search.run`."""
+    if config.end_token_id in ids:
+        return ids[: ids.index(config.end_token_id) + 1]
+    while len(ids) > 1 and ids[-1] == config.pad_token_id:  # a stopping criterion came first
+        ids = ids[:-1]
+    return ids
 
 
 def check_number(name: str, value: object) -> int | float:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qvision_lab.captioning.images import ImageError
 from qvision_lab.data.atomic import atomic
+from qvision_lab.model.confidence import Claim
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Caption:
     settings: dict  # of generation and preprocessing, those that differ from the defaults
     seed: int | None  # None where nothing was sampled
     familiar: bool | None = None  # is the image like those learned from? None: not known
+    claims: tuple[Claim, ...] | None = None  # with confidence; None: not calibrated
+    confidence: float | None = None  # that all claims are right; None also without a claim
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ def make_record(captions: list[Caption] | ImageError) -> dict:
     scores = [round(caption.score, 4) for caption in captions]  # later digits depend on the batch
     several = {"captions": texts, "scores": scores} if len(captions) > 1 else {}
     unlike = {"familiar": False} if captions[0].familiar is False else {}
-    return {"caption": texts[0], "score": scores[0], **several, **unlike}
+    sure = captions[0].confidence
+    sure = {} if sure is None else {"confidence": round(sure, 4)}
+    return {"caption": texts[0], "score": scores[0], **several, **unlike, **sure}
 
 
 def digest(name: str) -> bytes:

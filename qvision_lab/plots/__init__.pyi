@@ -4,6 +4,7 @@ from .charts import plot_differences as plot_differences
 from .charts import plot_effects as plot_effects
 from .charts import plot_lengths as plot_lengths
 from .charts import plot_removal_curves as plot_removal_curves
+from .charts import plot_risk_coverage as plot_risk_coverage
 from .charts import plot_scores as plot_scores
 from .charts import plot_tradeoff as plot_tradeoff
 from .charts import plot_training_curves as plot_training_curves

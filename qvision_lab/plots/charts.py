@@ -110,6 +110,23 @@ def plot_removal_curves(
     return ax
 
 
+def plot_risk_coverage(
+    curves: Mapping[str, Float[np.ndarray, " S"]], ax: Axes | None = None
+) -> Axes:
+    """Share of wrong captions among the surest 1/S, 2/S ... of all, by what ranked them.
+
+    The legend adds the area below (Geifman and El-Yaniv 2017, arXiv:1705.08500): low is good.
+    """
+    ax = ax or plt.subplots(layout="constrained")[1]
+    for name, risks in curves.items():
+        coverages = np.arange(1, len(risks) + 1) / len(risks)
+        ax.plot(coverages, risks, "o-", ms=3, lw=1.4, label=f"{name} ({np.mean(risks):.3f})")
+    top = 1.35 * max(map(max, curves.values()))  # room for the legend
+    ax.set(xlabel="share of captions kept", ylabel="share wrong", xlim=(0, 1.03), ylim=(0, top))
+    ax.legend(loc="upper left", ncols=2, columnspacing=1, handlelength=1.2, **LEGEND)
+    return ax
+
+
 def plot_effects(effects: Sequence[Any], ax: Axes | None = None) -> Axes:
     """Change of each word's log-probability (nats): a bar for every `interventions.Effect`."""
     words = [word.text for word in effects[0].words]

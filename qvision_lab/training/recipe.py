@@ -190,6 +190,7 @@ class Recipe(Settings):
     reinitialise: Annotated[tuple[str, ...], Strict(False)] = ()  # modules with random weights
     features: Features | None = Features()  # None: no cache; images pass the tower in each step
     scores: dict[str, DataSource] = {}  # data sets, by a name, that the result is scored on
+    calibration: DataSource | None = None  # scenes that give the confidence in claims
     generation: Generation = Generation()  # how the result captions by default
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved weights
     push_to: str | None = None  # Hub id to upload the result to

@@ -25,6 +25,7 @@ from qvision_lab.model.familiarity import Familiarity
 from qvision_lab.model.loading.checkpoint import Checkpoint, Provenance, save_checkpoint
 from qvision_lab.scenes.captions import caption_scene
 from qvision_lab.scenes.checker import RATES
+from qvision_lab.training.confidence import calibrate
 from qvision_lab.training.recipe import Recipe, read_yaml
 from qvision_lab.training.samples import CaptionSamples
 
@@ -75,6 +76,7 @@ def save_result(
     checkpoint: Checkpoint,
     samples: Mapping[str, CaptionSamples],
     tests: Mapping[str, CaptionDataset],
+    calibration: CaptionDataset | None,
     best: Path,
     output: Path,
 ) -> None:
@@ -87,6 +89,8 @@ def save_result(
     rounded.generation_config = generation_preset("greedy", rounded.config)
     rounded.generation_config.update(**recipe.generation.model_dump())
     captioner = Captioner(rounded, checkpoint.processor)
+    if calibration is not None:
+        checkpoint = replace(checkpoint, confidence=calibrate(captioner, calibration))
     scores = {name: score_captioner(captioner, test) for name, test in tests.items()}
     log = TrainerState.load_from_json(str(best / TRAINER_STATE_NAME)).log_history
     measured = next(row for row in reversed(log) if "eval_cider" in row)

@@ -55,6 +55,7 @@ def train_captioner(recipe: Recipe, output: str | Path) -> Path:
             raise ValueError(
                 f"{test.name} is no test: {some('image', learned)} are trained on too."
             )
+    calibration = recipe.calibration and open_source(recipe.calibration)
     output.mkdir(parents=True, exist_ok=True)
     with locked(output):
         weights = None  # a new model starts from random ones
@@ -80,7 +81,7 @@ def train_captioner(recipe: Recipe, output: str | Path) -> Path:
             best = train_phase(settings, phase, seed, checkpoint, samples, folder)
             checkpoint = load_checkpoint(best, device=state.device)
         if state.is_main_process:
-            save_result(recipe, checkpoint, samples, tests, best, output)
+            save_result(recipe, checkpoint, samples, tests, calibration, best, output)
         state.wait_for_everyone()
     return output / "checkpoint"
 

@@ -15,6 +15,7 @@ from qvision_lab.captioning.decoding_step import copy_sharing_weights
 from qvision_lab.interpretation.interventions import mute
 from qvision_lab.interpretation.maps import DEFAULT_METHOD, PatchMap, query_maps, word_maps
 from qvision_lab.interpretation.trace import Trace, trace
+from qvision_lab.model.confidence import Claim
 from qvision_lab.model.config import QVisionConfig
 
 CACHE_SIZE = 16  # captions and traces, so that a click on a word costs its map alone
@@ -79,18 +80,28 @@ class Backend:
         return results
 
     @torch.no_grad()
-    def alternatives(self, traced: Trace) -> list[str]:
-        """For each word, the most probable tokens where it begins, with their probabilities."""
+    def alternatives(self, traced: Trace) -> tuple[list[str], list[Claim | None], float | None]:
+        """For each word the most probable tokens where it begins, and the claim that it is in.
+
+        Last the confidence in the caption, and no claims without a calibration.
+        """
         decoder, first = traced.model.decoder, [word.tokens[0] for word in traced.words]
-        states = traced.to_tensor(traced.text_states[first])[None]
+        states = traced.to_tensor(traced.text_states)[None]
         states, _ = decoder.bridge(states, traced.to_tensor(traced.visual_tokens)[None], False)
-        top = decoder.lm_head(states)[0].float().softmax(-1).topk(ALTERNATIVES)  # [W,k]
+        logits = decoder.lm_head(states)[0].float().cpu()  # [T,V]
+        top = logits[first].softmax(-1).topk(ALTERNATIVES)  # [W,k]
         decode = self.captioner.processor.tokenizer.decode
         rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        return [
+        likely = [
             ", ".join(f"{decode([i]).strip()} {p:.0%}" for i, p in zip(*row, strict=True))
             for row in rows
         ]
+        claims, whole = (), None
+        if (confidence := self.captioner.confidence) is not None:
+            ids = traced.token_ids.tolist()
+            claims, whole = confidence.judge(ids, logits[:, confidence.tokens])
+        within = {i: claim for claim in claims for i in range(*claim.tokens)}
+        return likely, [within.get(i) for i in first], whole
 
     def mute_arguments(self, muted: Sequence[str]) -> dict[str, object]:
         """Arguments of `mute` for several parts together."""

@@ -199,13 +199,21 @@ class Explorer(w.VBox):
         self.code.value = f"<pre class='qv-code'>{escape(self._as_code(request, name))}</pre>"
 
     def _write_words(self, result: Result, marks: list[str]) -> None:
-        """Separate buttons, known by their position: a word may occur twice."""
-        buttons, likely = [], self.backend.alternatives(result.trace)
-        rows = zip(result.trace.words, marks, result.trace.probabilities, likely, strict=True)
-        for i, (word, mark, probability, others) in enumerate(rows):
+        """Separate buttons, known by their position: a word may occur twice.
+
+        The tint is the confidence in a word's claim; without a calibration its probability.
+        """
+        buttons, words = [], result.trace.words
+        likely, claims, confidence = self.backend.alternatives(result.trace)
+        rows = zip(words, marks, result.trace.probabilities, likely, claims, strict=True)
+        for i, (word, mark, probability, others, claim) in enumerate(rows):
             button = w.ToggleButton(description=f"{word.text} {mark}".strip())
             button.tooltip = f"probability {probability:.0%}; here the model would write {others}"
-            button.add_class(f"qv-p{min(9, int(10 * probability))}")
+            if claim is not None:
+                probability = claim.confidence
+                button.tooltip = f"{claim.kind} right: {probability:.0%}; {button.tooltip}"
+            if claim is not None or confidence is None:  # other words claim nothing
+                button.add_class(f"qv-p{min(9, int(10 * probability))}")
             button.observe(partial(self._toggle, i), "value")
             buttons.append(button)
         old, self.words.children = self.words.children, buttons

@@ -258,9 +258,9 @@ def test_out_of_memory_halves_a_batch(captioner, pictures, greedy, monkeypatch, 
         if rows > most[0]:
             raise torch.OutOfMemoryError(f"{rows} rows")
 
-    def allocates(model, rows, length):
+    def allocates(model, rows, *sizes):
         check(rows)
-        return allocate(model, rows, length)
+        return allocate(model, rows, *sizes)
 
     def chooses(self, buffers, *how):
         choose(self, buffers, *how)

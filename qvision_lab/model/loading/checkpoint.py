@@ -18,6 +18,7 @@ from transformers import CLIPImageProcessorPil, GenerationConfig, GPTNeoConfig
 from transformers.activations import ACT2FN
 
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
+from qvision_lab.model.confidence import Calibration, Confidence
 from qvision_lab.model.config import QVisionConfig
 from qvision_lab.model.familiarity import Familiarity
 from qvision_lab.model.loading import published, storage
@@ -26,11 +27,18 @@ from qvision_lab.model.processor import QVisionProcessor, holds_tokenizer
 from qvision_lab.model.towers import arrange, tower_defaults
 
 WEIGHTS, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
-FAMILIARITY = "familiarity.safetensors"
+FAMILIARITY, CONFIDENCE = "familiarity.safetensors", "confidence.json"
 NEEDED_FILES = (
     *("config.json", "architecture.json", "generation_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
-    *(WEIGHTS, SHARD_INDEX, "model-*.safetensors", FAMILIARITY, *published.WEIGHT_FILES),
+    *(
+        WEIGHTS,
+        SHARD_INDEX,
+        "model-*.safetensors",
+        FAMILIARITY,
+        CONFIDENCE,
+        *published.WEIGHT_FILES,
+    ),
 )
 MOST = {"num_channels": 3, "max_position_embeddings": 2**14}  # GPT-Neo's masks have its square
 POSITIVE, COLOUR = r"[0.]*[1-9][\d.e-]*", r"[\d.e-]+"
@@ -69,6 +77,7 @@ class Checkpoint:
     processor: QVisionProcessor
     provenance: Provenance
     familiarity: Familiarity | None = None  # kept in FAMILIARITY, where it is known
+    confidence: Confidence | None = None  # its calibration is kept in CONFIDENCE
 
 
 def load_checkpoint(
@@ -113,7 +122,8 @@ def load_checkpoint(
     _assign(model, storage.read_tensors(stored, dtype, device))
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if _is_needed(p)}
     origin = Provenance(str(source), layout, commit, files, str(dtype).removeprefix("torch."))
-    return Checkpoint(model.eval(), processor, origin, _read_familiarity(folder, model))
+    knowledge = _read_familiarity(folder, model), _read_confidence(folder, processor)
+    return Checkpoint(model.eval(), processor, origin, *knowledge)
 
 
 def save_checkpoint(
@@ -145,6 +155,8 @@ def save_checkpoint(
         checkpoint.processor.save_pretrained(new)
         if checkpoint.familiarity is not None:
             save_file(vars(checkpoint.familiarity), new / FAMILIARITY)
+        if checkpoint.confidence is not None:
+            texts[CONFIDENCE] = checkpoint.confidence.calibration.model_dump_json(indent=1)
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8")
         for path in new.iterdir():
@@ -331,6 +343,18 @@ def _read_familiarity(folder: Path, model: QVisionForConditionalGeneration) -> F
     if not fits or shapes != {"mean": (width,), "limit": ()}:
         raise CheckpointError(f"{path} does not fit width {width}; delete or download it again.")
     return Familiarity(**storage.read_tensors(stored, torch.float32, torch.device("cpu")))
+
+
+def _read_confidence(folder: Path, processor: QVisionProcessor) -> Confidence | None:
+    """Calibrated confidence in claims; CheckpointError where it does not fit the tokenizer."""
+    if not os.path.lexists(path := folder / CONFIDENCE) or processor.tokenizer is None:
+        return None
+    stored = read_json(path)
+    try:
+        return Confidence(Calibration.model_validate(stored), processor.tokenizer)
+    except ValueError as error:
+        problem = " ".join(str(error).split()).partition(" [type=")[0]
+        raise CheckpointError(f"{path} does not fit: {problem}; delete or download it.") from error
 
 
 def _is_needed(path: Path) -> bool:
