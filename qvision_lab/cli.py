@@ -267,7 +267,7 @@ def tables(options: argparse.Namespace) -> None:
     from qvision_lab.benchmark import tables
 
     for page in options.pages or [tables.PAGE]:
-        print(f"wrote {tables.fill(Path(page), more={'study': ql.figures.findings_table})}")
+        print(f"wrote {tables.fill(Path(page), more=ql.figures.STUDY_TABLES)}")
     for name, draw in tables.FIGURES.items() if options.figures else ():
         figure = Path(options.figures, f"{name}.png")
         ql.figures.write_styled(draw, figure)

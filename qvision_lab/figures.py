@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,6 +47,7 @@ CREDITS = (
 )
 STYLE = str(files("qvision_lab.plots") / "qvision.mplstyle")
 STUDY = files("qvision_lab.ablation") / "results" / "architecture"
+LENGTHS = STUDY.parent / "length"
 
 
 def run_demo(
@@ -207,15 +209,21 @@ def draw_findings(
 
 def findings_table(results: str | Path = STUDY, metric: str = "CIDEr") -> pd.DataFrame:
     """A study's variants with their scores, the best first, and differences from the base."""
-    table = pd.read_csv(Path(results) / "table.csv")
+    compared = parts(pd.read_csv(Path(results) / "table.csv"))
+    return pd.concat(_findings(title, rows, metric) for title, rows in compared.items())
+
+
+def _findings(trained: str, table: pd.DataFrame, metric: str) -> pd.DataFrame:
     rows = averages(table).join(differences(table, metric), rsuffix=" of pairs")
     rows = rows.sort_values(metric, ascending=False)  # the base has no difference
     scale = 1 if metric == "CIDEr" else 100
     pairs = scale * rows[["difference", "low", "high"]]
     shares = {"true": "true captions", "object recall": "objects named", "pointing": "maps point"}
     columns = {
+        **({"trained": trained} if trained else {}),
         "variant": rows.index,
         "runs": rows["n"].map("{:.0f}".format),
+        **({"rate": rows["rate"].map("{:g}".format)} if "rate" in rows else {}),
         f"{metric} x 100": rows[metric].map(lambda score: f"{scale * score:.0f}"),
         "above the base": [f"{d:+.0f} [{a:+.0f}, {b:+.0f}]" for d, a, b in pairs.values],
         "p, corrected": rows["corrected"].map("{:.2g}".format),
@@ -224,6 +232,9 @@ def findings_table(results: str | Path = STUDY, metric: str = "CIDEr") -> pd.Dat
     }
     table = pd.DataFrame(columns).replace({"maps point": {"nan%": "no map"}})
     return table.replace(r".*nan.*", "", regex=True)
+
+
+STUDY_TABLES = {"study": findings_table, "lengths": partial(findings_table, LENGTHS)}  # of pages
 
 
 def __dir__() -> list[str]:  # for completion
