@@ -62,6 +62,10 @@ def measure_made(tiny, make, images) -> dict[str, float]:
     return measures.measure_queries(tiny_captioner(model), dataset_of(images))
 
 
+def test_a_model_that_has_diverged_has_no_measures(tiny):
+    assert measure_made(tiny, lambda mean: mean.repeat(1, 5, 1) * torch.nan, random_images(2)) == {}
+
+
 def test_equal_queries_are_collapsed(collapsed, dataset):
     found = ql.diagnose(collapsed, dataset, muted=3)
     assert found.effective_rank == pytest.approx(1, abs=1e-3)

@@ -88,6 +88,7 @@ def test_text_states_and_head_loss_are_the_models_loss_and_gradients(tiny, count
 
 
 def test_frozen_matrices_in_bfloat16_change_nothing_that_is_saved(home, monkeypatch):
+    monkeypatch.setattr("qvision_lab.training.trainer.has_bfloat16", lambda: True)
     changes = "training.precision=bfloat16", "training.phases.1.policy=0.5"  # of two blocks
     plain = run(home, "plain", *changes)
     init, step, taken = StageTrainer.__init__, StageTrainer.training_step, []

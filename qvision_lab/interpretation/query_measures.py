@@ -56,6 +56,8 @@ def measure_queries(captioner: Captioner, images: Sequence[CaptionedImage]) -> d
             peaks += [row[said] for row, said in zip(found, words, strict=True)]
     tokens, maps = torch.cat(tokens), torch.cat(maps)
     tokens = tokens - tokens.mean(0)
+    if not (tokens.isfinite().all() and maps.isfinite().all()):  # training has diverged
+        return {}
     measures = {}
     if tokens.shape[1] > 1:
         measures = {"effective_rank": effective_rank(tokens), "query_cosine": mean_cosine(tokens)}
