@@ -194,7 +194,7 @@ def draw_findings(
         table, curves = (part(rows, table["length"].max()) for rows in (table, curves))
     effects = differences(table, metric)
     largest = effects["difference"].abs().nlargest(4).index
-    shown = curves["variant"].isin({table["variant"][0], *largest})
+    shown = curves["variant"].isin({table["variant"].iloc[0], *largest})
     title = f"{metric} above the base (* after Holm's correction)"
     axes = {
         "effects": plots.plot_differences(effects, title),

@@ -311,6 +311,9 @@ def test_learning_rates_are_tuned_for_each_arm_and_length_on_validation(tmp_path
         *("6 steps", "as long as 6 steps of the base"),
         *("3 steps", "as long as 3 steps of the base"),
     ]
+    unfinished = table[(table["variant"] != "base") | (table["length"] == 6)]
+    assert len(parts(unfinished)) == 4
+    assert all("6 steps" in title for title in parts(unfinished))
     fair = part(table, 6, "compute")
     assert fair["steps"].tolist() == [6, 6, 12, 12]
     assert fair["rate"].tolist() == [2, 2, 0.5, 0.5]

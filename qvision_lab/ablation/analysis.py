@@ -75,18 +75,20 @@ def part(
 
 
 def parts(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """All comparisons in a study's table, by a title: each `part`, or all of it without lengths."""
+    """All comparisons in a study's table, by a title: each `part`, or all of it without lengths.
+
+    Parts that the base has no run in, of an unfinished study, are left out.
+    """
     if "length" not in table:
         return {"": table}
     kinds = table.assign(tuned=table.get("tuned", True))[["length", "equal", "tuned"]]
     kinds = kinds.drop_duplicates().sort_values(["tuned", "length", "equal"], ascending=False)
     titles = {"steps": "{} steps", "compute": "as long as {} steps of the base"}
-    return {
-        titles[equal].format(length) + (", tuned" if tuned else ""): part(
-            table, length, equal, tuned
-        )
+    found = {
+        titles[equal].format(length) + ", tuned" * tuned: part(table, length, equal, tuned)
         for length, equal, tuned in kinds.itertuples(index=False)
     }
+    return {title: rows for title, rows in found.items() if BASE in set(rows["variant"])}
 
 
 def differences_of_scenes(
