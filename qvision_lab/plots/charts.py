@@ -176,6 +176,8 @@ def plot_lengths(table: pd.DataFrame, measure: str = "CIDEr", ax: Axes | None = 
     """Of `ablation.Study.table`, each variant by its length, at equal steps and tuned rates."""
     rows = table[(table["equal"] == "steps") & table.get("tuned", True)]
     ax = plot_curves(rows.assign(step=rows["length"]), measure, ax)
+    for line in ax.lines:
+        line.set_marker("o")  # a variant may have one length
     lengths = sorted(rows["length"].unique())
     ax.set_xscale("log")
     ax.set_xticks(lengths, map("{:,}".format, lengths), minor=False)
