@@ -101,5 +101,5 @@ def sketch(thing: SceneObject) -> Image.Image:
     """One object alone: an RGBA tile of twice its box."""
     rng = random.Random(thing.pose)
     tile = Image.new("RGBA", (2 * thing.box[2], 2 * thing.box[3]))
-    Sketches(tile, rng, thing.color).sketch(CATEGORIES[thing.category].noun)
+    getattr(Sketches(tile, rng, thing.color), CATEGORIES[thing.category].noun)()
     return tile.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else tile

@@ -87,13 +87,9 @@ class Pen:
         radius = corner * min(self.right, self.bottom)
         self.draw.rounded_rectangle(self.box(*box), radius, fill, *self.outline(bare))
 
-    def slice(self, *box: float, fill: Color) -> None:
-        """A sector of an oval: its box, then start and end in degrees clockwise from the right."""
-        self.draw.pieslice(self.box(*box[:4]), *box[4:], fill, self.ink, self.width)
-
-    def arc(self, *box: float, fill: Color) -> None:
-        """The curved line of a sector."""
-        self.draw.arc(self.box(*box[:4]), *box[4:], fill, self.width)
+    def slice(self, box: tuple[float, ...], start: float, end: float, fill: Color) -> None:
+        """A sector of an oval, in degrees clockwise from the right."""
+        self.draw.pieslice(self.box(*box), start, end, fill, self.ink, self.width)
 
     def blob(self, ovals: Sequence[tuple[float, float, float, float]], fill: Color) -> None:
         """The union of several ovals, with one outline."""
