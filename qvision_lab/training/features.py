@@ -71,8 +71,11 @@ class FeatureCache:
             raise ValueError(f"features are not kept in {dtype!r}: use {' or '.join(DTYPES)}.")
         self.folder, self.dtype = Path(folder), DTYPES[dtype]
         preset = image_preset("training", model.config.vision_config.image_size)
-        self.origin = {"tower": fingerprint_weights(model.vision.tower), "dtype": dtype}
-        self.origin["preprocessing"] = f"sRGB, {preset}"
+        self.origin = {
+            "tower": fingerprint_weights(model.vision.tower),
+            "preprocessing": f"sRGB, {preset}",
+            "dtype": dtype,
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         self.files: dict[str, Path] = {}  # by the content of the images in them
         index = self.folder / "contents.json"  # contents by `_name`
@@ -115,7 +118,11 @@ class FeatureCache:
         failed = dict.fromkeys(images.missing(), "there is no such file")
         names = {image.image_id: _name(image) for image in images if image.image_id not in failed}
         known = {key: self.contents.get(name) for key, name in names.items()}
-        contents = {k: c for k, c in known.items() if c and self.files.keys() >= {*names_of(c)}}
+        contents = {
+            key: content
+            for key, content in known.items()
+            if content and self.files.keys() >= {*names_of(content)}
+        }
         unread = [i for i, key in enumerate(images.ids) if key in names and key not in contents]
         values = math.prod(model.config.patch_grid) * model.config.vision_config.hidden_size
         needed = len(unread) * views * values * self.dtype.itemsize
@@ -161,7 +168,10 @@ class FeatureCache:
             self.contents |= {names[key]: content for key, content in read.items()}
             if number % 64 == 0 or number == len(batches):
                 write_atomic(self.folder / "contents.json", json.dumps(self.contents))
-        places = {k: [(self.files[n], n) for n in names_of(c)] for k, c in contents.items()}
+        places = {
+            key: [(self.files[name], name) for name in names_of(content)]
+            for key, content in contents.items()
+        }
         return CachedFeatures(places, failed)
 
 
