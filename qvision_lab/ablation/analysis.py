@@ -104,10 +104,12 @@ def differences_of_scenes(
     variants = [name for name in table["variant"].unique() if name != BASE]
     for name in variants:
         seeds = runs[name].index.intersection(runs[BASE].index) if name in runs else []
-        true = [[_bits(runs[arm, key]) for key in seeds] for arm in (name, BASE)]
-        change = np.subtract(*true) if len(seeds) else np.zeros((0, 1))  # [seeds, scenes]
         rows[name] = {"n": len(seeds), "difference": np.nan, "low": np.nan, "high": np.nan}
         if len(seeds) > 1:
+            ours, theirs = (
+                np.array([[*runs[arm, key]] for key in seeds]) == "y" for arm in (name, BASE)
+            )
+            change = ours.astype(int) - theirs  # [seeds, scenes]
             weights = [rng.multinomial(n, [1 / n] * n, resamples) / n for n in change.shape]
             draws = np.einsum("rs,sn,rn->r", weights[0], change, weights[1])
             tail = LEVEL / 2 / len(variants)
@@ -144,10 +146,6 @@ def _crossing(lengths: Float[np.ndarray, " L"], change: list[float]) -> float:
         return np.inf
     (x, y), (a, b) = (values[places[-1] : places[-1] + 2] for values in (lengths, change))
     return float(np.exp(x + (y - x) * a / (a - b)))
-
-
-def _bits(true: str) -> list[int]:
-    return [int(letter == "y") for letter in true]
 
 
 def summarise(table: pd.DataFrame, metric: str = "CIDEr", margin: float | None = None) -> list[str]:

@@ -18,6 +18,7 @@ from qvision_lab.captioning import load
 from qvision_lab.data.atomic import locked, write_atomic
 from qvision_lab.data.coco import open_dataset
 from qvision_lab.data.identity import fingerprint
+from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.parameters import fingerprint_weights
 from qvision_lab.training.features import FeatureCache
 from qvision_lab.training.recipe import (
@@ -67,11 +68,20 @@ class Study(Settings):
         return cls.parse(read_yaml(find_settings(str(source), STUDIES, "study")), str(source))
 
     @cached_property
+    def _base(self) -> tuple[dict[str, Any], Recipe]:
+        values = override(read_yaml(find_settings(self.recipe, RECIPES, "recipe")), self.base)
+        return values, Recipe.parse(values, BASE)
+
+    @cached_property
+    def _model(self) -> QVisionForConditionalGeneration:
+        """What all runs start from; its tower is theirs."""
+        _, base = self._base
+        return load(base.checkpoint, base.revision, device="cpu").model
+
+    @cached_property
     def arms(self) -> list[Arm]:
         """Every variant at every length, the base first; ValueError if they cannot be compared."""
-        values = override(read_yaml(find_settings(self.recipe, RECIPES, "recipe")), self.base)
-        base = Recipe.parse(values, BASE)
-        config = load(base.checkpoint, base.revision, device="cpu").model.config
+        values, base = self._base
         recipes: dict[str, Recipe] = {}
         arms: list[Arm] = []
         for name, changes in [(BASE, {}), *self.variants.items()]:
@@ -94,7 +104,7 @@ class Study(Settings):
                     "product of steps, batch_size, accumulation and captions_per_image."
                 )
             try:
-                changed_config(config, recipe.model.model_dump(exclude_none=True))
+                changed_config(self._model.config, recipe.model.model_dump(exclude_none=True))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             first = CONTROL_SEEDS * len(recipes) if is_control else 0
@@ -120,9 +130,8 @@ class Study(Settings):
     @cached_property
     def origin(self) -> str:
         """Digest of the tower and of how scenes are drawn and captioned; twenty stand for all."""
-        recipe = self.arms[0].recipe
-        tower = load(recipe.checkpoint, recipe.revision, device="cpu").model.vision.tower
-        return fingerprint_weights(tower) + fingerprint(open_dataset("scenes:test", n=20))
+        drawn = fingerprint(open_dataset("scenes:test", n=20))
+        return fingerprint_weights(self._model.vision.tower) + drawn
 
     @cached_property
     def runs(self) -> list[Run]:

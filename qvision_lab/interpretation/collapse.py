@@ -114,7 +114,7 @@ def diagnose(captioner: Captioner, dataset: Sequence[CaptionedImage], muted: int
         image_tokens, visual = model.encode(pixels)
         pair = visual, model.encode(pixels.flip(-1))[1]
         means.append(torch.stack([each.visual_tokens.float().mean(1) for each in pair]))  # [2,B,D]
-        read.append(image_tokens)
+        read += [image_tokens] if sum(map(len, read)) < muted else []
     original, mirrored = torch.cat(means, dim=1)  # [I,D] each
     mirrored, original = (F.normalize(x - original.mean(0)) for x in (mirrored, original))
     nearest = (mirrored @ original.T).argmax(1).cpu()

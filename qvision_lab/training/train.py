@@ -170,9 +170,11 @@ def prepare_samples(
 ) -> dict[str, CaptionSamples]:
     """The samples of both data sets, of images that can be read; fills the feature cache."""
     model, processor, settings = checkpoint.model, checkpoint.processor, recipe.training
-    most = model.config.text_config.max_position_embeddings
-    if settings.max_tokens > most:
-        raise ValueError(f"training.max_tokens={settings.max_tokens} must be from 3 to {most}.")
+    positions = model.config.text_config.max_position_embeddings
+    if settings.max_tokens > positions:
+        raise ValueError(
+            f"training.max_tokens={settings.max_tokens} must be from 3 to {positions}."
+        )
     samples = {}
     for name, images in data.items():
         features, failed = None, dict.fromkeys(images.missing(), "there is no such file")
