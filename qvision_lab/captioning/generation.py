@@ -4,6 +4,7 @@ import copy
 import json
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +24,7 @@ LIMITS |= {"num_beams": (1, 1000), "num_return_sequences": (1, 1000), "top_k": (
 LIMITS |= {"seed": (-(2**63), 2**63), "batch_size": (1, 10**6), "length_penalty": (-1e6, 1e6)}
 LIMITS |= {n: (0.0, 1e6) for n in (*WARPERS, "max_time") if n not in LIMITS}
 LIMITS["repetition_penalty"] = (1e-6, 1e6)
+TRIED: WeakKeyDictionary = WeakKeyDictionary()  # model -> settings that `try_out` accepted last
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,11 @@ class Search:
         positions = model.config.text_config.max_position_embeddings
         if not 1 <= (new := search.new_tokens) <= positions:
             raise ValueError(f"max_new_tokens={new}: the model has {positions:,} positions.")
-        if Choice.from_config(config) is None and not is_hooked(model):
+        tried = not live and TRIED.get(model) == config
+        if Choice.from_config(config) is None and not tried and not is_hooked(model):
             try:
                 search.try_out(model)
+                TRIED[model] = config
             except Exception as error:  # of many types
                 problem = f"generate cannot use {settings} ({error})"
                 raise ValueError(f"{problem}: change them, or leave some out.") from error
