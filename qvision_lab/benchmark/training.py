@@ -29,6 +29,7 @@ from qvision_lab.training import freezing, gpu
 from qvision_lab.training.features import FeatureCache
 from qvision_lab.training.samples import CaptionCollator, CaptionSamples
 from qvision_lab.training.train import reinitialise
+from qvision_lab.training.trainer import has_bfloat16
 
 IMAGES = 8, 64  # per step; a CPU takes the first
 CAPTIONS = {"original": 1, "ours": 5}  # per image
@@ -98,7 +99,8 @@ def learn(
 def _on_cpu(model: QVisionForConditionalGeneration, quick: bool) -> Iterator[dict]:
     learners = {way: Learner(way, copy.deepcopy(model)) for way in CAPTIONS}
     steps = {"fill": partial(learners["ours"].fill, random_batch("original", model.config))}
-    for precision, way in product(("float32", "bfloat16"), CAPTIONS):
+    precisions = ("float32", "bfloat16") if has_bfloat16() else ("float32",)
+    for precision, way in product(precisions, CAPTIONS):
         steps[way, precision] = lambda by=learners[way], precision=precision: by.step(
             random_batch(by.way, model.config), precision
         )
