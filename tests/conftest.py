@@ -40,6 +40,13 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run tests that take minutes or gigabytes")
 
 
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The original code's numbers and COCO images, next to the repository or elsewhere."""

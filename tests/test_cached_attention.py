@@ -36,8 +36,8 @@ def compare_kernel(sizes: list, dtypes: tuple, device: str, tolerance: float) ->
 INTERPRETED = """
 import torch
 from test_cached_attention import compare_kernel
-sizes = [(1, 1, 4, 1, 1), (3, 2, 8, 20, 20), (2, 3, 24, 16, 5), (2, 2, 64, 48, 1), (5, 4, 6, 9, 4)]
-compare_kernel(sizes, (torch.float32, torch.bfloat16, torch.float16), "cpu", tolerance=1e-5)
+sizes = [(1, 1, 4, 1, 1), (2, 2, 8, 20, 20), (1, 3, 24, 16, 5), (1, 2, 64, 33, 1), (2, 4, 6, 9, 4)]
+compare_kernel(sizes, (torch.float32, torch.bfloat16), "cpu", tolerance=1e-5)
 print("the same")
 """
 

@@ -362,7 +362,6 @@ def test_gpt2_tokenizer_comes_from_the_hub_or_a_warning_does(hub, byte_tokenizer
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("not config.getoption('--slow')", reason="slow; run with --slow")
 def test_memory_of_a_full_size_load(published, tmp_path, monkeypatch):
     """A random checkpoint of the published sizes with all copies: 4.5 GB on disk."""
     (tmp_path / "full").mkdir()

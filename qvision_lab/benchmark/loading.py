@@ -44,6 +44,8 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
 def _rows(captioner: Captioner, quick: bool) -> Iterator[dict]:
     os.environ["HF_HUB_OFFLINE"] = "1"  # the processes shall not download a tokenizer
     loads: dict[tuple[str, str], list[dict]] = {method: [] for method in METHODS}
+    context = get_context("forkserver" if hasattr(os, "fork") else "spawn")
+    context.set_forkserver_preload([__name__])  # processes start with everything imported
     with TemporaryDirectory() as temporary:
         model, folder = timed_model(captioner, quick), Path(temporary)
         write_published(folder, model)
@@ -53,7 +55,7 @@ def _rows(captioner: Captioner, quick: bool) -> Iterator[dict]:
         del model
         for number in range(1 if quick else 1 + ROUNDS):
             for method in METHODS:
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                with ProcessPoolExecutor(1, mp_context=context) as pool:
                     run = pool.submit(load_once, folder, *method, cold=number == 0)
                     loads[method].append(run.result())
     for way, dtype in METHODS:

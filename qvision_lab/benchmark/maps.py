@@ -30,7 +30,7 @@ def run_benchmarks(
     if data is not None:
         yield _score_boxes(captioner, quick, data)
         return
-    how = {split: {**settings, "n": 6} if quick else settings for split, settings in SPLITS.items()}
+    how = {split: {**settings, "n": 4} if quick else settings for split, settings in SPLITS.items()}
     splits = {split: open_dataset(f"scenes:{split}", **settings) for split, settings in how.items()}
     name, chosen, source = "maps", None, Path(captioner.provenance.source)
     if str(source) == EMBEDDED:
