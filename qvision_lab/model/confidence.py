@@ -12,12 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 LIMIT, MOST = 14.0, 500  # of log-odds, beyond which float32 is not exact; of words
 Weight = Annotated[float, Field(gt=-1000, lt=1000)]
+Word = Annotated[str, Field(max_length=40)]
 
 
 class Kind(BaseModel, strict=True, extra="forbid"):
-    words: dict[
-        str, list[Annotated[str, Field(max_length=40)]]
-    ]  # spellings of each value, as inside a caption
+    words: dict[str, list[Word]]  # spellings of each value, inside a caption
     before: list[str]  # kinds one of which follows immediately; none: its words are nouns
     weights: Annotated[list[Weight], Field(min_length=4, max_length=4)]  # bias, own, noun, least
 
