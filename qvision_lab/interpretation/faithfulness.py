@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
+from tqdm.auto import tqdm
 
 from qvision_lab.captioning import Captioner
 from qvision_lab.data.coco import CaptionDataset
@@ -70,7 +71,8 @@ def score_words(
 
     methods = {**methods, "centre": _centre, "chance": noise}
     records = []
-    for image, (trace, targets) in enumerate(_locate(captioner, dataset, captions)):
+    located = tqdm(_locate(captioner, dataset, captions), "maps", len(dataset), leave=False)
+    for image, (trace, targets) in enumerate(located):
         words = [target.word for target in targets]
         values = np.stack([method(trace, words) for method in methods.values()])  # [M,W,P]
         curves = removal_curves(trace, words, values)
