@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import MaxLengthCriteria
 
 from qvision_lab.captioning import Captioner
+from qvision_lab.captioning.generation import Search
 from qvision_lab.captioning.images import ImageError
 from qvision_lab.captioning.reading import Batch, Item, Reader, read_batches
 from qvision_lab.data.atomic import locked
@@ -138,6 +139,15 @@ def test_one_setting_chooses_the_search(captioner, pictures):
     first, _, _ = captioner.caption(pictures[0], num_beams=3, num_return_sequences=3)
     assert first.seed is None
     assert "temperature" not in first.settings
+
+
+def test_settings_are_tried_out_once_for_many_pictures(pictures, monkeypatch):
+    captioner, tried, try_out = tiny_captioner(), [], Search.try_out
+    record = lambda search, model: tried.append(try_out(search, model))  # noqa: E731
+    monkeypatch.setattr(Search, "try_out", record)
+    for beams in (2, 2, 3, 2):
+        captioner.caption(pictures[0], num_beams=beams)
+    assert len(tried) == 3
 
 
 NAN = float("nan")

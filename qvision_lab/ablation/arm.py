@@ -58,7 +58,8 @@ class Run:
     @cached_property
     def key(self) -> str:
         """Hash of everything that determines the result; names and places excluded."""
-        recipe = self.recipe.model_dump(mode="json", exclude={"name": True, "features": {"folder"}})
+        exclude = {"name": True, "features": {"folder"}}  # and None: settings that came later
+        recipe = self.recipe.model_dump(mode="json", exclude=exclude, exclude_none=True)
         parts = [recipe, self.scored, self.pointed, self.threads, self.origin]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
