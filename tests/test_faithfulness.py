@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import random_images, tiny_captioner, with_noise
+from pandas.testing import assert_frame_equal
 
 import qvision_lab as ql
 from qvision_lab.data.coco import CaptionDataset, CaptionedImage
@@ -69,6 +70,8 @@ def test_pointing_is_exact_for_known_maps(captioner, dataset):
     assert set(table.method) == {"in", "out", "centre", "chance"}
     assert set(table["size"]) == {"large", "small"}
     assert set(table.measure) == {"pointing", "deletion", "insertion"}
+    pointing = summarise(score_words(captioner, dataset, methods, [CAPTION], removal=False))
+    assert_frame_equal(pointing, table[table.measure == "pointing"].reset_index(drop=True))
     assert cell(table, "in", "large").value == 1
     assert cell(table, "out", "large").value == 0
     assert cell(table, "chance", "large").value == pytest.approx(1 / 4)

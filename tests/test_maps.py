@@ -13,6 +13,7 @@ from qvision_lab.interpretation.maps import (
     composition,
     query_maps,
     rolled_out,
+    shared_methods,
     word_maps,
 )
 from qvision_lab.interpretation.trace import Trace, trace
@@ -46,6 +47,12 @@ def test_every_method_gives_a_map_for_each_word(traced, method):
     second = word_maps(traced, method, traced.words[1:2])
     np.testing.assert_allclose(second[0].values, maps[1].values, atol=1e-4)
     assert maps[0].values[maps[0].peak] == maps[0].values.max()
+
+
+def test_shared_methods_are_the_same(traced):
+    for words in (traced.words, traced.words[1:]):
+        for name, method in shared_methods().items():
+            np.testing.assert_array_equal(method(traced, words), METHODS[name](traced, words))
 
 
 def test_composition_is_bridge_times_cross_attention_where_the_word_is_predicted(traced):

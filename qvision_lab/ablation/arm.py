@@ -157,7 +157,7 @@ def _pointing(captioner: Captioner, dataset: CaptionDataset) -> float:
     if config.bridge == "prefix" or config.bridge_reads == "mean_image_token":
         return nan
     captions = [image.references[0] for image in dataset]
-    words = score_words(captioner, dataset, {"attention": composition}, captions)  # in one pass
+    words = score_words(captioner, dataset, {"attention": composition}, captions, removal=False)
     by_size = summarise(words).query("method == 'attention' and measure == 'pointing'")
     return float(np.average(by_size["value"], weights=by_size["words"]))
 

@@ -10,11 +10,11 @@ from qvision_lab.benchmark.harness import Table, identity_of
 from qvision_lab.captioning import Captioner, load
 from qvision_lab.data.coco import open_dataset
 from qvision_lab.interpretation.faithfulness import compare_methods, score_words, summarise
-from qvision_lab.interpretation.maps import METHODS, composition
+from qvision_lab.interpretation.maps import METHODS, composition, shared_methods
 from qvision_lab.model.loading.checkpoint import EMBEDDED
 
 SPLITS = {"val": {"n": 300, "seed": 1}, "test": {"n": 500, "seed": 1}}  # chosen on, tested on
-CANDIDATES = {"composition, first block": partial(composition, block=0), **METHODS}
+CANDIDATES = {"composition, first block": partial(composition, block=0), **shared_methods()}
 KEYS = ["method", "size", "measure"]
 
 
@@ -24,7 +24,8 @@ def run_benchmarks(
     """Score the maps of greedy captions; the default is chosen on `val`, all are tested on `test`.
 
     Differences to the chosen method are paired. Another checkpoint than the embedded one is
-    compared with it method by method, both on the scenes' first references, in a table of its own.
+    compared with it method by method, by pointing alone, both on the scenes' first references, in a
+    table of its own.
     On `data` in COCO's format instead, with its instances, methods are compared with the centre.
     """
     if data is not None:
@@ -42,7 +43,7 @@ def run_benchmarks(
     else:
         name += f" {(source.parent if source.name == 'checkpoint' else source).name}"  # of a run
         shared = splits["test"], CANDIDATES, [image.references[0] for image in splits["test"]]
-        ours, theirs = (score_words(c, *shared) for c in (captioner, load()))
+        ours, theirs = (score_words(c, *shared, removal=False) for c in (captioner, load()))
         against, choice = {m: f"{m}, embedded" for m in ours.method}, pd.DataFrame()
         scores = pd.concat([ours, theirs.assign(method=theirs.method.map(against))])
     differences = compare_methods(scores, against)

@@ -47,6 +47,7 @@ def score_words(
     dataset: CaptionDataset,
     methods: Mapping[str, Method] = METHODS,
     captions: Sequence[str] | None = None,
+    removal: bool = True,
 ) -> pd.DataFrame:
     """Score the maps of every word that names an object of its image, in a row for each method.
 
@@ -60,6 +61,7 @@ def score_words(
       an object that the word names.
     - deletion, insertion (Petsiuk et al. 2018, arXiv:1806.07421): mean probability of the word
       while patches are removed or added, those of the highest value first. Low and high are good.
+      Without `removal` they are left out.
 
     Two baselines are added: "centre", a Gaussian on the middle of the image, and "chance", whose
     pointing is the share of the image that the boxes cover, and whose order of patches is random.
@@ -75,17 +77,17 @@ def score_words(
     for image, (trace, targets) in enumerate(located):
         words = [target.word for target in targets]
         values = np.stack([method(trace, words) for method in methods.values()])  # [M,W,P]
-        curves = removal_curves(trace, words, values)
-        width = curves.kept[-1] - curves.kept[0]
-        deletion, insertion = (
-            np.trapezoid(heights, curves.kept) / width  # [M,W]
-            for heights in (curves.deletion, curves.insertion)
-        )
+        areas = {}
+        if removal:
+            curves = removal_curves(trace, words, values)
+            width = curves.kept[-1] - curves.kept[0]
+            pairs = ("deletion", curves.deletion), ("insertion", curves.insertion)
+            areas = {name: np.trapezoid(y, curves.kept) / width for name, y in pairs}  # [M,W]
         for (m, method), (w, target) in product(enumerate(methods), enumerate(targets)):
             hit = float(target.centres[values[m, w].argmax()])
             record = {"image": image, "method": method, "size": target.size}
             record["pointing"] = target.covered if method == "chance" else hit
-            records.append(record | {"deletion": deletion[m, w], "insertion": insertion[m, w]})
+            records.append(record | {name: area[m, w] for name, area in areas.items()})
     return pd.DataFrame(records)
 
 

@@ -7,6 +7,7 @@ in the trace). Attention is read where a token is predicted, not where it stands
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -178,6 +179,20 @@ METHODS: dict[str, Method] = {
     method.__name__: method
     for method in (composition, rollout, gradient, occlusion, integrated_gradients, agreement)
 }
+
+
+def shared_methods() -> dict[str, Method]:
+    """`METHODS` to be compared: the integrated gradients that two of them use are computed once."""
+
+    @lru_cache(1)
+    def dependence(trace: Trace, words: tuple[Word, ...]) -> Float[np.ndarray, "W P"]:
+        return integrated_gradients(trace, words)
+
+    def agree(trace: Trace, words: Sequence[Word]) -> Float[np.ndarray, "W P"]:
+        return composition(trace, words, block=0) * dependence(trace, tuple(words))
+
+    alone = {"integrated_gradients": lambda trace, words: dependence(trace, tuple(words))}
+    return {**METHODS, **alone, "agreement": agree}
 
 
 def _bridge(trace: Trace, words: Sequence[Word]) -> Float[np.ndarray, "W N"]:
