@@ -14,6 +14,7 @@ from qvision_lab.interpretation.maps import METHODS, composition, shared_methods
 from qvision_lab.model.loading.checkpoint import EMBEDDED
 
 SPLITS = {"val": {"n": 300, "seed": 1}, "test": {"n": 500, "seed": 1}}  # chosen on, tested on
+SHARED = {"test": {"n": 200, "seed": 1}}  # two captioners are compared on
 CANDIDATES = {"composition, first block": partial(composition, block=0), **shared_methods()}
 KEYS = ["method", "size", "measure"]
 
@@ -31,10 +32,11 @@ def run_benchmarks(
     if data is not None:
         yield _score_boxes(captioner, quick, data)
         return
-    how = {split: {**settings, "n": 4} if quick else settings for split, settings in SPLITS.items()}
-    splits = {split: open_dataset(f"scenes:{split}", **settings) for split, settings in how.items()}
     name, chosen, source = "maps", None, Path(captioner.provenance.source)
-    if str(source) == EMBEDDED:
+    how = SPLITS if (embedded := str(source) == EMBEDDED) else SHARED
+    how = {split: {**settings, "n": 4} if quick else settings for split, settings in how.items()}
+    splits = {split: open_dataset(f"scenes:{split}", **settings) for split, settings in how.items()}
+    if embedded:
         choice = summarise(score_words(captioner, splits["val"], CANDIDATES))
         choice = choice.query("measure == 'pointing' and size == 'large'")
         chosen = choice[choice.method.isin(METHODS)].set_index("method")["value"].idxmax()
