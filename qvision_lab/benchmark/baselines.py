@@ -27,8 +27,8 @@ def run_benchmarks(
 
     Sources, each with an interval: the model, greedy and with 3 beams; the captions that it makes
     without an image (visual tokens of zero) and of the mean image token of each patch; the first
-    caption of the nearest training image, by the cosine of the tower's mean states; and a person:
-    each reference against the others, averaged.
+    caption of the nearest training image, by the cosine of the tower's mean states; and each
+    reference against the others of its image, averaged: what a person scores, or a true caption.
     """
     train, test = (_open(data, split, quick) for split in ("train", "test"))
     model, metrics = captioner.model, [*COCO_METRICS]
@@ -59,11 +59,11 @@ def run_benchmarks(
         report = evaluate_dataset(dict(zip(test.ids, texts, strict=True)), test, metrics)
         rows += _rows(name, report.table)
         yield Table(rows=tuple(rows), **about)
-    rows += _rows("a person", score_person(test.references))
+    rows += _rows("a reference, by the others", score_references(test.references))
     yield Table(rows=tuple(rows), **about)
 
 
-def score_person(references: Mapping[ImageId, Sequence[str]]) -> pd.DataFrame:
+def score_references(references: Mapping[ImageId, Sequence[str]]) -> pd.DataFrame:
     """Scores of each reference against the others of its image: means of score and interval."""
     tables = []
     for left_out in range(min(map(len, references.values()))):
