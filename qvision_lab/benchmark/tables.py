@@ -151,7 +151,8 @@ def _maps(table: str, folder: Path) -> Iterator[Row]:
             cells[key] = _interval(row, "words" if row["measure"] == "pointing" else None)
             if row.get("difference") is not None:
                 numbers = (100 * row[each] for each in ("difference", "least", "most"))
-                text = "{:+.1f} [{:+.1f}, {:+.1f}], p = {:.2g}".format(*numbers, row["p"])
+                p = f"p = {row['p']:.2g}" if row["p"] >= 1e-4 else "p < 0.0001"
+                text = "{:+.1f} [{:+.1f}, {:+.1f}], {}".format(*numbers, p)
                 cells[(*key, "difference")] = text
     first = SOURCES[table][0]
     for method in dict.fromkeys(method for method, name, *_ in cells if name == first):
