@@ -32,13 +32,14 @@ def run_benchmarks(
     if data is not None:
         yield _score_boxes(captioner, quick, data)
         return
-    name, chosen, source = "maps", None, Path(captioner.provenance.source)
+    name, chosen, source, tables = "maps", None, Path(captioner.provenance.source), []
     how = SPLITS if (embedded := str(source) == EMBEDDED) else SHARED
     how = {split: {**settings, "n": 4} if quick else settings for split, settings in how.items()}
     splits = {split: open_dataset(f"scenes:{split}", **settings) for split, settings in how.items()}
     if embedded:
         choice = summarise(score_words(captioner, splits["val"], CANDIDATES))
         choice = choice.query("measure == 'pointing' and size == 'large'")
+        tables.append(choice.assign(split="val"))
         chosen = choice[choice.method.isin(METHODS)].set_index("method")["value"].idxmax()
         scores = score_words(captioner, splits["test"], CANDIDATES)
         against = {method: chosen for method in scores.method.unique() if method != chosen}
@@ -46,12 +47,12 @@ def run_benchmarks(
         name += f" {(source.parent if source.name == 'checkpoint' else source).name}"  # of a run
         shared = splits["test"], CANDIDATES, [image.references[0] for image in splits["test"]]
         ours, theirs = (score_words(c, *shared, removal=False) for c in (captioner, load()))
-        against, choice = {m: f"{m}, embedded" for m in ours.method}, pd.DataFrame()
+        against = {method: f"{method}, embedded" for method in ours.method}
         scores = pd.concat([ours, theirs.assign(method=theirs.method.map(against))])
     differences = compare_methods(scores, against)
     tested = summarise(scores).merge(differences, "left", KEYS)
-    both = pd.concat([choice.assign(split="val"), tested.assign(split="test")]).astype(object)
-    rows = tuple(both.where(both.notna(), None).to_dict("records"))
+    table = pd.concat([*tables, tested.assign(split="test")]).astype(object)
+    rows = tuple(table.where(table.notna(), None).to_dict("records"))
     settings, identity = {"scenes": how, "chosen": chosen}, identity_of(captioner, **splits)
     yield Table(name=name, rows=rows, quick=quick, settings=settings, identity=identity)
 
