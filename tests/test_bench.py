@@ -3,6 +3,7 @@
 import json
 import re
 from contextlib import suppress
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -218,6 +219,20 @@ def test_maps_are_scored_and_drawn(tmp_path):
     key = ("chance", "large", "test")
     chance = next(r for r in scored.rows if (r["method"], r["size"], r["split"]) == key)
     assert drawn["chance"].startswith(f"{100 * chance['value']:.1f} [")
+
+
+def test_a_captioner_compared_with_itself_differs_nowhere():
+    captioner = load()
+    captioner.provenance = replace(captioner.provenance, source="runs/other/checkpoint")
+    (compared,) = maps.run_benchmarks(captioner, quick=True)
+    assert compared.name == "maps other"
+    rows = {(row["method"], row["size"]): row for row in compared.rows}
+    assert {row["measure"] for row in compared.rows} == {"pointing"}
+    for method in maps.CANDIDATES:
+        ours, theirs = (rows[name, "large"] for name in (method, f"{method}, embedded"))
+        assert ours["value"] == theirs["value"]
+        assert (ours["difference"], theirs["difference"]) == (0, None)
+        assert isinstance(ours["words"], int)
 
 
 def test_a_page_is_drawn_from_results(results, tmp_path):

@@ -8,7 +8,7 @@ import pandas as pd
 
 from qvision_lab.benchmark.harness import Table, identity_of
 from qvision_lab.captioning import Captioner, load
-from qvision_lab.data.coco import open_dataset
+from qvision_lab.data.coco import CaptionDataset, open_dataset
 from qvision_lab.interpretation.faithfulness import compare_methods, score_words, summarise
 from qvision_lab.interpretation.maps import METHODS, composition, shared_methods
 from qvision_lab.model.loading.checkpoint import EMBEDDED
@@ -26,47 +26,76 @@ def run_benchmarks(
 
     Differences to the chosen method are paired. Another checkpoint than the embedded one is
     compared with it method by method, by pointing alone, both on the scenes' first references, in a
-    table of its own.
-    On `data` in COCO's format instead, with its instances, methods are compared with the centre.
+    table of its own. On `data` in COCO's format instead, with its instances, methods are compared
+    with the centre.
     """
+    source = Path(captioner.provenance.source)
     if data is not None:
         yield _score_boxes(captioner, quick, data)
-        return
-    name, chosen, source, tables = "maps", None, Path(captioner.provenance.source), []
-    how = SPLITS if (embedded := str(source) == EMBEDDED) else SHARED
-    how = {split: {**settings, "n": 4} if quick else settings for split, settings in how.items()}
-    splits = {split: open_dataset(f"scenes:{split}", **settings) for split, settings in how.items()}
-    if embedded:
-        choice = summarise(score_words(captioner, splits["val"], CANDIDATES))
-        choice = choice.query("measure == 'pointing' and size == 'large'")
-        tables.append(choice.assign(split="val"))
-        chosen = choice[choice.method.isin(METHODS)].set_index("method")["value"].idxmax()
-        scores = score_words(captioner, splits["test"], CANDIDATES)
-        against = {method: chosen for method in scores.method.unique() if method != chosen}
-    else:
-        name += f" {(source.parent if source.name == 'checkpoint' else source).name}"  # of a run
-        shared = splits["test"], CANDIDATES, [image.references[0] for image in splits["test"]]
-        ours, theirs = (score_words(c, *shared, removal=False) for c in (captioner, load()))
-        against = {method: f"{method}, embedded" for method in ours.method}
-        scores = pd.concat([ours, theirs.assign(method=theirs.method.map(against))])
-    differences = compare_methods(scores, against)
-    tested = summarise(scores).merge(differences, "left", KEYS)
-    table = pd.concat([*tables, tested.assign(split="test")]).astype(object)
-    rows = tuple(table.where(table.notna(), None).to_dict("records"))
-    settings, identity = {"scenes": how, "chosen": chosen}, identity_of(captioner, **splits)
-    yield Table(name=name, rows=rows, quick=quick, settings=settings, identity=identity)
+    elif str(source) == EMBEDDED:
+        yield _choose_default(captioner, quick)
+    else:  # of a run
+        name = (source.parent if source.name == "checkpoint" else source).name
+        yield _compare_with_embedded(captioner, quick, f"maps {name}")
+
+
+def _choose_default(captioner: Captioner, quick: bool) -> Table:
+    how, splits = _open(SPLITS, quick)
+    choice = summarise(score_words(captioner, splits["val"], CANDIDATES))
+    choice = choice.query("measure == 'pointing' and size == 'large'")
+    chosen = choice[choice.method.isin(METHODS)].set_index("method")["value"].idxmax()
+    scores = score_words(captioner, splits["test"], CANDIDATES)
+    tested = _tested(scores, {name: chosen for name in scores.method.unique() if name != chosen})
+    return Table(
+        name="maps",
+        rows=_rows(choice.assign(split="val"), tested.assign(split="test")),
+        quick=quick,
+        settings={"scenes": how, "chosen": chosen},
+        identity=identity_of(captioner, **splits),
+    )
+
+
+def _compare_with_embedded(captioner: Captioner, quick: bool, name: str) -> Table:
+    how, splits = _open(SHARED, quick)
+    shared = splits["test"], CANDIDATES, [image.references[0] for image in splits["test"]]
+    ours, theirs = (score_words(c, *shared, removal=False) for c in (captioner, load()))
+    against = {method: f"{method}, embedded" for method in ours.method}
+    scores = pd.concat([ours, theirs.assign(method=theirs.method.map(against))])
+    return Table(
+        name=name,
+        rows=_rows(_tested(scores, against).assign(split="test")),
+        quick=quick,
+        settings={"scenes": how, "chosen": None},
+        identity=identity_of(captioner, **splits),
+    )
 
 
 def _score_boxes(captioner: Captioner, quick: bool, data: str) -> Table:
     """Maps of the model's captions of photographs; words that name an object with a box count."""
     dataset = open_dataset(data, n=6 if quick else None)
     scores = score_words(captioner, dataset, CANDIDATES)
-    differences = compare_methods(scores, dict.fromkeys(CANDIDATES, "centre"))
-    tested = summarise(scores).merge(differences, "left", KEYS)
     return Table(
         name=f"maps boxes {Path(captioner.provenance.source).name}",
-        rows=tuple(tested.astype(object).where(tested.notna(), None).to_dict("records")),
+        rows=_rows(_tested(scores, dict.fromkeys(CANDIDATES, "centre"))),
         quick=quick,
         settings={"images": dataset.name, "chosen": "centre"},
         identity=identity_of(captioner, test=dataset),
     )
+
+
+def _open(
+    splits: dict[str, dict], quick: bool
+) -> tuple[dict[str, dict], dict[str, CaptionDataset]]:
+    """Settings of each split of Scenes, and the split."""
+    how = {split: {**settings, "n": 4} if quick else settings for split, settings in splits.items()}
+    return how, {name: open_dataset(f"scenes:{name}", **settings) for name, settings in how.items()}
+
+
+def _tested(scores: pd.DataFrame, against: dict[str, str]) -> pd.DataFrame:
+    """Means of each method, with its difference to another."""
+    return summarise(scores).merge(compare_methods(scores, against), "left", KEYS)
+
+
+def _rows(*tables: pd.DataFrame) -> tuple[dict, ...]:
+    table = pd.concat(tables).astype(object)
+    return tuple(table.where(table.notna(), None).to_dict("records"))

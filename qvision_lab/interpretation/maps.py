@@ -7,7 +7,7 @@ in the trace). Attention is read where a token is predicted, not where it stands
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from qvision_lab.interpretation.trace import Trace, Word
 from qvision_lab.model.variants import require_parts
 
 DEFAULT_METHOD = "agreement"  # points best: `qvision bench maps`
+Method = Callable[[Trace, Sequence[Word]], Float[np.ndarray, "W P"]]
 IG_STEPS = (32, 64, 128, 256, 512)  # of integrated gradients, until they are complete
 
 
@@ -156,9 +157,11 @@ def integrated_gradients(trace: Trace, words: Sequence[Word]) -> Float[np.ndarra
     return values
 
 
-def agreement(trace: Trace, words: Sequence[Word]) -> Float[np.ndarray, "W P"]:
+def agreement(
+    trace: Trace, words: Sequence[Word], dependence: Method = integrated_gradients
+) -> Float[np.ndarray, "W P"]:
     """`composition` of block 0 times `integrated_gradients`: attended to, and depended on."""
-    return composition(trace, words, block=0) * integrated_gradients(trace, words)
+    return composition(trace, words, block=0) * dependence(trace, words)
 
 
 def _integrate(
@@ -174,7 +177,6 @@ def _integrate(
     return torch.einsum("wsp,s->wp", slopes, weights.float()).cpu().numpy()
 
 
-Method = Callable[[Trace, Sequence[Word]], Float[np.ndarray, "W P"]]
 METHODS: dict[str, Method] = {
     method.__name__: method
     for method in (composition, rollout, gradient, occlusion, integrated_gradients, agreement)
@@ -183,16 +185,15 @@ METHODS: dict[str, Method] = {
 
 def shared_methods() -> dict[str, Method]:
     """`METHODS` to be compared: the integrated gradients that two of them use are computed once."""
+    cached = lru_cache(1)(integrated_gradients)
 
-    @lru_cache(1)
-    def dependence(trace: Trace, words: tuple[Word, ...]) -> Float[np.ndarray, "W P"]:
-        return integrated_gradients(trace, words)
+    def once(trace: Trace, words: Sequence[Word]) -> Float[np.ndarray, "W P"]:
+        return cached(trace, tuple(words))
 
-    def agree(trace: Trace, words: Sequence[Word]) -> Float[np.ndarray, "W P"]:
-        return composition(trace, words, block=0) * dependence(trace, tuple(words))
-
-    alone = {"integrated_gradients": lambda trace, words: dependence(trace, tuple(words))}
-    return {**METHODS, **alone, "agreement": agree}
+    return METHODS | {
+        "integrated_gradients": once,
+        "agreement": partial(agreement, dependence=once),
+    }
 
 
 def _bridge(trace: Trace, words: Sequence[Word]) -> Float[np.ndarray, "W N"]:
