@@ -118,6 +118,12 @@ def tiny_captioner(model: ql.QVisionForConditionalGeneration | None = None) -> q
     return ql.Captioner(model, ql.QVisionProcessor.from_config(model.config, tiny_tokenizer()))
 
 
+@pytest.fixture(scope="session")
+def embedded() -> ql.Captioner:
+    """The shipped captioner of scenes; no test changes its weights."""
+    return ql.load("scenes", device="cpu")
+
+
 def save_captioner(captioner: ql.Captioner, folder: Path) -> Path:
     """A checkpoint in the native layout."""
     origin = checkpoint.Provenance("a test", "native", None, {}, "float32")

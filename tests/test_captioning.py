@@ -145,8 +145,8 @@ def test_settings_are_tried_out_once_for_many_pictures(pictures, monkeypatch):
     captioner, tried, try_out = tiny_captioner(), [], Search.try_out
     record = lambda search, model: tried.append(try_out(search, model))  # noqa: E731
     monkeypatch.setattr(Search, "try_out", record)
-    for beams in (2, 2, 3, 2):
-        captioner.caption(pictures[0], num_beams=beams)
+    for size in (2, 2, 3, 2):
+        captioner.caption(pictures[0], no_repeat_ngram_size=size)
     assert len(tried) == 3
 
 

@@ -144,11 +144,6 @@ def test_a_checkpoint_keeps_it_and_a_damaged_file_is_refused(tmp_path, damage):
         ql.load(folder)
 
 
-@pytest.fixture(scope="module")
-def embedded() -> ql.Captioner:
-    return ql.load("scenes", device="cpu")
-
-
 def test_captions_carry_it_in_any_batch_and_search(embedded):
     scenes = [ql.scenes.scene("compose", 0, i).image for i in range(5)]
     batched = embedded.caption(scenes, batch_size=5)

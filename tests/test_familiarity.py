@@ -14,11 +14,6 @@ from qvision_lab.model.familiarity import Familiarity
 from qvision_lab.model.loading.storage import CheckpointError
 
 
-@pytest.fixture(scope="module")
-def embedded() -> ql.Captioner:
-    return ql.load("scenes", device="cpu")
-
-
 def test_a_hundredth_of_familiar_images_is_beyond_the_limit():
     draw = torch.Generator().manual_seed(0)
     spread = torch.tensor([9.0, 7.0, 5.0, 3.0, 1.0, 1.0, 1.0, 1.0])  # the last four are left

@@ -3,11 +3,13 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import with_noise
 from transformers import GenerationConfig
 
+from qvision_lab import scenes
 from qvision_lab.benchmark.latency import generate_the_original_way, race
 from qvision_lab.captioning.compiled import FastDecoding
 from qvision_lab.captioning.decoding_step import Int8Decoder, Int8Linear, copy_sharing_weights, join
@@ -85,15 +87,19 @@ SETTINGS = [
     {"do_sample": False},
     {"do_sample": False, "repetition_penalty": 1.8, "min_length": 9},
     {"do_sample": True, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.5},
-    {"do_sample": True, "temperature": 2.0, "top_k": 0},
+    {"do_sample": True, "temperature": 2.0, "top_k": 0, "num_return_sequences": 2},
+    {"num_beams": 3, "num_return_sequences": 3},
+    {"num_beams": 2, "early_stopping": True, "length_penalty": -1.0},
+    {"num_beams": 4, "early_stopping": "never", "length_penalty": 2.0, "num_return_sequences": 2},
+    {"num_beams": 3, "repetition_penalty": 1.8, "min_length": 9},
 ]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fast_decoding_is_generate(tiny, pixels, settings, dtype):
-    model, k = copy.deepcopy(tiny).to(dtype), 1 + settings["do_sample"]
-    config = {**PLAIN, **settings, "num_return_sequences": k}
+    model, k = copy.deepcopy(tiny).to(dtype), settings.get("num_return_sequences", 1)
+    config = {**PLAIN, "do_sample": False, **settings}
     search = Search.from_settings(model, preset="greedy", seed=3, **config, max_new_tokens=20)
     fast = search.run(FastDecoding(model), list("abcd"), pixel_values=pixels)
     plain = replace(search, live={"logits_processor": []})  # live objects need `generate`
@@ -110,8 +116,31 @@ def test_fast_decoding_is_generate(tiny, pixels, settings, dtype):
         torch.testing.assert_close(fast[1][same, 0], slow[1][same, 0], atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_return_sequences": 3},
+        {"early_stopping": True, "length_penalty": 0.0},
+        {"early_stopping": "never", "length_penalty": 2.0, "max_new_tokens": 12},
+    ],
+)
+def test_beams_that_end_are_those_of_generate(embedded, settings):
+    pictures = [scene.image for scene in scenes.generate(12, split="test")]
+    found, single, slow = (
+        embedded.caption(pictures, num_beams=3, **settings, **how)
+        for how in ({}, {"batch_size": 1}, {"logits_processor": []})
+    )
+    found, single, slow = ([*np.ravel(captions)] for captions in (found, single, slow))
+    assert [c.token_ids for c in found] == [c.token_ids for c in single]
+    assert [c.token_ids for c in found] == [c.token_ids for c in slow]
+    assert len({len(c.token_ids) for c in found}) > 1
+    for one, other in zip(found, slow, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+        assert one.confidence == pytest.approx(other.confidence, abs=1e-4)
+
+
 def test_settings_beyond_a_choice_go_to_generate(tiny, pixels):
-    for settings in ({"no_repeat_ngram_size": 2}, {"num_beams": 2}, {"typical_p": 0.5}):
+    for settings in ({"no_repeat_ngram_size": 2}, {"typical_p": 0.5}):
         search = Search.from_settings(tiny, preset="greedy", **settings)
         assert Choice.from_config(search.config) is None
         assert len(search.run(FastDecoding(tiny), list("abcd"), pixel_values=pixels)[0]) == 4

@@ -178,7 +178,7 @@ class Captioner:
         size. Other batch sizes, and captions of more than `length` tokens, are decoded uncompiled.
 
         Args:
-            batch_size: captions per batch; a batch of more than half of it is padded.
+            batch_size: captions per batch, each beam one; more than half of it are padded.
             int8: round the decoder to 8 bits, on a CPU: half of bfloat16; captions may change.
 
         ValueError for an unsupported variant of the architecture, and int8 on a GPU.

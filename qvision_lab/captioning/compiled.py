@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qvision_lab.captioning.beams import extend_beams
 from qvision_lab.captioning.decoding_step import Buffers, join, score_next_token
 from qvision_lab.captioning.sampling import Choice
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
@@ -31,7 +32,7 @@ def is_hooked(model: nn.Module) -> bool:
 
 
 class FastDecoding:
-    """Greedy search or sampling with the results of `generate`, without its overhead.
+    """Greedy search, beam search or sampling with the results of `generate`, without its overhead.
 
     A step scores the next token and chooses it, over buffers of fixed size. On CUDA encoding and
     step are captured in graphs at the first batch of a size, and later batches are padded up to an
@@ -71,7 +72,7 @@ class FastDecoding:
         """Drop buffers and graphs."""
         self._placed = None
         self._captures = self.model.device.type == "cuda" and not self._refused
-        self._buffers: dict[tuple[int, int, int], Buffers] = {}
+        self._buffers: dict[tuple[int, int, int, int], Buffers] = {}
         self._graphs: dict[tuple, Callable[[], object]] = {}
         self._pixels: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -111,11 +112,12 @@ class FastDecoding:
             self.follow_weights()
             kept = torch.zeros(0, dtype=torch.long) if kept is None else kept
             (images,) = {len(values) for values in image.values()}
-            k, used = captions_per_image, images * captions_per_image
+            k = max(captions_per_image, choice.beams)  # rows of an image
+            used = images * k
             compiled = self.rows is not None and self.rows // 2 < used <= self.rows
             compiled = compiled and steps <= self.length and self.rows % k == 0
             size, length = self._size(images, k, steps, compiled)
-            if (shape := (size * k, length, len(kept))) not in self._buffers:
+            if (shape := (size * k, length, len(kept), choice.beams)) not in self._buffers:
                 if len(self._buffers) == CAPTURED:
                     self._forget()
                     self.follow_weights()
@@ -126,7 +128,7 @@ class FastDecoding:
             step = partial(self._choose, buffers, choice, score)
             buffers.kept.copy_(kept)
             step = self._captured((*shape, choice, compiled), step, buffers)
-            buffers.begin(self.model.config.start_token_id, used, draws)
+            buffers.begin(self.model.config.start_token_id, used, steps, draws)
             every = CHECK_EVERY if self._captures else 1
             taken = 0
             while taken < steps:
@@ -134,12 +136,13 @@ class FastDecoding:
                 taken += 1
                 if taken % every == 0 and buffers.finished.all():
                     break
-            made = (
-                buffers.ids[:, 1 : taken + 1],
-                buffers.logprobs[:, :taken],
-                buffers.logits[:, :taken],
-            )
-            return tuple(x[:used].to("cpu", copy=True) for x in made)  # buffers are reused
+            history = (buffers.best or buffers).history
+            rows = [x.unflatten(0, (size, k))[:images, :captions_per_image] for x in history]
+            ids, *scores = (x.flatten(0, 1).to("cpu", copy=True) for x in rows)  # they are reused
+            ends = ids[:, 1 : taken + 1] == self.model.config.end_token_id
+            after = ends.cumsum(1) > ends.long()  # beams that have ended stay as they are
+            ids = ids[:, 1 : taken + 1].masked_fill(after, self.model.config.pad_token_id)
+            return ids, *(x[:, :taken] for x in scores)
 
     def _size(self, images: int, k: int, steps: int, compiled: bool) -> tuple[int, int]:
         """Images and positions that a batch is padded to."""
@@ -149,7 +152,7 @@ class FastDecoding:
         length = min(-(-steps // 16) * 16, positions)
         if not self._captures:
             return images, length
-        sizes = [rows // k for rows, room, _ in self._buffers if rows % k == 0 and room == length]
+        sizes = [rows // k for rows, room, *_ in self._buffers if rows % k == 0 and room == length]
         near = [size for size in sizes if images <= size <= 1.5 * images]
         step = 8 if images > 8 else 1
         return min(near, default=-(-images // step) * step), length
@@ -241,6 +244,8 @@ class FastDecoding:
         config, position = self.model.config, buffers.position
         logits = score(self.model.decoder, self._projections, self._head, buffers).float()  # [R,V]
         end, length = config.end_token_id, position + 1
+        if choice.beams > 1:
+            return extend_beams(choice, logits, buffers, end)
         chosen = choice.next_tokens(logits, buffers.ids, length, end, buffers.draws)
         logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])  # [R,1]
         buffers.logprobs.index_copy_(1, position, logprobs)

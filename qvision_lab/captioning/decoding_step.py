@@ -12,12 +12,38 @@ from qvision_lab.captioning.cached_attention import attend, attend_to_cache
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.decoder import Decoder, DecoderOutput
 
+NO_SCORE = -1e9  # of a beam that holds nothing; as transformers' beam search has it
 PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # oneDNN's, where torch has it
+LARGE = 2**22  # multiplications from which oneDNN is faster
+
+
+@dataclass
+class BestBeams:
+    """The n best captions of each image that a beam search has ended, the best first."""
+
+    scores: Float[Tensor, "B n"]  # NO_SCORE until as many have ended
+    ids: Int[Tensor, "R S+1"]
+    logprobs: Float[Tensor, "R S"]
+    logits: Float[Tensor, "R S K"]
+    running: Float[Tensor, "B n"]  # summed log-probabilities of the beams that go on
+    open: Bool[Tensor, "B 1"]  # whether one of them may still be better
+    limit: Int[Tensor, " 1"]  # of new tokens
+
+    @property
+    def history(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.ids, self.logprobs, self.logits
+
+    @property
+    def full(self) -> Bool[Tensor, "B 1"]:
+        return self.scores[:, -1:] > NO_SCORE
 
 
 @dataclass
 class Buffers:
-    """Tensors of fixed address that steps read and write; GPT-Neo has G heads, the bridge H."""
+    """Tensors of fixed address that steps read and write; GPT-Neo has G heads, the bridge H.
+
+    R rows are captions, or the n beams of B images, those of an image next to each other.
+    """
 
     ids: Int[Tensor, "R S+1"]  # `<START>`, the tokens so far, and `<START>` again
     logprobs: Float[Tensor, "R S"]
@@ -28,17 +54,23 @@ class Buffers:
     draws: Int[Tensor, "R 2"]  # keys of the random draws
     cache: list[Float[Tensor, "R 2 G S E"]]  # keys and values of each layer
     bridge: Float[Tensor, "2 R H N C"]  # the bridge's keys and values of the visual tokens
+    best: BestBeams | None = None  # of a beam search
+
+    @property
+    def history(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What belongs to each row's caption so far."""
+        return self.ids, self.logprobs, self.logits
 
     @classmethod
     def allocate(
-        cls, model: QVisionForConditionalGeneration, rows: int, length: int, kept: int
+        cls, model: QVisionForConditionalGeneration, rows: int, length: int, kept: int, beams: int
     ) -> "Buffers":
         config, text = model.config, model.config.text_config
         number = {"dtype": model.decoder.language_model.dtype, "device": model.device}
         width, heads = config.hidden_size, config.num_attention_heads
         tokens = len(config.visual_token_labels)
         layer = rows, 2, text.num_heads, length, width // text.num_heads
-        return cls(
+        buffers = cls(
             ids=torch.zeros(rows, length + 1, dtype=torch.long, device=model.device),
             logprobs=torch.zeros(rows, length, device=model.device),
             kept=torch.zeros(kept, dtype=torch.long, device=model.device),
@@ -49,10 +81,23 @@ class Buffers:
             cache=[torch.zeros(layer, **number) for _ in range(text.num_layers)],
             bridge=torch.zeros(2, rows, heads, tokens, width // heads, **number),
         )
+        if beams > 1:
+            scores = torch.zeros(rows // beams, beams, device=model.device)
+            history = map(torch.zeros_like, buffers.history)
+            flags = scores.bool()[:, :1], buffers.position.clone()
+            buffers.best = BestBeams(scores, *history, scores.clone(), *flags)
+        return buffers
 
-    def begin(self, start_token_id: int, used: int, draws: Int[Tensor, "used 2"] | None) -> None:
-        """Reset for a batch whose first `used` rows are captions."""
+    def begin(
+        self, start_token_id: int, used: int, steps: int, draws: Int[Tensor, "used 2"] | None
+    ) -> None:
+        """Reset for a batch whose first `used` rows are captions of at most `steps` tokens."""
         self.ids.fill_(start_token_id)
+        if (best := self.best) is not None:
+            best.scores.fill_(NO_SCORE)
+            best.running.fill_(NO_SCORE)[:, 0] = 0  # the beams of an image begin as one
+            best.open.fill_(True)[used // best.scores.shape[1] :] = False
+            best.limit.fill_(steps)
         self.position.zero_()
         self.finished.zero_()
         self.finished[used:] = True
@@ -104,12 +149,13 @@ def multiply(
     """Rows times the transpose of a matrix [O,I], by the fastest method.
 
     Compiled, a product with a single row is a sum, which inductor makes one pass over the matrix at
-    memory bandwidth. In float32 on a CPU oneDNN takes half the time of MKL, which `F.linear` calls.
+    memory bandwidth. In float32 on a CPU oneDNN takes half the time of MKL, which `F.linear` calls,
+    for a large product, and up to five times as much for a small one.
     """
     eager = not torch.compiler.is_compiling()
     if len(x) == 1 and not eager:
         y = (weight.float() * x.float()[:, None]).sum(-1)
-    elif eager and PRODUCT and x.is_cpu and x.dtype == weight.dtype == torch.float32:
+    elif eager and is_large(x, weight):
         return PRODUCT(x, weight, bias, "none", [], "")
     elif scale is None:
         return F.linear(x, weight, bias)
@@ -117,6 +163,12 @@ def multiply(
         y = F.linear(x, weight.to(x.dtype))
     y = y if scale is None else y * scale
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+def is_large(x: Float[Tensor, "R I"], weight: Tensor) -> bool:
+    """Whether oneDNN is there and multiplies these faster than MKL does."""
+    single = x.is_cpu and x.dtype == weight.dtype == torch.float32
+    return bool(PRODUCT) and single and len(x) * weight.numel() >= LARGE
 
 
 def join(layers: list[nn.Linear], multiple: int = 1) -> nn.Linear:

@@ -64,7 +64,7 @@ def row_keys(names: Sequence[str]) -> Keys:
 
 @dataclass(frozen=True)
 class Choice:
-    """How the next token is chosen from logits: greedily, or by batch-invariant sampling.
+    """How the next token is chosen: greedily, by beams, or by batch-invariant sampling.
 
     The largest of the logits plus Gumbel noise is a draw from their softmax (the Gumbel-max trick;
     Maddison et al. 2014, arXiv:1411.0030). Draws of a row depend on its key, not on other rows.
@@ -75,19 +75,27 @@ class Choice:
     repetition_penalty: float = 1.0
     min_length: int = 0  # tokens, `<START>` included, before which no caption ends
     sampling: tuple[tuple[str, float | None], ...] | None = None  # values of the `WARPERS`
+    beams: int = 1  # more than one: of a beam search, as are the following
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
 
     @classmethod
     def from_config(cls, config: GenerationConfig) -> "Choice | None":
         """The choice that settings describe; None where they need transformers' `generate`."""
         off = {name: value for name, (_, value) in WARPERS.items()} | PLAIN
+        if (beams := config.num_beams or 1) > 1:
+            off |= {name: getattr(config, name) for name in ("num_beams", "early_stopping")}
         beyond = any(
             value not in (None, off.get(name))
             for name, value in config.to_diff_dict().items()
             if name not in SUPPORTED and not name.startswith("_")
         )
-        if beyond or (not config.do_sample and (config.num_return_sequences or 1) > 1):
+        if beyond or (not config.do_sample and (config.num_return_sequences or 1) > beams):
             return None  # of the latter `generate` raises the error
         penalty, length = config.repetition_penalty or 1.0, config.min_length or 0
+        if beams > 1:
+            by_length = 1.0 if config.length_penalty is None else config.length_penalty
+            return cls(penalty, length, None, beams, by_length, config.early_stopping or False)
         return cls(penalty, length, cls.sampler(config).sampling if config.do_sample else None)
 
     @classmethod
@@ -100,6 +108,19 @@ class Choice:
         given = [(name, value, *WARPERS[name]) for name, value in self.sampling or ()]
         return {name: make(value) for name, value, make, off in given if value not in (None, off)}
 
+    def penalise(
+        self, scores: Float[Tensor, "R V"], ids: Int[Tensor, "R S"], length: Step, end_token_id: int
+    ) -> Float[Tensor, "R V"]:
+        """Scores after the penalty for repetition, and without `<END>` before `min_length`."""
+        if self.repetition_penalty != 1:
+            penalty = logits_process.RepetitionPenaltyLogitsProcessor(self.repetition_penalty)
+            scores = penalty(ids, scores)
+        if self.min_length > 1:
+            tokens = torch.arange(scores.shape[1], device=scores.device)[None]  # [1,V]
+            ends = (tokens == end_token_id) & (length < self.min_length)
+            scores = scores.masked_fill(ends, -torch.inf)
+        return scores
+
     def next_tokens(
         self,
         logits: Float[Tensor, "R V"],
@@ -109,16 +130,10 @@ class Choice:
         keys: Keys,
     ) -> Int[Tensor, " R"]:
         """The next token of each row; `ids` are `length` tokens, then `<START>` as padding."""
-        scores = logits
-        tokens = torch.arange(scores.shape[1], device=scores.device)[None]  # [1,V]
-        if self.repetition_penalty != 1:
-            penalty = logits_process.RepetitionPenaltyLogitsProcessor(self.repetition_penalty)
-            scores = penalty(ids, scores)
-        if self.min_length > 1:
-            ends = (tokens == end_token_id) & (length < self.min_length)  # [1,V]
-            scores = scores.masked_fill(ends, -torch.inf)
+        scores = self.penalise(logits, ids, length, end_token_id)
         if self.sampling is None:
             return scores.argmax(-1)
+        tokens = torch.arange(scores.shape[1], device=scores.device)[None]  # [1,V]
         for name, warper in self.warpers().items():
             if name != "top_k":
                 scores = warper(ids, scores)

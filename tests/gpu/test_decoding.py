@@ -130,15 +130,17 @@ def test_greedy_generations_are_the_originals(reference):
         assert model.generate(pixel_values=image, **how)[0].tolist() == case["ids"]
 
 
-def test_captured_captions_are_those_of_the_loop_and_of_generate(captioner, pictures, greedy):
-    some, expected = pictures[:200], greedy[:200]
+@pytest.mark.parametrize("beams", [1, 3])
+def test_captured_captions_are_those_of_the_loop_and_of_generate(captioner, pictures, beams):
+    some, how = pictures[:200], {**GREEDY, "num_beams": beams}
+    expected = ids(captioner.caption(some, **how))
     for decoding in (Uncaptured, Plain):
-        assert ids(uncaptured(captioner, decoding).caption(some, **GREEDY)) == expected
+        assert ids(uncaptured(captioner, decoding).caption(some, **how)) == expected
     generate = captioner.model.generate
     with patch.object(captioner.model, "generate", wraps=generate) as called:
-        assert ids(captioner.caption(some, **GREEDY)) == expected
+        assert ids(captioner.caption(some, **how)) == expected
         called.assert_not_called()
-        settings = {**GREEDY, "logits_processor": [], "batch_size": 200}
+        settings = {**how, "logits_processor": [], "batch_size": 200}
         assert ids(captioner.caption(some, **settings)) == expected
         called.assert_called_once()
 
