@@ -263,7 +263,6 @@ def test_the_packages_results_fill_every_column(name):
     table = tables.read_table(name)
     empty = table.columns[~table.astype(bool).any()]
     unmeasured = {"seconds to compile", "the same in the epoch that fills the cache"}
-    unmeasured |= {"times as fast as the card's"} if name == "loading" else set()  # three rounds
     assert set(empty) <= unmeasured  # of a training step: by a run before they were measured
 
 
