@@ -58,7 +58,7 @@ def plot_scores(
             text = f"{float(f'{value:.3g}'):{sign},g}"  # three digits, without an exponent
             ax.annotate(text, (end, row), color=line[0].get_color(), **beside)
     ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
+    ax.set_ylim(len(names) - 0.5, -0.5)  # the first is at the top
     ax.margins(x=0.12)  # room for the values
     ax.set_xlabel(f"score, times {scale:g}" if scale != 1 else "score")
     ax.grid(axis="x", alpha=0.3)
