@@ -133,7 +133,7 @@ def test_clicks_change_what_is_shown(explorer):
     caption, image = explorer._picked[0], drawn(explorer.whole.value)
     assert "Ready" in explorer.status.value
     assert "Nothing is muted" in explorer.muted.value
-    word(explorer, int(explorer.word.value == 0))
+    word(explorer, int(explorer.words.children[0].value))
     assert not np.array_equal(drawn(explorer.whole.value), image)
     for block, head in (("1", "all"), ("1", "2"), ("all", "all")):
         previous = explorer.whole.value
@@ -161,15 +161,11 @@ def test_a_word_is_known_by_its_position(explorer):
     for index in (1, 5, 1):
         word(explorer, index)
         assert [b.value for b in explorer.words.children] == [i == index for i in range(7)]
-        assert explorer.word.value == index
         maps[index] = drawn(explorer.whole.value)
     assert not np.array_equal(maps[1], maps[5])
     assert explorer.code.value.count("[1]") == 1
     explorer.words.children[1].value = False  # as a second click does
     assert explorer.words.children[1].value
-    explorer.word.value = 4  # an arrow key
-    explorer.pending.result()
-    assert explorer.words.children[4].value
 
 
 def test_words_have_marks_tints_and_alternatives(explorer):

@@ -68,7 +68,6 @@ class Explorer(w.VBox):
             for name, size in sizes.items()
         )
         slim = {"readout": False, "layout": {"width": "210px"}}
-        self.word = w.IntSlider(0, 0, 0, description="Word", **slim, **style)  # for arrow keys
         self.opacity = w.FloatSlider(0.75, min=0, max=1, description="Opacity", **slim, **style)
         self.parts = {
             name: w.ToggleButton(
@@ -101,7 +100,7 @@ class Explorer(w.VBox):
         maps = w.VBox(
             [
                 w.HBox([self.whole, self.muted]),
-                w.HBox([self.word, self.opacity, self.save], **row),
+                w.HBox([self.opacity, self.save], **row),
                 self.probabilities,
             ],
             layout={"flex": "3 1 480px", "min_width": "0"},
@@ -116,12 +115,12 @@ class Explorer(w.VBox):
                 w.HBox([self.method, self.token, self.block, self.head], **row),
                 w.HBox([maps, panel], layout=wrapped),
                 more,
+                self._scripted(),
             ]
         )
         self.add_class("qv")
         for control in (*searching, *mapping, *self.parts.values()):
             control.observe(self.request, "value")
-        self.word.observe(lambda change: self._pick(change.new), "value")
         self.opacity.observe(self._set_opacity, "value")
         self.upload.observe(self._add_upload, "value")
         self.folder.observe(lambda change: self._add_folder(change.new), "value")
@@ -137,6 +136,13 @@ class Explorer(w.VBox):
         if pictures:
             self._add_folder(pictures)
         self.request()
+
+    @staticmethod
+    def _scripted() -> w.Output:
+        """Arrow keys between words, and `aria-pressed`, where the frontend runs scripts."""
+        data = {"application/javascript": html.SCRIPT}
+        shown = {"output_type": "display_data", "data": data, "metadata": {}}
+        return w.Output(outputs=(shown,), layout={"display": "none"})
 
     def request(self, change: object = None) -> None:
         """Run the model for the state of the controls, in the worker's thread."""
@@ -217,9 +223,7 @@ class Explorer(w.VBox):
             button.observe(partial(self._toggle, i), "value")
             buttons.append(button)
         old, self.words.children = self.words.children, buttons
-        last = max(0, len(buttons) - 1)
-        self._picked = result.trace.caption, min(self.word.value, last)
-        self.word.max = last
+        self._picked = result.trace.caption, max(0, min(self._picked[1], len(buttons) - 1))
         for button in old:
             button.close()
 
@@ -238,7 +242,6 @@ class Explorer(w.VBox):
         self._picked = caption, index
         for i, button in enumerate(self.words.children):
             button.value = i == index
-        self.word.value = index
 
     def _as_code(self, request: Request, name: str) -> str:
         """The whole and the muted maps of the word in a few lines."""

@@ -18,7 +18,9 @@ from qvision_lab.interpretation.trace import Word
 from qvision_lab.plots.images import HEAT
 from qvision_lab.widgets.backend import Result
 
-STYLE = (files("qvision_lab.widgets") / "explorer.css").read_text()
+STYLE, SCRIPT = (
+    (files("qvision_lab.widgets") / f"explorer.{kind}").read_text() for kind in ("css", "js")
+)
 CHANGED = 0.1  # difference of a probability from which on it is marked
 LOWEST = 0.3  # opacity of the darkest patch, relative to the brightest
 

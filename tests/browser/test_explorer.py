@@ -126,7 +126,7 @@ def pressed(page) -> list[int]:
 
 
 def handle(page, name: str):
-    """The handle of a slider, which takes arrow keys."""
+    """The handle of a slider."""
     return page.locator(".widget-hslider", has_text=name).locator(".noUi-handle")
 
 
@@ -194,10 +194,17 @@ def test_a_repeated_word_and_arrow_keys(page):
         buttons.nth(index).click()
         expect(buttons.nth(index)).to_have_class(re.compile("mod-active"))
         assert pressed(page) == [index]
-    handle(page, "Word").press("ArrowLeft")
-    expect(buttons.nth(5)).to_have_class(re.compile("mod-active"))
+    buttons.nth(6).press("ArrowLeft")
+    expect(buttons.nth(5)).to_have_attribute("aria-pressed", "true")
+    expect(buttons.nth(5)).to_be_focused()
     assert pressed(page) == [5]
+    states = buttons.evaluate_all("all => all.map(b => b.getAttribute('aria-pressed'))")
+    assert states == [str(i == 5).lower() for i in range(7)]
     expect(page.locator(".qv-picture").first).to_have_attribute("aria-label", re.compile("^red "))
+    mute_query = page.get_by_title("mute query 3", exact=True)
+    expect(mute_query).to_have_attribute("aria-pressed", "false")
+    mute_query.press("Enter")
+    expect(mute_query).to_have_attribute("aria-pressed", "true")
 
 
 def test_ten_rapid_clicks_end_in_the_last(page):
