@@ -7,7 +7,7 @@ What happens in `captioner.caption("x.jpg")`, which lives in `qvision_lab.captio
 3. `vision.py`: `pixel_values` -> image tokens [B,P,D].
 4. `qformer.py`: image tokens -> visual tokens [B,1+Q,D].
 5. `decoder.py`: visual tokens and the words so far -> logits, once for each word. `captioning`
-   computes this step over fixed buffers (`decoding_step.py`), or calls `generate` (beams).
+   computes this step over fixed buffers (`decoding_step.py`), or calls `generate` (rare settings).
 6. `processor.py`: the chosen ids become text (`decode`).
 
 `config.py` has all sizes; `attention.py` serves stages 4 and 5. Beyond this path are `variants.py`
