@@ -14,7 +14,7 @@ from qvision_lab.model.decoder import Decoder, DecoderOutput
 
 NO_SCORE = -1e9  # of a beam that holds nothing; as transformers' beam search has it
 PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # oneDNN's, where torch has it
-LARGE = 2**22  # multiplications from which oneDNN is faster
+LARGE = 2**22  # multiplications from which it is faster, on an AMD EPYC
 
 
 @dataclass
