@@ -86,7 +86,8 @@ def test_faster_methods_give_the_same_ids(tiny, pixels):
 SETTINGS = [
     {"do_sample": False},
     {"do_sample": False, "repetition_penalty": 1.8, "min_length": 9},
-    {"do_sample": True, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.5},
+    {"do_sample": True, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.5}
+    | {"num_return_sequences": 2},
     {"do_sample": True, "temperature": 2.0, "top_k": 0, "num_return_sequences": 2},
     {"num_beams": 3, "num_return_sequences": 3},
     {"num_beams": 2, "early_stopping": True, "length_penalty": -1.0},
@@ -140,7 +141,8 @@ def test_beams_that_end_are_those_of_generate(embedded, settings):
 
 
 def test_settings_beyond_a_choice_go_to_generate(tiny, pixels):
-    for settings in ({"no_repeat_ngram_size": 2}, {"typical_p": 0.5}):
+    beyond = {"no_repeat_ngram_size": 2}
+    for settings in (beyond, {"num_beams": 2, **beyond}, {"typical_p": 0.5}):
         search = Search.from_settings(tiny, preset="greedy", **settings)
         assert Choice.from_config(search.config) is None
         assert len(search.run(FastDecoding(tiny), list("abcd"), pixel_values=pixels)[0]) == 4
