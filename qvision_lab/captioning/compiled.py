@@ -136,13 +136,15 @@ class FastDecoding:
                 taken += 1
                 if taken % every == 0 and buffers.finished.all():
                     break
-            history = (buffers.best or buffers).history
-            rows = [x.unflatten(0, (size, k))[:images, :captions_per_image] for x in history]
-            ids, *scores = (x.flatten(0, 1).to("cpu", copy=True) for x in rows)  # they are reused
-            ends = ids[:, 1 : taken + 1] == self.model.config.end_token_id
-            after = ends.cumsum(1) > ends.long()  # beams that have ended stay as they are
-            ids = ids[:, 1 : taken + 1].masked_fill(after, self.model.config.pad_token_id)
-            return ids, *(x[:, :taken] for x in scores)
+            ids, logprobs, logits = (
+                x.unflatten(0, (size, k))[:images, :captions_per_image].flatten(0, 1)
+                for x in (buffers.best or buffers).history
+            )
+            ids = ids[:, 1 : taken + 1]
+            ends = ids == self.model.config.end_token_id
+            ids = ids.masked_fill(ends.cumsum(1) > ends.long(), self.model.config.pad_token_id)
+            made = ids, logprobs[:, :taken], logits[:, :taken]
+            return tuple(x.to("cpu", copy=True) for x in made)  # buffers are reused
 
     def _size(self, images: int, k: int, steps: int, compiled: bool) -> tuple[int, int]:
         """Images and positions that a batch is padded to."""
@@ -241,16 +243,14 @@ class FastDecoding:
 
     def _choose(self, buffers: Buffers, choice: Choice, score: Callable) -> None:
         """One step: score the next token of every row, choose it, and append it."""
-        config, position = self.model.config, buffers.position
+        end, position = self.model.config.end_token_id, buffers.position
         logits = score(self.model.decoder, self._projections, self._head, buffers).float()  # [R,V]
-        end, length = config.end_token_id, position + 1
         if choice.beams > 1:
             return extend_beams(choice, logits, buffers, end)
-        chosen = choice.next_tokens(logits, buffers.ids, length, end, buffers.draws)
+        chosen = choice.next_tokens(logits, buffers.ids, position + 1, end, buffers.draws)
         logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])  # [R,1]
         buffers.logprobs.index_copy_(1, position, logprobs)
         buffers.logits.index_copy_(1, position, logits.index_select(1, buffers.kept)[:, None])
-        tokens = chosen.masked_fill(buffers.finished, config.pad_token_id)
-        buffers.finished |= tokens == end
+        buffers.finished |= chosen == end
         position += 1
-        buffers.ids.index_copy_(1, position, tokens[:, None])
+        buffers.ids.index_copy_(1, position, chosen[:, None])

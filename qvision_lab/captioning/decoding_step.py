@@ -155,7 +155,7 @@ def multiply(
     eager = not torch.compiler.is_compiling()
     if len(x) == 1 and not eager:
         y = (weight.float() * x.float()[:, None]).sum(-1)
-    elif eager and is_large(x, weight):
+    elif eager and suits_onednn(x, weight):
         return PRODUCT(x, weight, bias, "none", [], "")
     elif scale is None:
         return F.linear(x, weight, bias)
@@ -165,7 +165,7 @@ def multiply(
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def is_large(x: Float[Tensor, "R I"], weight: Tensor) -> bool:
+def suits_onednn(x: Float[Tensor, "R I"], weight: Tensor) -> bool:
     """Whether oneDNN is there and multiplies these faster than MKL does."""
     single = x.is_cpu and x.dtype == weight.dtype == torch.float32
     return bool(PRODUCT) and single and len(x) * weight.numel() >= LARGE

@@ -32,6 +32,7 @@ SUPPORTED |= {"repetition_penalty", "length_penalty", "max_length", "max_new_tok
 UNRECORDED = {"bos_token_id", "eos_token_id", "pad_token_id"}  # they are the model's own
 UNRECORDED |= {"transformers_version", "return_dict_in_generate"}
 SUPPORTED |= UNRECORDED
+OF_BEAMS = {"num_beams", "early_stopping"}
 
 _LOW = 0xFFFFFFFF  # the lower 32 bits
 Keys: TypeAlias = Int[Tensor, "R 2"]  # two 32-bit numbers a row, from `row_keys`
@@ -83,12 +84,12 @@ class Choice:
     def from_config(cls, config: GenerationConfig) -> "Choice | None":
         """The choice that settings describe; None where they need transformers' `generate`."""
         off = {name: value for name, (_, value) in WARPERS.items()} | PLAIN
-        if (beams := config.num_beams or 1) > 1:
-            off |= {name: getattr(config, name) for name in ("num_beams", "early_stopping")}
+        beams = config.num_beams or 1
+        supported = SUPPORTED | OF_BEAMS if beams > 1 else SUPPORTED
         beyond = any(
             value not in (None, off.get(name))
             for name, value in config.to_diff_dict().items()
-            if name not in SUPPORTED and not name.startswith("_")
+            if name not in supported and not name.startswith("_")
         )
         if beyond or (not config.do_sample and (config.num_return_sequences or 1) > beams):
             return None  # of the latter `generate` raises the error
