@@ -13,7 +13,8 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import BatchNorm2d
+from torch.nn import BatchNorm2d, Parameter
+from torch.overrides import TorchFunctionMode
 from transformers import CLIPImageProcessorPil, GenerationConfig, GPTNeoConfig
 from transformers.activations import ACT2FN
 
@@ -231,6 +232,16 @@ def _layout(folder: Path) -> tuple[str, list[Path]]:
     )
 
 
+class _WithoutValues(TorchFunctionMode):
+    """Skips what would give values to tensors on the meta device, half of the time to build."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.tril or getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
 def _build(
     folder: Path, layout: str, stored: dict[str, storage.StoredTensor]
 ) -> tuple[QVisionForConditionalGeneration, QVisionProcessor]:
@@ -250,7 +261,7 @@ def _build(
             usual = {name: getattr(kind, name, None) for name in kind.__annotations__}
         fields[part] = known_fields(part, found, usual, weights, len(stored) // 8)
     config = QVisionConfig(**fields["config"] | {"tie_word_embeddings": True})
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutValues():
         model = QVisionForConditionalGeneration(config)
     if os.path.lexists(path := folder / "generation_config.json"):
         fields = known_fields(path.name, read_json(path), vars(model.generation_config), weights)
@@ -314,7 +325,13 @@ def _match(
 
 def _assign(model: QVisionForConditionalGeneration, weights: dict[str, Tensor]) -> None:
     """Give a model on the meta device its weights, and recompute its buffers."""
-    model.load_state_dict(weights, strict=False, assign=True)  # all but the tied head
+    modules = dict(model.named_modules())
+    for place, values in weights.items():  # all but the tied head
+        owner, _, name = place.rpartition(".")
+        if name in (parameters := modules[owner]._parameters):
+            parameters[name] = Parameter(values)
+        else:
+            modules[owner]._buffers[name] = values
     model.tie_weights()
     model.config.dtype, device = model.dtype, model.device
     for module in arrange(model.vision.tower).modules():
