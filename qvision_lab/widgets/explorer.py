@@ -192,7 +192,7 @@ class Explorer(w.VBox):
         self.warning.value = f"<div class='qv-warning'>{FOREIGN}</div>" if foreign else ""
         if new and results[0].word is not None:  # other words were pressed by whoever clicked
             self._press(traced.caption, results[0].word)
-        titles = ["You wrote" if request.caption else "The model says", "Nothing is muted"]
+        titles = ["The model says", "Nothing is muted"]
         if len(results) > 1:
             few = ", ".join(request.muted[:4]) + ", …" * (len(request.muted) > 4)
             titles[1] = f"With {few} muted"
