@@ -19,6 +19,7 @@ from qvision_lab.ablation import averages, differences, part, parts, summarise
 from qvision_lab.captioning import Caption, load
 from qvision_lab.data.atomic import atomic
 from qvision_lab.data.coco import open_dataset
+from qvision_lab.interpretation.collapse import MEASURES, THRESHOLDS, Diagnosis
 from qvision_lab.interpretation.faithfulness import object_words, removal_curves
 from qvision_lab.interpretation.maps import METHODS, PatchMap, query_maps, word_maps
 from qvision_lab.interpretation.queries import profile_queries
@@ -47,7 +48,7 @@ CREDITS = (
 )
 STYLE = str(files("qvision_lab.plots") / "qvision.mplstyle")
 STUDY = files("qvision_lab.ablation") / "results" / "architecture"
-LENGTHS = STUDY.parent / "length"
+LENGTHS, TOWER, COLLAPSE = (STUDY.parent / name for name in ("length", "tower", "collapse"))
 
 
 def run_demo(
@@ -234,7 +235,29 @@ def _findings(trained: str, table: pd.DataFrame, metric: str) -> pd.DataFrame:
     return table.replace(r".*nan.*", "", regex=True)
 
 
-STUDY_TABLES = {"study": findings_table, "lengths": partial(findings_table, LENGTHS)}  # of pages
+def collapse_table(results: str | Path = COLLAPSE) -> pd.DataFrame:
+    """By arm and length of a study: runs that are collapsed, that the thresholds call so, means."""
+    table = pd.read_csv(Path(results) / "table.csv")
+    measures = ["changed", *THRESHOLDS]
+    said = [
+        Diagnosis(0, 0, 0, (), **{name: row[name] for name in measures}).collapsed
+        for row in table[measures].to_dict("records")
+    ]
+    table = table.assign(collapsed=table["changed"] == 0, said=said)
+    groups = table.groupby(["length", "variant"], sort=False)
+    columns = {
+        "runs": groups.size(),
+        "collapsed": groups["collapsed"].sum(),
+        "called collapsed": groups["said"].sum(),
+        **{MEASURES[name]: groups[name].mean().map("{:.3f}".format) for name in measures},
+        "CIDEr x 100": (100 * groups["CIDEr"].mean()).map("{:.0f}".format),
+    }
+    return pd.DataFrame(columns).reset_index().rename(columns={"length": "steps"})
+
+
+STUDY_TABLES = {"study": findings_table, "collapse": collapse_table}  # of pages
+STUDY_TABLES |= {"lengths": partial(findings_table, LENGTHS)}
+STUDY_TABLES |= {"tower": partial(findings_table, TOWER)}
 
 
 def __dir__() -> list[str]:  # for completion

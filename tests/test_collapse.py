@@ -76,8 +76,8 @@ def test_equal_queries_are_collapsed(collapsed, dataset):
     assert found.retrieval in (0, 0.25, 0.5, 0.75, 1)
     assert (found.pictures, found.tokens, found.muted, found.lacks) == (4, 5, 3, ())
     assert found.verdict == (
-        "Collapsed: 3 of 3 measures are beyond their thresholds, and a single visual token changes "
-        "none of 3 captions."
+        "Collapsed: 3 of 3 measures are beyond their thresholds, and muting all queries but one "
+        "changes none of 3 captions."
     )
     assert "0.000" in str(found)
 
@@ -95,9 +95,9 @@ def test_muted_captions_are_those_of_the_captioner(byte_captioner, dataset):
     model, pictures = byte_captioner.model, [image.picture for image in dataset]
     whole = [caption.token_ids for caption in byte_captioner.caption(pictures, preset="greedy")]
     shares = []
-    for kept in range(-1, 4):  # -1: the global token
+    for kept in range(4):
         others = [query for query in range(4) if query != kept]
-        with ql.interventions.mute(model, queries=others, global_token=kept >= 0):
+        with ql.interventions.mute(model, queries=others):
             captions = byte_captioner.caption(pictures, preset="greedy")
         pairs = zip(captions, whole, strict=True)
         shares.append(np.mean([caption.token_ids != ids for caption, ids in pairs]))
@@ -147,10 +147,12 @@ def test_bridge_scale_is_relative_to_the_text(tiny, dataset):
 
 
 OTHERS = {"one query": {"global_token": "none", "num_query_tokens": 1}}
+OTHERS |= {"one query and a global token": {"num_query_tokens": 1}}
 UNDEFINED = {  # all others are defined
     "image tokens": {"attention_entropy", "sink", "changed", "distinct"},
     "mean image token": {"effective_rank", "query_cosine", "same_peak"},
     "one query": {"effective_rank", "query_cosine", "same_peak", "changed", "distinct"},
+    "one query and a global token": {"changed", "distinct"},
     "prefix": {"bridge_scale", "same_peak", "changed", "distinct"},
 }
 UNDEFINED["mean image token"] |= UNDEFINED["image tokens"]

@@ -15,6 +15,7 @@ from qvision_lab.model.decoder import Decoder, DecoderOutput
 NO_SCORE = -1e9  # of a beam that holds nothing; as transformers' beam search has it
 PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # oneDNN's, where torch has it
 LARGE = 2**22  # multiplications from which it is faster, on an AMD EPYC
+FEW = 8  # rows; of 16 oneDNN is faster at the published sizes
 
 
 @dataclass
@@ -150,12 +151,16 @@ def multiply(
 
     Compiled, a product with a single row is a sum, which inductor makes one pass over the matrix at
     memory bandwidth. In float32 on a CPU oneDNN takes half the time of MKL, which `F.linear` calls,
-    for a large product, and up to five times as much for a small one.
+    for a large product, and up to five times as much for a small one. With a few rows, as of beams,
+    the matrix times a few columns is faster than both.
     """
-    eager = not torch.compiler.is_compiling()
-    if len(x) == 1 and not eager:
+    compiling = torch.compiler.is_compiling()
+    eager = not compiling and x.is_cpu and x.dtype == weight.dtype == torch.float32
+    if len(x) == 1 and compiling:
         y = (weight.float() * x.float()[:, None]).sum(-1)
-    elif eager and suits_onednn(x, weight):
+    elif eager and 1 < len(x) <= FEW:
+        return (weight @ x.T if bias is None else torch.addmm(bias[:, None], weight, x.T)).T
+    elif eager and PRODUCT and len(x) * weight.numel() >= LARGE:
         return PRODUCT(x, weight, bias, "none", [], "")
     elif scale is None:
         return F.linear(x, weight, bias)
@@ -163,12 +168,6 @@ def multiply(
         y = F.linear(x, weight.to(x.dtype))
     y = y if scale is None else y * scale
     return (y if bias is None else y + bias).to(x.dtype)
-
-
-def suits_onednn(x: Float[Tensor, "R I"], weight: Tensor) -> bool:
-    """Whether oneDNN is there and multiplies these faster than MKL does."""
-    single = x.is_cpu and x.dtype == weight.dtype == torch.float32
-    return bool(PRODUCT) and single and len(x) * weight.numel() >= LARGE
 
 
 def join(layers: list[nn.Linear], multiple: int = 1) -> nn.Linear:

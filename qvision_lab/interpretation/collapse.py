@@ -1,7 +1,7 @@
 """Whether the queries of a Q-Former have collapsed: measures of them, and a verdict.
 
-Collapse is defined apart from the measures, by an intervention: with all visual tokens muted but
-one, no caption changes. `diagnose` gives both, so that thresholds of the measures can be tested.
+Collapse is defined apart from the measures, by an intervention: with all queries muted but one, no
+caption changes. `diagnose` gives both, so that thresholds of the measures can be tested.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ MEASURES = {  # and what is printed of them
     "sink": "attention on the commonest patch of all pictures",
     "retrieval": "mirrored pictures found by their tokens, share",
     "bridge_scale": "norm that the bridge adds, share of the text's",
-    "changed": "captions changed by one token alone, share",
+    "changed": "captions changed by muting all queries but one",
     "distinct": "distinct captions, share",
 }
 
@@ -51,7 +51,7 @@ class Diagnosis:
     sink: float | None = None
     bridge_scale: float | None = None
     retrieval: float | None = None  # at 1; chance is 1 / `pictures`
-    changed: float | None = None  # captions that differ where the best visual token is left alone
+    changed: float | None = None  # captions that differ where only the best query is left
     distinct: float | None = None  # captions; if all are equal, muting will hardly change one
 
     @property
@@ -79,10 +79,10 @@ class Diagnosis:
         beyond = sum(self.symptoms.values())
         said += f": {beyond} of {len(self.symptoms)} measures are beyond their thresholds"
         if self.changed is None:
-            return f"{said}. Muting is undefined without a bridge."
+            return f"{said}. Muting is undefined without a bridge or a second query."
         agree = "and" if self.collapsed == (self.changed == 0) else "but"
         share = f"{self.changed:.0%} of" if self.changed else "none of"
-        return f"{said}, {agree} a single visual token changes {share} {self.muted} captions."
+        return f"{said}, {agree} muting all queries but one changes {share} {self.muted} captions."
 
     def __str__(self) -> str:
         lines = [f"{self.pictures} pictures, {self.tokens} visual tokens each"]
@@ -101,8 +101,8 @@ def diagnose(captioner: Captioner, dataset: Sequence[CaptionedImage], muted: int
     To `measure_queries` it adds the retrieval of each picture by its mirror image, among all, by
     the cosine of their mean visual tokens (less the average over pictures): whether the tokens
     identify a picture. And collapse by its definition: the first `muted` pictures are captioned
-    (greedy search) with each visual token alone, all others muted; what is reported is the share of
-    captions that differ from those of all tokens, for the token that changes the fewest.
+    (greedy search) with each query alone, all others muted; what is reported is the share of
+    captions that differ from those of all queries, for the query that changes the fewest.
 
     ValueError for less than two pictures, or one that cannot be read.
     """
@@ -119,7 +119,7 @@ def diagnose(captioner: Captioner, dataset: Sequence[CaptionedImage], muted: int
     mirrored, original = (F.normalize(x - original.mean(0)) for x in (mirrored, original))
     nearest = (mirrored @ original.T).argmax(1).cpu()
     found["retrieval"] = (nearest == torch.arange(len(dataset))).float().mean().item()
-    if not lacks:
+    if not lacks and model.config.num_query_tokens > 1:
         captions, changed = _caption_muted(model, torch.cat(read)[:muted])
         muted = len(captions)
         found["changed"] = changed.float().mean(1).min().item()
@@ -145,18 +145,17 @@ def fit_thresholds(runs: pd.DataFrame) -> dict[str, tuple[int, float]]:
 
 def _caption_muted(
     model: QVisionForConditionalGeneration, image_tokens: Float[Tensor, "I P D"]
-) -> tuple[list[tuple[int, ...]], Bool[Tensor, "N I"]]:
-    """Ids of greedy captions, and whether those of each visual token alone differ from them."""
+) -> tuple[list[tuple[int, ...]], Bool[Tensor, "Q I"]]:
+    """Ids of greedy captions, and whether those of each query alone differ from them."""
     config, greedy = model.config, generation_preset("greedy", model.config)
-    queries, has_global = {*range(config.num_query_tokens)}, config.global_token != "none"
-    alone = [mute(model, queries=queries)] if has_global else []
-    alone += [mute(model, queries=queries - {i}, global_token=has_global) for i in queries]
+    queries = {*range(config.num_query_tokens)}
+    alone = [mute(model, queries=queries - {i}) for i in queries]
     captions, changed = [], []
     with stack([mute(model), *alone]):
         for part in image_tokens.split(max(1, ROWS // (1 + len(alone)))):
-            rows = part.repeat(1 + len(alone), 1, 1)  # [(1+N)*B,P,D]
+            rows = part.repeat(1 + len(alone), 1, 1)  # [(1+Q)*B,P,D]
             ids = model.generate(image_tokens=rows, generation_config=greedy)
-            whole, *others = ids.unflatten(0, (-1, len(part)))  # 1+N times [B,T]
-            changed.append(torch.stack([(ids != whole).any(1) for ids in others]))  # [N,B]
+            whole, *others = ids.unflatten(0, (-1, len(part)))  # 1+Q times [B,T]
+            changed.append(torch.stack([(ids != whole).any(1) for ids in others]))  # [Q,B]
             captions += [tuple(row[row != config.pad_token_id].tolist()) for row in whole]
     return captions, torch.cat(changed, dim=1)
