@@ -19,7 +19,7 @@ from qvision_lab.ablation import averages, differences, part, parts, summarise
 from qvision_lab.captioning import Caption, load
 from qvision_lab.data.atomic import atomic
 from qvision_lab.data.coco import open_dataset
-from qvision_lab.interpretation.collapse import MEASURES, THRESHOLDS, Diagnosis
+from qvision_lab.interpretation.collapse import MEASURES, THRESHOLDS, TOLERANCE, Diagnosis
 from qvision_lab.interpretation.faithfulness import object_words, removal_curves
 from qvision_lab.interpretation.maps import METHODS, PatchMap, query_maps, word_maps
 from qvision_lab.interpretation.queries import profile_queries
@@ -236,21 +236,26 @@ def _findings(trained: str, table: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def collapse_table(results: str | Path = COLLAPSE) -> pd.DataFrame:
-    """By arm and length of a study: runs that are collapsed, that the thresholds call so, means."""
-    table = pd.read_csv(Path(results) / "table.csv")
+    """Runs whose queries have collapsed, and those of which the thresholds say otherwise.
+
+    Those of the first five seeds are what the thresholds were set on.
+    """
+    runs = pd.read_csv(Path(results) / "table.csv")
     measures = ["changed", *THRESHOLDS]
     said = [
-        Diagnosis(0, 0, 0, (), **{name: row[name] for name in measures}).collapsed
-        for row in table[measures].to_dict("records")
+        Diagnosis(0, 0, 0, (), **{str(name): value for name, value in row.items()}).collapsed
+        for row in runs[measures].to_dict("records")
     ]
-    table = table.assign(collapsed=table["changed"] == 0, said=said)
-    groups = table.groupby(["length", "variant"], sort=False)
+    collapsed = runs["changed"] <= TOLERANCE
+    seeds = np.where(runs["seed"] < 5, "0 to 4", "from 5")
+    runs = runs.assign(collapsed=collapsed, mistaken=collapsed != said, seeds=seeds)
+    groups = runs.groupby(["length", "variant", "seeds"], sort=False)
     columns = {
         "runs": groups.size(),
         "collapsed": groups["collapsed"].sum(),
-        "called collapsed": groups["said"].sum(),
+        "mistaken": groups["mistaken"].sum(),
         **{MEASURES[name]: groups[name].mean().map("{:.3f}".format) for name in measures},
-        "CIDEr x 100": (100 * groups["CIDEr"].mean()).map("{:.0f}".format),
+        "CIDEr x 100": groups["CIDEr"].mean().map("{:.0f}".format),
     }
     return pd.DataFrame(columns).reset_index().rename(columns={"length": "steps"})
 

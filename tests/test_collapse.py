@@ -15,8 +15,9 @@ from torch import nn
 
 import qvision_lab as ql
 from qvision_lab.data.coco import CaptionDataset, CaptionedImage
+from qvision_lab.figures import COLLAPSE, collapse_table
 from qvision_lab.interpretation import query_measures as measures
-from qvision_lab.interpretation.collapse import THRESHOLDS, fit_thresholds
+from qvision_lab.interpretation.collapse import THRESHOLDS, TOLERANCE, fit_thresholds
 from qvision_lab.model.qformer import QFormerOutput
 
 TEXTS = ("a red car", "two dogs!", "the beach", "no words")
@@ -181,6 +182,19 @@ def test_thresholds_divide_runs():
     assert low["effective_rank"] == (-1, 3)
     high = fit_thresholds(runs.assign(collapsed=[False, True, True, True]))
     assert high["query_cosine"] == high["same_peak"] == (1, 1.5)
+
+
+def test_thresholds_of_the_first_seeds_hold_on_the_others():
+    runs = pd.read_csv(COLLAPSE / "table.csv").query("variant == 'base'")
+    runs = runs.assign(collapsed=runs["changed"] <= TOLERANCE)
+    fitted = fit_thresholds(runs[runs["seed"] < 5])
+    assert {name: limit for name, (_, limit) in fitted.items()} == pytest.approx(
+        {name: limit for name, (_, limit) in THRESHOLDS.items()}, abs=0.001
+    )
+    counts = collapse_table().query("variant == 'base' and seeds == 'from 5'")
+    assert counts["collapsed"].sum() == 6
+    assert (counts["runs"] - counts["collapsed"]).sum() == 7
+    assert counts["mistaken"].sum() == 0
 
 
 def test_too_few_pictures_are_refused(byte_captioner, dataset):
