@@ -243,8 +243,8 @@ def collapse_table(results: str | Path = COLLAPSE) -> pd.DataFrame:
     runs = pd.read_csv(Path(results) / "table.csv")
     measures = ["changed", *THRESHOLDS]
     said = [
-        Diagnosis(0, 0, 0, (), **{str(name): value for name, value in row.items()}).collapsed
-        for row in runs[measures].to_dict("records")
+        Diagnosis(0, 0, 0, (), **row._asdict()).collapsed
+        for row in runs[measures].itertuples(index=False)
     ]
     collapsed = runs["changed"] <= TOLERANCE
     seeds = np.where(runs["seed"] < 5, "0 to 4", "from 5")
@@ -260,9 +260,12 @@ def collapse_table(results: str | Path = COLLAPSE) -> pd.DataFrame:
     return pd.DataFrame(columns).reset_index().rename(columns={"length": "steps"})
 
 
-STUDY_TABLES = {"study": findings_table, "collapse": collapse_table}  # of pages
-STUDY_TABLES |= {"lengths": partial(findings_table, LENGTHS)}
-STUDY_TABLES |= {"tower": partial(findings_table, TOWER)}
+STUDY_TABLES = {  # of pages
+    "study": findings_table,
+    "lengths": partial(findings_table, LENGTHS),
+    "tower": partial(findings_table, TOWER),
+    "collapse": collapse_table,
+}
 
 
 def __dir__() -> list[str]:  # for completion

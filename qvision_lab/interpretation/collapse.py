@@ -20,9 +20,7 @@ from qvision_lab.interpretation.interventions import mute, stack
 from qvision_lab.interpretation.query_measures import lacking_parts, measure_queries, open_batches
 from qvision_lab.model.captioner import QVisionForConditionalGeneration, generation_preset
 
-TOLERANCE = (
-    1 / 16
-)  # of captions: fewer queries also shift the bridge's attention to the global token
+TOLERANCE = 1 / 16  # captions: fewer queries also shift attention to the global token
 ROWS = 256  # captions that are generated at once with muted tokens
 # By measure: whether collapsed models lie above the threshold (1) or below it (-1), and that; by
 # `fit_thresholds` from seeds 0 to 4 of the base of the study `collapse`.

@@ -192,12 +192,12 @@ class Explorer(w.VBox):
         self.warning.value = f"<div class='qv-warning'>{FOREIGN}</div>" if foreign else ""
         if new and results[0].word is not None:  # other words were pressed by whoever clicked
             self._press(traced.caption, results[0].word)
-        titles = ["The model says", "Nothing is muted"]
+        titles = ["The model says"]
         if len(results) > 1:
             few = ", ".join(request.muted[:4]) + ", …" * (len(request.muted) > 4)
-            titles[1] = f"With {few} muted"
+            titles.append(f"With {few} muted")
         else:
-            self.muted.value = f"<div class='qv-title'>{titles[1]}</div>Press what to mute."
+            self.muted.value = "<div class='qv-title'>Nothing is muted</div>Press what to mute."
         limits, whole = html.color_limits(results), results[0].caption
         for output, result, title in zip((self.whole, self.muted), results, titles, strict=False):
             output.value = html.result_html(result, limits, title, whole)
