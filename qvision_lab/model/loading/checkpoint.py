@@ -105,7 +105,13 @@ def load_checkpoint(
     source = EMBEDDED if source is None else source
     folder, commit = storage.locate(source, revision, NEEDED_FILES)
     layout, weight_files = _layout(folder)
-    stored = storage.read_headers(weight_files)
+    stored = published.without_leftovers(storage.read_headers(weight_files))
+    if dtype is None:  # auto
+        found = {tensor.dtype for tensor in stored.values()}
+        if len(found) > 1:
+            raise CheckpointError(f"dtype='auto', but the files have {len(found)}; choose one.")
+        dtype = STORED_DTYPES.get(*found or "?")  # `_match` refuses any other
+    reader = storage.WeightReader(stored.values(), dtype, device)
     try:
         model, processor = _build(folder, layout, stored)
     except CheckpointError:
@@ -114,13 +120,7 @@ def load_checkpoint(
         raise CheckpointError(f"{folder}: {error!s}") from error
     except Exception as error:  # of many kinds, since the libraries check settings too
         raise CheckpointError(f"{folder}: {error!s}; correct it or download it again.") from error
-    stored = _match(model, stored, layout)
-    if dtype is None:  # auto
-        found = {tensor.dtype for tensor in stored.values()}
-        if len(found) > 1:
-            raise CheckpointError(f"dtype='auto', but the files have {len(found)}; choose one.")
-        dtype = STORED_DTYPES[found.pop()]
-    _assign(model, storage.read_tensors(stored, dtype, device))
+    _assign(model, reader.read(_match(model, stored, layout)))
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if _is_needed(p)}
     origin = Provenance(str(source), layout, commit, files, str(dtype).removeprefix("torch."))
     knowledge = _read_familiarity(folder, model), _read_confidence(folder, processor)
@@ -316,9 +316,9 @@ def _match(
                 "; one of the two files belongs to another model: download both again."
             )
         matched[name] = tensor
-    if unknown := [key for key in stored if not published.KNOWN_LEFTOVERS.fullmatch(key)]:
+    if stored:
         raise CheckpointError(
-            f"{len(unknown)} tensors have no place in this model, {unknown[0]} first; copy it again"
+            f"{len(stored)} tensors have no place in this model, {min(stored)} first; copy it again"
         )
     return matched
 
@@ -359,7 +359,8 @@ def _read_familiarity(folder: Path, model: QVisionForConditionalGeneration) -> F
     fits = len(found) == 2 and found[0] <= found[1] == width
     if not fits or shapes != {"mean": (width,), "limit": ()}:
         raise CheckpointError(f"{path} does not fit width {width}; delete or download it again.")
-    return Familiarity(**storage.read_tensors(stored, torch.float32, torch.device("cpu")))
+    reader = storage.WeightReader(stored.values(), torch.float32, torch.device("cpu"))
+    return Familiarity(**reader.read(stored))
 
 
 def _read_confidence(folder: Path, processor: QVisionProcessor) -> Confidence | None:
