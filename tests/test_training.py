@@ -173,6 +173,26 @@ def test_optimizer_gives_matrices_to_muon(tiny):
     assert id(tiny.vision.tower.embeddings.patch_embedding.weight) not in matrices
 
 
+def test_the_bridge_has_a_rate_of_its_own(tiny):
+    optimizer = MuonAdamW(tiny, 1e-3, 0.02, 0.0, bridge_rate=0.5)
+    rates = {id(w): group["lr"] for group in optimizer.param_groups for w in group["params"]}
+    assert len(rates) == len(list(tiny.parameters()))
+    for name, parameter in tiny.named_parameters():
+        rate = rates[id(parameter)]
+        assert rate in ((0.01, 5e-4) if ".bridge." in name else (0.02, 1e-3)), name
+    with pytest.raises(ValueError, match="bridge_rate needs a matrix_learning_rate"):
+        load_recipe("finetune_coco", {"training.bridge_rate": 0.5})
+
+
+def test_a_loss_on_their_cosine_keeps_queries_apart(home, quick):
+    phase = "training.phases=[{policy: qformer, steps: 6}]"
+    cosines = []
+    for weight in ("null", "100"):
+        output = run(home, weight, phase, f"training.query_cosine={weight}")
+        cosines.append(pd.read_csv(output / "captioner.csv")["eval_query_cosine"].dropna().iloc[-1])
+    assert cosines[1] < cosines[0]
+
+
 @pytest.mark.parametrize("supported", [True, False])
 def test_a_cpu_that_would_emulate_bfloat16_computes_in_float32(supported, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "has_bfloat16", lambda: supported)

@@ -51,19 +51,30 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon for the matrices of a network and AdamW for everything else, as one optimizer.
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) is meant for hidden
-    matrices; embeddings, heads, biases and norms stay with AdamW, as its authors advise.
+    matrices; embeddings, heads, biases and norms stay with AdamW, as its authors advise. For the
+    bridge both rates are multiplied by `bridge_rate`.
     """
 
-    def __init__(self, model: nn.Module, rate: float, matrix_rate: float, weight_decay: float):
+    def __init__(
+        self,
+        model: nn.Module,
+        rate: float,
+        matrix_rate: float,
+        weight_decay: float,
+        bridge_rate: float = 1.0,
+    ):
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        matrices, others = [], []
+        matrices, others = defaultdict(list), defaultdict(list)  # by the factor of their rate
         for name, parameter in model.named_parameters():
             hidden = parameter.ndim == 2 and "head" not in name and id(parameter) not in embeddings
             if parameter.requires_grad:
-                (matrices if hidden else others).append(parameter)
-        self.muon = BatchedMuon(matrices, matrix_rate, weight_decay, momentum=0.95)
+                factor = bridge_rate if "bridge" in name else 1.0
+                (matrices if hidden else others)[factor].append(parameter)
+        groups = [{"params": part, "lr": x * matrix_rate} for x, part in matrices.items()]
+        self.muon = BatchedMuon(groups, matrix_rate, weight_decay, momentum=0.95)
+        groups = [{"params": part, "lr": x * rate} for x, part in others.items()]
         self.adamw = torch.optim.AdamW(
-            others, rate, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True
+            groups, rate, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True
         )
         super().__init__(self.muon.param_groups + self.adamw.param_groups, defaults={})
 

@@ -119,10 +119,18 @@ class Training(Optimisation):
     max_tokens: int = Field(40, ge=3)  # longer captions are cut before their <END>
     label_smoothing: float = Field(0, ge=0, lt=1)  # Szegedy et al. 2016, arXiv:1512.00567
     state_dropout: float = Field(0, ge=0, lt=1)  # of cached vision states
+    bridge_rate: Positive | None = None  # factor of the bridge's learning rates, with Muon
+    query_cosine: Positive | None = None  # weight of the visual tokens' mean cosine in the loss
     best_by: Literal["cider", "loss"] = "cider"
     patience: Count | None = None  # evaluations without improvement before a phase ends
     capture: bool = True  # on one GPU, replay steps of cached features as CUDA graphs
     compile: bool = False  # compile the trained blocks with inductor (half a minute)
+
+    @model_validator(mode="after")
+    def _has_matrix_rate(self) -> "Training":
+        if self.bridge_rate and not self.matrix_learning_rate:
+            raise ValueError("bridge_rate needs a matrix_learning_rate too, of Muon")
+        return self
 
 
 class TowerData(Settings):

@@ -244,4 +244,5 @@ def train_phase(
         captured=settings.capture,
         smoothing=settings.label_smoothing,
         state_dropout=settings.state_dropout,
+        query_cosine=settings.query_cosine,
     )

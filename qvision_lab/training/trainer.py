@@ -26,7 +26,7 @@ from qvision_lab.captioning import Captioner
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, ImageId
 from qvision_lab.evaluation import evaluate_dataset
-from qvision_lab.interpretation.query_measures import measure_queries
+from qvision_lab.interpretation.query_measures import mean_cosine, measure_queries
 from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.training import gpu
 from qvision_lab.training.optimizers import MuonAdamW
@@ -71,7 +71,7 @@ class StageTrainer(Trainer):
     alone, so that the number of evaluations changes no weight. On a GPU, steps take float32
     products in TF32 and read frozen matrices in the bfloat16 that autocast would cast them to; what
     is evaluated and saved is float32. Where compiling fails in the first step, training continues
-    without; graphs are captured where one GPU trains alone, without smoothing.
+    without; graphs are captured where one GPU trains alone, without a change of the loss.
     """
 
     def __init__(
@@ -84,12 +84,14 @@ class StageTrainer(Trainer):
         captured: bool = False,
         smoothing: float = 0.0,
         state_dropout: float = 0.0,
+        query_cosine: float | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.measure, self.processor, self.patience = measure, processor, patience
         self.compiled, self.untried = compiled, compiled
         self.smoothing, self.state_dropout = smoothing, state_dropout
+        self.query_cosine = query_cosine
         on_gpu = self.args.device.type == "cuda"
         if on_gpu and isinstance(measure, Validation):  # holding weights may move them
             measure.captioner.decoding.follow_weights()
@@ -97,7 +99,7 @@ class StageTrainer(Trainer):
         self.originals = [weight.data for weight in self.frozen]
         # Graphs write gradients to one place, which a second batch of a step would overwrite.
         alone = self.args.world_size == 1 and self.args.gradient_accumulation_steps == 1
-        captured &= alone and on_gpu and not smoothing
+        captured &= alone and on_gpu and not (smoothing or query_cosine)
         self.captured = gpu.CapturedLoss(self.model) if captured else None
         self.losses: list[tuple[int, Tensor]] = []  # with their steps, not yet checked
 
@@ -109,10 +111,16 @@ class StageTrainer(Trainer):
         if self.captured is not None and packed and not return_outputs:
             with self.accelerator.autocast():
                 return self.captured(**inputs, num_items_in_batch=num_items_in_batch)
-        if not (model.training and self.smoothing):
+        if not (model.training and (self.smoothing or self.query_cosine)):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
-        return smooth_loss(loss, output.logits, self.smoothing, num_items_in_batch)
+        if self.smoothing:
+            loss = smooth_loss(loss, output.logits, self.smoothing, num_items_in_batch)
+        if self.query_cosine:  # a batch's mean, where the captions' losses may be summed over more
+            tokens = output.visual_tokens.float()  # [B,N,D]
+            share = self.query_cosine / self.args.gradient_accumulation_steps
+            loss = loss + share * mean_cosine(tokens - tokens.mean(0))
+        return loss
 
     def train(self, *args, **kwargs):
         halves = [original.bfloat16() for original in self.originals]
@@ -249,6 +257,7 @@ def train_stage(
     exhausted = is_exhausted(state, arguments.metric_for_best_model, parts.get("patience"))
     if not exhausted and not (last and state.global_step >= state.max_steps):
         rates = settings.learning_rate, settings.matrix_learning_rate, settings.weight_decay
+        rates = *rates, getattr(settings, "bridge_rate", None) or 1.0
         optimizer = MuonAdamW(model, *rates) if settings.matrix_learning_rate else None
         settled = {"optimizers": (optimizer, None), "callbacks": [EpochCallback()]}
         trainer = StageTrainer(model, arguments, **settled, **parts)
