@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import file_limit, interrupted
+from conftest import file_limit, interrupted, random_images
 from distributed import Client, LocalCluster
 from pandas.testing import assert_frame_equal
 
@@ -164,6 +164,20 @@ def test_arms_without_a_qformer_have_maps_where_they_read_patches(tmp_path):
     table = study.run(tmp_path, InTurn(), processes=1).set_index("variant")
     assert 0 <= table.loc["image_tokens", "pointing"] <= 1
     assert np.isnan(table.loc["mean_image_token", "pointing"])
+
+
+def test_other_images_than_scenes_are_captioned_without_their_truth(tmp_path):
+    lines = []
+    for i, picture in enumerate(random_images(20, 32, 32)):
+        picture.save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"file": f"{i}.png", "captions": [f"Picture {i}.", "A picture."]}))
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    other = changed(variants={}, seeds=[0], test={"source": str(tmp_path)})
+    assert other.runs[0].key != changed(variants={}, seeds=[0]).runs[0].key
+    row = other.run(tmp_path / "study", InTurn(), processes=1).iloc[0]
+    assert row["CIDEr"] >= 0
+    assert 1 <= row["effective_rank"] <= 3
+    assert not {"true", "true_scenes", "pointing"} & set(row.index)
 
 
 def test_a_second_command_is_refused_while_a_study_runs(tmp_path):

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import nan
 from pathlib import Path
@@ -19,19 +19,21 @@ import torch
 from filelock import FileLock
 
 from qvision_lab.captioning import Captioner, load
+from qvision_lab.captioning.images import open_image
 from qvision_lab.data.atomic import write_atomic
-from qvision_lab.data.coco import CaptionDataset, open_dataset
+from qvision_lab.data.coco import CaptionDataset
 from qvision_lab.evaluation import evaluate_dataset
 from qvision_lab.interpretation.collapse import MEASURES, diagnose
 from qvision_lab.interpretation.faithfulness import score_words, summarise
 from qvision_lab.interpretation.maps import composition
 from qvision_lab.model.captioner import generation_preset
 from qvision_lab.training import freezing
-from qvision_lab.training.recipe import Phase, Recipe, Training
-from qvision_lab.training.train import train_captioner
+from qvision_lab.training.recipe import DataSource, Phase, Recipe, Training
+from qvision_lab.training.train import open_source, train_captioner
 from qvision_lab.training.trainer import DivergedError, Validation, last_checkpoint
 
 TOKENS, ROUNDS = 20, 5  # of the captions that are timed
+SCENES = DataSource(source="scenes:test")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +52,11 @@ class Run:
     columns: dict[str, Any]  # of the arm, and `tuned`, `rate` if any
     seed: int  # runs of one seed are pairs
     recipe: Recipe
-    scored: int  # test scenes; 0: validation only
+    test: DataSource
+    scored: int  # test images; 0: validation only
     pointed: int  # of those, for the maps and `collapse.diagnose`
     threads: int
-    origin: str  # digest of the tower and of how scenes are drawn and captioned
+    origin: str  # digest of the tower and the test images
 
     @cached_property
     def key(self) -> str:
@@ -61,6 +64,7 @@ class Run:
         exclude = {"name": True, "features": {"folder"}}  # and None: settings that came later
         recipe = self.recipe.model_dump(mode="json", exclude=exclude, exclude_none=True)
         parts = [recipe, self.scored, self.pointed, self.threads, self.origin]
+        parts += [] if self.test == SCENES else [self.test.model_dump(mode="json")]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def folder(self, study: str | os.PathLike) -> Path:
@@ -132,15 +136,17 @@ def _measure(run: Run, folder: Path, features: Path) -> dict[str, float | str | 
     row = {"failed": None, "validation": curves[-1]["eval_cider"].max()}
     if not run.scored:
         return row
-    dataset = open_dataset("scenes:test", n=run.scored)
-    captions = Validation(dataset, captioner).captions()
-    report = evaluate_dataset(captions, dataset, ("cider", "scenes"), resamples=1)
-    pointed = open_dataset("scenes:test", n=run.pointed)
+    dataset = open_source(run.test.model_copy(update={"n": run.scored}))
+    pointed = replace(dataset, images=dataset.images[: run.pointed])
+    captions, judge = Validation(dataset, captioner).captions(), dataset.judge
+    metrics = ("cider", judge.name) if judge else ("cider",)
+    report = evaluate_dataset(captions, dataset, metrics, resamples=1)
     diagnosis = diagnose(captioner, pointed)
+    if judge:
+        row["true_scenes"] = "".join(np.where(report.per_image["true"] == 1, "y", "n"))
+        row["pointing"] = _pointing(captioner, pointed)
     return row | {
         **report.scores,
-        "true_scenes": "".join(np.where(report.per_image["true"] == 1, "y", "n")),
-        "pointing": _pointing(captioner, pointed),
         **{name: getattr(diagnosis, name) for name in MEASURES},
         "parameters": sum(p.numel() for p in captioner.model.parameters() if p.requires_grad),
         "seconds": nan if resumed else sum(curve["train_runtime"].max() for curve in curves),
@@ -166,7 +172,8 @@ def _pointing(captioner: Captioner, dataset: CaptionDataset) -> float:
 def _latency(captioner: Captioner, dataset: CaptionDataset) -> float:
     """Median seconds of a greedy caption of 20 tokens, after the tower that all arms share."""
     model = captioner.model
-    pixels = captioner.processor(images=dataset[0].picture).pixel_values.to(model.device)
+    picture = open_image(dataset[0].picture)
+    pixels = captioner.processor(images=picture).pixel_values.to(model.device)
     states = model.vision.encode(pixels)  # [1,P,C]
     settings = generation_preset("greedy", model.config)
     settings.update(max_new_tokens=TOKENS, min_length=TOKENS + 1)  # and <START>

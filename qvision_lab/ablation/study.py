@@ -13,10 +13,9 @@ import pandas as pd
 from pydantic import Strict
 from tqdm.auto import tqdm
 
-from qvision_lab.ablation.arm import Arm, Run, carry_out, with_rates, with_steps
+from qvision_lab.ablation.arm import SCENES, Arm, Run, carry_out, with_rates, with_steps
 from qvision_lab.captioning import load
 from qvision_lab.data.atomic import locked, write_atomic
-from qvision_lab.data.coco import open_dataset
 from qvision_lab.data.identity import fingerprint
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.parameters import fingerprint_weights
@@ -24,6 +23,7 @@ from qvision_lab.training.features import FeatureCache
 from qvision_lab.training.recipe import (
     RECIPES,
     Count,
+    DataSource,
     Positive,
     Recipe,
     Settings,
@@ -32,7 +32,7 @@ from qvision_lab.training.recipe import (
     read_yaml,
 )
 from qvision_lab.training.results import record_run
-from qvision_lab.training.train import changed_config, open_data
+from qvision_lab.training.train import changed_config, open_data, open_source
 
 STUDIES = files("qvision_lab.ablation") / "studies"
 BASE = "base"
@@ -58,7 +58,8 @@ class Study(Settings):
     lengths: Annotated[tuple[Count, ...], Strict(False)] = ()  # in steps; none: the recipe's
     costs: dict[str, Positive] = {}  # of a step, in those of the base, for arms of equal compute
     rates: Annotated[tuple[Positive, ...], Strict(False)] = (1.0,)  # factors of the learning rates
-    scored: Count = 500  # test scenes that every run captions
+    test: DataSource = SCENES
+    scored: Count = 500  # of its images, which every run captions
     pointed: Count = 50  # of those, for the maps and `collapse.diagnose`
     threads: Count = 1  # of each run
 
@@ -129,9 +130,9 @@ class Study(Settings):
 
     @cached_property
     def origin(self) -> str:
-        """Digest of the tower and of how scenes are drawn and captioned; twenty stand for all."""
-        drawn = fingerprint(open_dataset("scenes:test", n=20))
-        return fingerprint_weights(self._model.vision.tower) + drawn
+        """Digest of the tower and of the test images and captions; twenty stand for all."""
+        images = open_source(self.test.model_copy(update={"n": 20}))
+        return fingerprint_weights(self._model.vision.tower) + fingerprint(images)
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -140,7 +141,8 @@ class Study(Settings):
 
     def _run(self, arm: Arm, seed: int, rate: float = 1, tuned: bool = False, **changed) -> Run:
         tuning = {"tuned": tuned, "rate": rate} if len(self.rates) > 1 else {}
-        sizes = {"scored": self.scored, "pointed": self.pointed, "threads": self.threads} | changed
+        names = "test", "scored", "pointed", "threads"
+        sizes = {name: getattr(self, name) for name in names} | changed
         recipe = with_rates(arm.recipe, rate).model_copy(update={"seed": arm.first_seed + seed})
         return Run(arm.columns | tuning, seed, recipe, origin=self.origin, **sizes)
 
@@ -183,7 +185,7 @@ class Study(Settings):
         base = self.runs[0].recipe.model_dump(mode="json", exclude={"seed"})
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
-            record_run(folder, {"base": base}, {"scenes and tower": self.origin})
+            record_run(folder, {"base": base}, {"test images and tower": self.origin})
             for length in self.lengths or (None,):  # each is a result without the next
                 arms = [arm for arm in self.arms if arm.columns.get("length") == length]
                 tuning = [run for arm in arms for run in self.tuning(arm)]
@@ -228,7 +230,8 @@ class Study(Settings):
 
         `failed` has the reason why a run has no scores; `seconds` (of training) is missing after an
         interruption, and `pointing` where an arm has no maps. Scores are those of
-        `EvaluationReport`, on the test split, CIDEr times 100; `true_scenes` has y or n for each;
+        `EvaluationReport`, on the test images, CIDEr times 100; of scenes, `true_scenes` has y or n
+        for each;
         `validation` is the CIDEr that the checkpoint was chosen by; `latency` is in seconds.
         """
         rows = [
