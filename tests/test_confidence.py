@@ -35,21 +35,8 @@ SETTINGS = {"kinds": KINDS, "caption": [0.0, 1.0]}
 class Words:
     """A tokenizer of whole words."""
 
-    known = (
-        "a",
-        "and",
-        "red",
-        "blue",
-        "cat",
-        "cats",
-        "dog",
-        "to",
-        "the",
-        "left",
-        "right",
-        "of",
-        "on",
-    )
+    known = ("a", "and", "red", "blue", "cat", "cats", "dog", "to", "the", "left", "right")
+    known += ("of", "on")
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": [self.known.index(word) for word in text.split()]}

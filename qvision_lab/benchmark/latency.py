@@ -33,7 +33,8 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
     """Time all methods in both precisions, 20 new tokens each, on random pixels."""
     model = timed_model(captioner, quick)
-    bandwidth = read_bandwidth(model.device, quick)
+    gigabyte = torch.ones(2**20 if quick else 2**28, device=model.device)
+    bandwidth = gigabyte.nbytes / min(interleave({"sum": gigabyte.sum}, 5)["sum"])  # best of five
     settings = {**GREEDY, "rounds": ROUNDS, "parameters": model.num_parameters()}
     settings |= {"device": model.device.type, "read_gigabytes_per_second": bandwidth / 1e9}
     copies = (copy.deepcopy(model).to(dtype) for dtype in (torch.bfloat16, torch.float32))
@@ -99,12 +100,6 @@ def race(
             "pays_after": compiling / saved if compiling and saved > 0 else None,  # captions
             "seconds": samples,  # per batch, round by round
         }
-
-
-def read_bandwidth(device: torch.device, quick: bool = False) -> float:
-    """Bytes per second that a sum over a gigabyte reads, the best of five."""
-    numbers = torch.ones(2**20 if quick else 2**28, device=device)
-    return numbers.nbytes / min(interleave({"sum": numbers.sum}, 5)["sum"])
 
 
 @torch.no_grad()

@@ -46,13 +46,8 @@ def _choose_default(captioner: Captioner, quick: bool) -> Table:
     chosen = choice[choice.method.isin(METHODS)].set_index("method")["value"].idxmax()
     scores = score_words(captioner, splits["test"], CANDIDATES)
     tested = _tested(scores, {name: chosen for name in scores.method.unique() if name != chosen})
-    return Table(
-        name="maps",
-        rows=_rows(choice.assign(split="val"), tested.assign(split="test")),
-        quick=quick,
-        settings={"scenes": how, "chosen": chosen},
-        identity=identity_of(captioner, **splits),
-    )
+    tables = choice.assign(split="val"), tested.assign(split="test")
+    return _table("maps", captioner, quick, splits, *tables, scenes=how, chosen=chosen)
 
 
 def _compare_with_embedded(captioner: Captioner, quick: bool, name: str) -> Table:
@@ -61,26 +56,17 @@ def _compare_with_embedded(captioner: Captioner, quick: bool, name: str) -> Tabl
     ours, theirs = (score_words(c, *shared, removal=False) for c in (captioner, load()))
     against = {method: f"{method}, embedded" for method in ours.method}
     scores = pd.concat([ours, theirs.assign(method=theirs.method.map(against))])
-    return Table(
-        name=name,
-        rows=_rows(_tested(scores, against).assign(split="test")),
-        quick=quick,
-        settings={"scenes": how, "chosen": None},
-        identity=identity_of(captioner, **splits),
-    )
+    tested = _tested(scores, against).assign(split="test")
+    return _table(name, captioner, quick, splits, tested, scenes=how, chosen=None)
 
 
 def _score_boxes(captioner: Captioner, quick: bool, data: str) -> Table:
     """Maps of the model's captions of photographs; words that name an object with a box count."""
     dataset = open_dataset(data, n=6 if quick else None)
     scores = score_words(captioner, dataset, CANDIDATES)
-    return Table(
-        name=f"maps boxes {Path(captioner.provenance.source).name}",
-        rows=_rows(_tested(scores, dict.fromkeys(CANDIDATES, "centre"))),
-        quick=quick,
-        settings={"images": dataset.name, "chosen": "centre"},
-        identity=identity_of(captioner, test=dataset),
-    )
+    tested = _tested(scores, dict.fromkeys(CANDIDATES, "centre"))
+    name, splits = f"maps boxes {Path(captioner.provenance.source).name}", {"test": dataset}
+    return _table(name, captioner, quick, splits, tested, images=dataset.name, chosen="centre")
 
 
 def _open(
@@ -96,6 +82,9 @@ def _tested(scores: pd.DataFrame, against: dict[str, str]) -> pd.DataFrame:
     return summarise(scores).merge(compare_methods(scores, against), "left", KEYS)
 
 
-def _rows(*tables: pd.DataFrame) -> tuple[dict, ...]:
-    table = pd.concat(tables).astype(object)
-    return tuple(table.where(table.notna(), None).to_dict("records"))
+def _table(
+    name: str, captioner: Captioner, quick: bool, data: dict, *scores: pd.DataFrame, **settings
+) -> Table:
+    table, identity = pd.concat(scores).astype(object), identity_of(captioner, **data)
+    rows = tuple(table.where(table.notna(), None).to_dict("records"))
+    return Table(name=name, rows=rows, quick=quick, settings=settings, identity=identity)

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import groupby
@@ -114,14 +114,14 @@ class FeatureCache:
         image the first so many `VIEWS` are kept. Images are read by `workers`; None: up to 8, or
         none on fewer than 4 cores, which the tower needs.
         """
-        names_of = partial(_names, views=VIEWS[:views])
+        ends = VIEWS[:views]
         failed = dict.fromkeys(images.missing(), "there is no such file")
         names = {image.image_id: _name(image) for image in images if image.image_id not in failed}
         known = {key: self.contents.get(name) for key, name in names.items()}
         contents = {
             key: content
             for key, content in known.items()
-            if content and self.files.keys() >= {*names_of(content)}
+            if content and self.files.keys() >= {content + end for end in ends}
         }
         unread = [i for i, key in enumerate(images.ids) if key in names and key not in contents]
         values = math.prod(model.config.patch_grid) * model.config.vision_config.hidden_size
@@ -141,9 +141,7 @@ class FeatureCache:
             images,
             batch_sampler=batches,
             num_workers=workers if unread else 0,
-            collate_fn=partial(
-                _read, processor=processor, names_of=names_of, known=frozenset(self.files)
-            ),
+            collate_fn=partial(_read, processor=processor, ends=ends, known=frozenset(self.files)),
             pin_memory=model.device.type == "cuda",
         )
         bar = tqdm(reader, f"features (at most {needed / 1e9:.2f} GB)", unit="batch")
@@ -169,7 +167,7 @@ class FeatureCache:
             if number % 64 == 0 or number == len(batches):
                 write_atomic(self.folder / "contents.json", json.dumps(self.contents))
         places = {
-            key: [(self.files[name], name) for name in names_of(content)]
+            key: [(self.files[content + end], content + end) for end in ends]
             for key, content in contents.items()
         }
         return CachedFeatures(places, failed)
@@ -178,7 +176,7 @@ class FeatureCache:
 def _read(
     images: list[CaptionedImage],
     processor: QVisionProcessor,
-    names_of: Callable[[str], list[str]],
+    ends: Sequence[str],
     known: frozenset[str],
 ) -> tuple[dict[ImageId, str], dict[str, Float[Tensor, "3 H W"]], dict[ImageId, str]]:
     """Digests of the images' contents; pixels of the views that are not known; and problems."""
@@ -188,7 +186,8 @@ def _read(
             source = image.image.read_bytes() if image.image else image.picture
             data = source if isinstance(source, bytes) else source.tobytes()
             content = hashlib.blake2b(data, digest_size=16).hexdigest()
-            new = [name for name in names_of(content) if name not in known and name not in pixels]
+            names = (content + end for end in ends)
+            new = [name for name in names if name not in known and name not in pixels]
             picture = open_image(source, str(image.image)) if new else None
             for name in new:
                 shown = draw_view(picture, name, processor.image_size)
@@ -197,10 +196,6 @@ def _read(
         except (ImageError, OSError) as error:
             failed[image.image_id] = str(error)
     return contents, pixels, failed
-
-
-def _names(content: str, views: Sequence[str]) -> list[str]:
-    return [content + view for view in views]
 
 
 def draw_view(picture: Image.Image, name: str, side: int) -> Image.Image:

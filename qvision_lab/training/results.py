@@ -82,7 +82,10 @@ def save_result(
 ) -> None:
     """Write the checkpoint with its card, recipe, scores and curves; upload it if asked."""
     made_by = Provenance(f"the recipe {recipe.name}", "native", None, {}, recipe.dtype)
-    familiarity = fit_familiarity(samples)
+    familiarity = None  # without cached states
+    if recipe.features is not None:
+        parts = samples["train"], samples["validation"]
+        familiarity = Familiarity.fit(*(p.features.means(p.images.ids[:FAMILIAR]) for p in parts))
     checkpoint = replace(checkpoint, provenance=made_by, familiarity=familiarity)
     dtype = getattr(torch, recipe.dtype)
     rounded = checkpoint.model.to(dtype).float()  # what is scored is what is saved
@@ -126,16 +129,6 @@ def save_result(
         companions["vision.csv"] = (output / "vision/curve.csv").read_text(encoding="utf-8")
     checkpoint.model.to(dtype)
     save_checkpoint(checkpoint, output / "checkpoint", companions, recipe.push_to)
-
-
-def fit_familiarity(samples: Mapping[str, CaptionSamples]) -> Familiarity | None:
-    """From cached states, by `FAMILIAR` training images; None without a cache."""
-    means = []
-    for part in (samples["train"], samples["validation"]):
-        if part.features is None:
-            return None
-        means.append(part.features.means(part.images.ids[:FAMILIAR]))
-    return Familiarity.fit(*means)
 
 
 def score_captioner(captioner: Captioner, dataset: CaptionDataset) -> dict[str, dict]:

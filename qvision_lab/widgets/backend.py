@@ -2,17 +2,15 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain
 
 import torch
 from PIL import Image
 
 from qvision_lab.captioning import Caption, Captioner
 from qvision_lab.captioning.decoding_step import copy_sharing_weights
-from qvision_lab.interpretation.interventions import mute
+from qvision_lab.interpretation.interventions import Intervention, mute
 from qvision_lab.interpretation.maps import DEFAULT_METHOD, PatchMap, query_maps, word_maps
 from qvision_lab.interpretation.trace import Trace, trace
 from qvision_lab.model.confidence import Claim
@@ -56,9 +54,8 @@ class Backend:
 
     def __init__(self, captioner: Captioner):
         self.captioner = replace(captioner, model=copy_sharing_weights(captioner.model))
+        mute(self.captioner.model)  # raises where the model lacks a part
         self.parts = parts(captioner.model.config)
-        for arguments in chain.from_iterable(group.values() for group in self.parts.values()):
-            mute(self.captioner.model, **arguments)  # raises where the model lacks a part
         self._caption = lru_cache(CACHE_SIZE)(self._caption)
         self._trace = lru_cache(CACHE_SIZE)(self._trace)
 
@@ -122,11 +119,8 @@ class Backend:
         with self._muting(muted):
             return trace(self.captioner, image(), caption)
 
-    def _muting(self, muted: tuple[str, ...]) -> ExitStack:
-        stack = ExitStack()
-        if muted:
-            stack.enter_context(mute(self.captioner.model, **self.mute_arguments(muted)))
-        return stack
+    def _muting(self, muted: tuple[str, ...]) -> Intervention:
+        return mute(self.captioner.model, **self.mute_arguments(muted))
 
 
 def parts(config: QVisionConfig) -> dict[str, dict[str, dict]]:

@@ -69,14 +69,6 @@ class Explorer(w.VBox):
         )
         slim = {"readout": False, "layout": {"width": "210px"}}
         self.opacity = w.FloatSlider(0.75, min=0, max=1, description="Opacity", **slim, **style)
-        self.parts = {
-            name: w.ToggleButton(
-                description="global" if name == "global token" else name.split()[-1],
-                tooltip=f"mute {name}",
-            )
-            for group in self.backend.parts.values()
-            for name in group
-        }
         self.unmute = w.Button(description="Unmute all", **auto)
         self.only = w.Button(description="Only this visual token", **auto)
         self.only.tooltip = "mute all visual tokens but the one whose map is drawn"
@@ -90,21 +82,19 @@ class Explorer(w.VBox):
         searching = (self.search, self.beams, self.temperature, self.top_p, self.seed, self.penalty)
         mapping = (self.image, self.own, self.method, self.token, self.block, self.head)
         row = {"layout": {**wrapped, "align_items": "center", "grid_gap": "0 8px"}}
-        mutes: list[w.Widget] = [w.HBox([self.unmute, self.only], **row)]
+        self.parts, mutes = {}, [w.HBox([self.unmute, self.only], **row)]
         for kind, group in self.backend.parts.items():
-            mutes.append(
-                w.HBox([w.Label(kind), *(self.parts[name] for name in group)], layout=wrapped)
-            )
+            for name in group:
+                short = name.removesuffix(" token").split()[-1]
+                self.parts[name] = w.ToggleButton(description=short, tooltip=f"mute {name}")
+            mutes.append(w.HBox([w.Label(kind), *map(self.parts.get, group)], layout=wrapped))
         panel = w.VBox(mutes, layout={"flex": "1 1 260px"})
         panel.add_class("qv-mute")
-        maps = w.VBox(
-            [
-                w.HBox([self.whole, self.muted]),
-                w.HBox([self.opacity, self.save], **row),
-                self.probabilities,
-            ],
-            layout={"flex": "3 1 480px", "min_width": "0"},
-        )
+        shown = [w.HBox([self.whole, self.muted]), w.HBox([self.opacity, self.save], **row)]
+        stretched = {"flex": "3 1 480px", "min_width": "0"}
+        maps = w.VBox([*shown, self.probabilities], layout=stretched)
+        data = {"application/javascript": html.SCRIPT}  # it runs where the frontend runs scripts
+        script = {"output_type": "display_data", "data": data, "metadata": {}}
         more = w.Accordion([w.HBox(searching, **row), self.code], titles=["Search", "Copy as code"])
         super().__init__(
             [
@@ -115,7 +105,7 @@ class Explorer(w.VBox):
                 w.HBox([self.method, self.token, self.block, self.head], **row),
                 w.HBox([maps, panel], layout=wrapped),
                 more,
-                self._scripted(),
+                w.Output(outputs=(script,), layout={"display": "none"}),
             ]
         )
         self.add_class("qv")
@@ -136,13 +126,6 @@ class Explorer(w.VBox):
         if pictures:
             self._add_folder(pictures)
         self.request()
-
-    @staticmethod
-    def _scripted() -> w.Output:
-        """Arrow keys between words, and `aria-pressed`, where the frontend runs scripts."""
-        data = {"application/javascript": html.SCRIPT}
-        shown = {"output_type": "display_data", "data": data, "metadata": {}}
-        return w.Output(outputs=(shown,), layout={"display": "none"})
 
     def request(self, change: object = None) -> None:
         """Run the model for the state of the controls, in the worker's thread."""
@@ -171,7 +154,7 @@ class Explorer(w.VBox):
     def _run(self, request: Request) -> None:
         if request != self._requested:
             return  # a later one follows
-        self._say("The model is at work …")
+        self._say("Running the model …")
         try:
             self._show(request, self.image.label, self.backend.run(request))
             self._say("Ready.")
@@ -228,13 +211,9 @@ class Explorer(w.VBox):
             button.close()
 
     def _toggle(self, index: int, change: object) -> None:
-        if change.new:
-            self._pick(index)
-        elif index == self._picked[1]:  # it stays pressed until another is
-            change.owner.value = True
-
-    def _pick(self, index: int) -> None:
-        if index != self._picked[1]:
+        if not change.new:  # the picked one stays pressed until another is
+            change.owner.value = index == self._picked[1]
+        elif index != self._picked[1]:
             self._press(self._shown[1], index)
             self.request()
 
