@@ -31,6 +31,7 @@ from qvision_lab.scenes.dataset import SceneJudge
 from qvision_lab.scenes.layout import COLORS
 
 __all__ = ["draw_curves", "draw_findings", "draw_inside", "photographs", "run_demo"]
+__dir__ = __all__.copy  # for completion
 
 EXAMPLE = 2  # index of the test scene in the figures of words and queries
 CURVES = {  # stages of the embedded checkpoint's training, and the measures that are drawn
@@ -266,7 +267,3 @@ STUDY_TABLES = {  # of pages
     "tower": partial(findings_table, TOWER),
     "collapse": collapse_table,
 }
-
-
-def __dir__() -> list[str]:  # for completion
-    return __all__

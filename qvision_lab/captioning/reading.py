@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -95,25 +95,19 @@ def read_batches(
                 now, ahead = ahead, next(reading, None)
                 yield reader.collate(now)
         return
+    parts = (_chunks(batch, CHUNK) for batch in _chunks(items, batch_size))
     chunks = DataLoader(
         reader,
-        batch_sampler=_chunks(items, min(CHUNK, batch_size)),
+        batch_sampler=chain.from_iterable(parts),
         num_workers=workers,
         collate_fn=reader.collate,
         pin_memory=torch.cuda.is_available(),
     )
-    waiting: list[Batch] = []
-    for chunk in chunks:
-        chunk.pixels = chunk.pixels.to(reader.device, non_blocking=True)
-        waiting.append(chunk)
-        if sum(len(part.items) for part in waiting) >= batch_size:
-            now, rest = Batch.join(waiting).split(batch_size)
-            waiting = [rest] if rest.items else []
-            yield now
-    if waiting:
-        yield Batch.join(waiting)
+    moved = (Batch(x.items, x.pixels.to(reader.device, non_blocking=True)) for x in chunks)
+    for several in _chunks(moved, -(-batch_size // CHUNK)):  # those of one batch
+        yield Batch.join(several)
 
 
-def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+def _chunks(items: Iterable, size: int) -> Iterator[list]:
     items = iter(items)
     return iter(lambda: list(islice(items, size)), [])

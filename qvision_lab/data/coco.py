@@ -19,6 +19,7 @@ from PIL import Image
 from qvision_lab.data.atomic import find_path
 
 __all__ = ["CaptionDataset", "CaptionedImage", "Contamination", "contamination", "open_dataset"]
+__dir__ = __all__.copy  # for completion
 
 ImageId = int | str
 
@@ -234,20 +235,16 @@ def _from_coco(path: Path, content: dict) -> tuple[list[CaptionedImage], Any]:
 
 
 def _from_karpathy(path: Path, images: list[dict], split: str | None) -> list[CaptionedImage]:
+    entries = []
     for number, image in enumerate(images, start=1):
         place = f"image {number} of {path}"
-        for sentence in take(image, place, sentences=list, split=str, filename=str)[0]:
-            take(sentence, f"a sentence of {place}", raw=str)
-    check_split(path, split or "", list(dict.fromkeys(image["split"] for image in images)))
-    return [
-        CaptionedImage(
-            image["cocoid"] if "cocoid" in image else image["imgid"],
-            Path(image.get("filepath", ""), image["filename"]),
-            tuple(sentence["raw"] for sentence in image["sentences"]),
-        )
-        for image in images
-        if image["split"] in split.split("+")
-    ]
+        sentences, part, name = take(image, place, sentences=list, split=str, filename=str)
+        texts = [take(sentence, f"a sentence of {place}", raw=str)[0] for sentence in sentences]
+        key = image["cocoid"] if "cocoid" in image else image["imgid"]
+        file = Path(image.get("filepath", ""), name)
+        entries.append((part, CaptionedImage(key, file, tuple(texts))))
+    check_split(path, split or "", list(dict.fromkeys(part for part, _ in entries)))
+    return [entry for part, entry in entries if part in split.split("+")]
 
 
 def _from_table(path: Path, split: str | None) -> list[CaptionedImage]:
@@ -352,7 +349,3 @@ def some(thing: str, ids: Sequence[ImageId]) -> str:
     """ "3 images (7, 12, 15)", with the first five ids; "" for none."""
     first = ", ".join(map(repr, ids[:5])) + (", ..." if len(ids) > 5 else "")
     return f"{len(ids):,} {thing}{'s' * (len(ids) > 1)} ({first})" if ids else ""
-
-
-def __dir__() -> list[str]:  # for completion
-    return __all__

@@ -27,6 +27,7 @@ from qvision_lab.model.variants import require_parts
 
 __all__ = ["Effect", "Intervention", "blank_image", "effects", "mute", "mute_each", "patch"]
 __all__ += ["stack", "sweep"]
+__dir__ = __all__.copy  # for completion
 
 Change = Callable[..., Tensor]  # of an activation; the model continues with the result
 Site = Callable[[nn.Module, Change], RemovableHandle]  # where in a module that is
@@ -280,10 +281,6 @@ def effects(trace: Trace, interventions: Sequence[Intervention]) -> list[Effect]
         before, *after = trace.word_logprobs(trace.words, rows).cpu().numpy()  # [1+V,W]
     pairs = zip(interventions, after, strict=True)
     return [Effect(each.label, trace.words, before, row) for each, row in pairs]
-
-
-def __dir__() -> list[str]:  # for completion
-    return __all__
 
 
 def _mark(indices: Iterable[int], count: int, kind: str = "part") -> Bool[Tensor, "1 N 1"]:

@@ -12,7 +12,6 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from PIL.Image import Resampling
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
@@ -131,11 +130,8 @@ class QVisionProcessor(ProcessorMixin):
             features["pixel_values"] = self.normalise(torch.from_numpy(resized), preset)
         if text is not None:
             captions = [text] if isinstance(text, str) else text
-            rows = [self.encode(caption) for caption in captions]
-            ones = [torch.ones_like(row) for row in rows]
-            pad = self.tokenizer.pad_token_id
-            features["input_ids"] = pad_sequence(rows, batch_first=True, padding_value=pad)
-            features["attention_mask"] = pad_sequence(ones, batch_first=True)
+            rows = {"input_ids": [self.encode(caption) for caption in captions]}
+            features |= self.tokenizer.pad(rows, padding_side="right")
         return features.convert_to_tensors(return_tensors)
 
     def encode(self, caption: str, max_length: int | None = None) -> Int[Tensor, " T"]:

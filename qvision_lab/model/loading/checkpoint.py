@@ -32,14 +32,8 @@ FAMILIARITY, CONFIDENCE = "familiarity.safetensors", "confidence.json"
 NEEDED_FILES = (
     *("config.json", "architecture.json", "generation_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
-    *(
-        WEIGHTS,
-        SHARD_INDEX,
-        "model-*.safetensors",
-        FAMILIARITY,
-        CONFIDENCE,
-        *published.WEIGHT_FILES,
-    ),
+    *(WEIGHTS, SHARD_INDEX, "model-*.safetensors", FAMILIARITY, CONFIDENCE),
+    *published.WEIGHT_FILES,
 )
 MOST = {"num_channels": 3, "max_position_embeddings": 2**14}  # GPT-Neo's masks have its square
 POSITIVE, COLOUR = r"[0.]*[1-9][\d.e-]*", r"[\d.e-]+"
@@ -87,16 +81,10 @@ def load_checkpoint(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> Checkpoint:
-    """Load a captioner with its processor. Only safetensors are read, and no code is run.
+    """Load a captioner, in either layout, with its processor; the arguments are those of `ql.load`.
 
-    CheckpointError names the file, tensor or value that is wrong, and the remedy.
-
-    Args:
-        source: a folder or Hub id in the published or the native layout, or the name of one that
-            ships inside the package: "scenes" (None: that) or "photos".
-        revision: branch, tag or commit on the Hub; the commit that was loaded is recorded.
-        dtype: "float32" (the default), "bfloat16", "float16", a torch dtype, or "auto" as stored.
-        device: "cpu", "cuda", "cuda:1", "mps"; by default CUDA where there is one, else the CPU.
+    Only safetensors are read, and no code is run. CheckpointError names the file, tensor or value
+    that is wrong, and the remedy.
     """
     known = {**DTYPES, None: torch.float32, "auto": None}
     device, dtype = _find_device(device), known.get(dtype, dtype)
@@ -105,7 +93,8 @@ def load_checkpoint(
     source = EMBEDDED if source is None else source
     folder, commit = storage.locate(source, revision, NEEDED_FILES)
     layout, weight_files = _layout(folder)
-    stored = published.without_leftovers(storage.read_headers(weight_files))
+    headers = storage.read_headers(weight_files)
+    stored = {n: x for n, x in headers.items() if not published.KNOWN_LEFTOVERS.fullmatch(n)}
     if dtype is None:  # auto
         found = {tensor.dtype for tensor in stored.values()}
         if len(found) > 1:
@@ -299,11 +288,8 @@ def _match(
 ) -> dict[str, storage.StoredTensor]:
     """The stored tensor of each parameter; missing, misshapen and unknown ones are refused."""
     matched = {}
-    statistics = {
-        f"vision.tower.{name}": values
-        for name, values in model.vision.tower.named_buffers()
-        if name.endswith(("running_mean", "running_var"))
-    }
+    ends = "running_mean", "running_var"  # of a tower's batch normalisation
+    statistics = {name: x for name, x in model.named_buffers() if name.endswith(ends)}
     # Of parameters without the tied output layer.
     for name, parameter in (dict(model.named_parameters()) | statistics).items():
         key = published.stored_name(name) if layout == "published" else name

@@ -10,13 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qvision_lab.model.config import PUBLISHED_TEXT_CONFIG, QVisionConfig
 from qvision_lab.model.loading import storage
-from qvision_lab.model.loading.storage import (
-    CheckpointError,
-    StoredTensor,
-    download,
-    read_headers,
-    read_json,
-)
+from qvision_lab.model.loading.storage import CheckpointError, download, read_headers, read_json
 from qvision_lab.model.processor import holds_tokenizer
 
 WEIGHT_FILES = ("encoder.safetensors", "decoder.safetensors")
@@ -31,11 +25,6 @@ KNOWN_LEFTOVERS = re.compile(
 
 GPT2_REPOSITORY = "openai-community/gpt2"
 SPECIAL_TOKENS = {"bos_token": "<START>", "eos_token": "<END>", "pad_token": "<|endoftext|>"}
-
-
-def without_leftovers(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors that a model may have, in either layout."""
-    return {name: x for name, x in stored.items() if not KNOWN_LEFTOVERS.fullmatch(name)}
 
 
 def read_fields(folder: Path) -> dict:
