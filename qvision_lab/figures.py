@@ -49,7 +49,8 @@ CREDITS = (
 )
 STYLE = str(files("qvision_lab.plots") / "qvision.mplstyle")
 STUDY = files("qvision_lab.ablation") / "results" / "architecture"
-LENGTHS, TOWER, COLLAPSE = (STUDY.parent / name for name in ("length", "tower", "collapse"))
+COLLAPSE = STUDY.parent / "collapse"
+TUNED = "length", "queries", "tower", "photographs", "random_tower"  # studies with tuned rates
 
 
 def run_demo(
@@ -229,7 +230,7 @@ def _findings(trained: str, table: pd.DataFrame, metric: str) -> pd.DataFrame:
         f"{metric} x 100": rows[metric].map(lambda score: f"{scale * score:.0f}"),
         "above the base": [f"{d:+.0f} [{a:+.0f}, {b:+.0f}]" for d, a, b in pairs.values],
         "p, corrected": rows["corrected"].map("{:.2g}".format),
-        **{title: rows[name].map("{:.1%}".format) for name, title in shares.items()},
+        **{shares[name]: rows[name].map("{:.1%}".format) for name in shares if name in rows},
         "parameters trained": rows["parameters"].map("{:,.0f}".format),
     }
     table = pd.DataFrame(columns).replace({"maps point": {"nan%": "no map"}})
@@ -263,7 +264,6 @@ def collapse_table(results: str | Path = COLLAPSE) -> pd.DataFrame:
 
 STUDY_TABLES = {  # of pages
     "study": findings_table,
-    "lengths": partial(findings_table, LENGTHS),
-    "tower": partial(findings_table, TOWER),
+    **{name: partial(findings_table, STUDY.parent / name) for name in TUNED},
     "collapse": collapse_table,
 }

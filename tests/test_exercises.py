@@ -64,33 +64,8 @@ def attend(scale=None, dim=-1, split=None):
     return attempt
 
 
-def renormalise(scores, muted):
-    weights = zero_after(scores, muted)
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def zero_after(scores, muted):
-    weights = scores.softmax(-1).clone()
-    weights[..., muted] = 0
-    return weights
-
-
-def zero_before(scores, muted):
-    scores = scores.clone()
-    scores[..., muted] = 0
-    return scores.softmax(-1)
-
-
-def rows_instead(scores, muted):
-    scores = scores.clone()
-    scores[muted] = -torch.inf
-    return scores.softmax(-1)
-
-
-def keep_muted(scores, muted):
-    kept = torch.full_like(scores, -torch.inf)
-    kept[..., muted] = scores[..., muted]
-    return kept.softmax(-1)
+def filled(x, muted, value, dim=-1):
+    return x.index_fill(dim, torch.tensor(muted, dtype=torch.long), value)
 
 
 def in_place(scores, muted):
@@ -154,15 +129,11 @@ def interval(quantile=None, ddof=1, root=True, sign=1):
     return attempt
 
 
-def unpaired(ours, base):
-    return stats.ttest_ind(ours, base).confidence_interval()
-
-
 RIGHT = {
     "01": [block_size],
     "02": [greedy_recursive, search()],
     "03": [fused, looped],
-    "04": [renormalise],
+    "04": [lambda s, muted: F.normalize(filled(s.softmax(-1), muted, 0), p=1, dim=-1)],
     "05": [bleu()],
     "06": [by_modules, train_only("qformer.", "decoder.bridge.")],
     "07": [lambda a, b: stats.ttest_rel(a, b).confidence_interval(), interval()],
@@ -193,7 +164,13 @@ WRONG = {
         lambda q, k, v, heads: attend()(q, k, v, 1),
         lambda q, k, v, heads: v.mean(0).expand(len(q), -1),
     ],
-    "04": [zero_after, zero_before, rows_instead, keep_muted, in_place],
+    "04": [
+        lambda s, muted: filled(s.softmax(-1), muted, 0),
+        lambda s, muted: filled(s, muted, 0).softmax(-1),
+        lambda s, muted: filled(s, muted, -torch.inf, dim=0).softmax(-1),  # rows instead
+        lambda s, muted: s.where(filled(0 * s, muted, 1) > 0, -torch.inf).softmax(-1),
+        in_place,
+    ],
     "05": [
         bleu(clip=None),
         bleu(clip=sum),
@@ -214,7 +191,7 @@ WRONG = {
         lambda model: model.vision.requires_grad_(False),
     ],
     "07": [
-        unpaired,
+        lambda a, b: stats.ttest_ind(a, b).confidence_interval(),  # unpaired
         interval(quantile=1.96),
         interval(quantile=stats.t.ppf(0.975, 4)),
         interval(ddof=0),

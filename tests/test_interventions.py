@@ -126,12 +126,9 @@ def test_nested_blocks_both_apply(tiny, byte_captioner, noise, inputs):
 )
 def test_every_image_of_a_batch_can_have_its_own(tiny, byte_captioner, noise, inputs, settings):
     pixels = inputs["pixel_values"]
-    several = [
-        mute(tiny, queries=[0], bridge_heads=[1]),
-        patch(byte_captioner, noise[0], "block 0", positions=[1, 4]),
-        mute(tiny),
-        mute(tiny, blocks=[1]),
-    ]
+    patched = patch(byte_captioner, noise[0], "block 0", positions=[1, 4])
+    muted = mute(tiny, queries=[0], bridge_heads=[1]), mute(tiny, blocks=[1])
+    several = [muted[0], patched, mute(tiny), muted[1]]
     batch = pixels[[0, 1, 0, 1]]
     ids = inputs["input_ids"].repeat_interleave(2, dim=0)  # [8,T]: two captions an image
     with stack(several):

@@ -117,18 +117,18 @@ def test_what_is_declared_is_pinned_and_imported():
     declared = set().union(*map(names_of, lists))
     pinned = names_of((ROOT / "requirements.txt").read_text().splitlines())
     assert pinned == (declared | names_of(build)) - NOT_INSTALLED
-    package = distributions(set().union(*IMPORTED.values()))
+    known = packages_distributions()  # takes seconds
+    package = distributions(set().union(*IMPORTED.values()), known)
     tests = {n for tree in trees(ROOT / "tests").values() for n in imports(ast.walk(tree))}
     assert package <= declared - names_of(extras["test"]) | WITH_TORCH
-    assert declared - package - distributions(tests) == NOT_IMPORTED | NOT_INSTALLED
+    assert declared - package - distributions(tests, known) == NOT_IMPORTED | NOT_INSTALLED
 
 
 def names_of(requirements: list[str]) -> set[str]:
     return {name[0] for name in (re.match(r"[\w-]+", line) for line in requirements) if name}
 
 
-def distributions(modules: set[str]) -> set[str]:
+def distributions(modules: set[str], known: dict[str, list[str]]) -> set[str]:
     """Names of the distributions that installed third-party modules belong to."""
-    known = packages_distributions()
     tops = {name.split(".")[0] for name in modules} - {"qvision_lab"}
     return {known[top][0].lower().replace("_", "-") for top in tops & known.keys()}

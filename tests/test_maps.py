@@ -7,15 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from qvision_lab.captioning import Captioner
-from qvision_lab.interpretation.maps import (
-    METHODS,
-    composition,
-    query_maps,
-    rolled_out,
-    shared_methods,
-    word_maps,
-)
+import qvision_lab as ql
+from qvision_lab.interpretation.maps import METHODS, composition, rolled_out, shared_methods
 from qvision_lab.interpretation.trace import Trace, trace
 
 RUN_THE_MODEL = ("gradient", "occlusion", "integrated_gradients")
@@ -27,10 +20,12 @@ def traced(byte_captioner, noise) -> Trace:
 
 
 def values(traced: Trace, method: str) -> np.ndarray:
-    return np.stack([m.values.ravel() for m in word_maps(traced, method)])  # [W,P]
+    return np.stack([m.values.ravel() for m in ql.word_maps(traced, method)])  # [W,P]
 
 
-def words_logprobs(captioner: Captioner, traced: Trace, image_tokens: torch.Tensor) -> np.ndarray:
+def words_logprobs(
+    captioner: ql.Captioner, traced: Trace, image_tokens: torch.Tensor
+) -> np.ndarray:
     """By the whole model."""
     ids = captioner.processor(text=traced.caption)["input_ids"]
     with torch.no_grad():
@@ -41,10 +36,10 @@ def words_logprobs(captioner: Captioner, traced: Trace, image_tokens: torch.Tens
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_a_map_for_each_word(traced, method):
-    maps = word_maps(traced, method)
+    maps = ql.word_maps(traced, method)
     assert [(m.label, m.method) for m in maps] == [(word, method) for word in ("a", "red", "dog")]
     assert all(m.values.shape == (2, 2) and np.ptp(m.values) > 0 for m in maps)
-    second = word_maps(traced, method, traced.words[1:2])
+    second = ql.word_maps(traced, method, traced.words[1:2])
     np.testing.assert_allclose(second[0].values, maps[1].values, atol=1e-4)
     assert maps[0].values[maps[0].peak] == maps[0].values.max()
 
@@ -70,7 +65,7 @@ def test_attention_maps_are_shares(traced):
     for method in ("composition", "rollout"):
         np.testing.assert_allclose(values(traced, method).sum(1), 1, atol=1e-5)
     for block, head in ((None, None), (0, None), (None, 3), (1, 7)):
-        maps = query_maps(traced, block, head)
+        maps = ql.query_maps(traced, block, head)
         assert [m.label for m in maps[:2]] == ["global token", "query 0"]
         np.testing.assert_allclose([m.values.sum() for m in maps], 1, atol=1e-5)
 
@@ -129,8 +124,8 @@ def test_gradients_need_no_trainable_weights_and_leave_none_behind(byte_captione
 
 def test_what_does_not_exist_is_named(traced):
     with pytest.raises(ValueError, match=r"no method 'grad'.*rollout"):
-        word_maps(traced, "grad")
+        ql.word_maps(traced, "grad")
     with pytest.raises(ValueError, match="no block 2; choose one of 0 to 1"):
         composition(traced, traced.words, block=2)
     with pytest.raises(ValueError, match="no head 8; choose one of 0 to 7"):
-        query_maps(traced, head=8)
+        ql.query_maps(traced, head=8)

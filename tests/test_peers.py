@@ -14,13 +14,7 @@ from transformers import PreTrainedConfig
 
 from qvision_lab.benchmark import peers
 from qvision_lab.benchmark.harness import Table
-from qvision_lab.benchmark.peers import (
-    PEERS,
-    Peer,
-    caption_by_gpt4,
-    gpt4_row,
-    run_peers,
-)
+from qvision_lab.benchmark.peers import PEERS, Peer, caption_by_gpt4, gpt4_row, run_peers
 from qvision_lab.benchmark.tables import read_table
 
 SIZES = {

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from qvision_lab.interpretation import interventions
 from qvision_lab.interpretation.maps import word_maps
 from qvision_lab.interpretation.trace import Trace, trace, trace_all
 from qvision_lab.model.qformer import QFormerOutput
@@ -58,7 +57,6 @@ def test_a_trace_prints_a_few_lines(byte_captioner, noise):
     assert len(repr(traced).splitlines()) == 3
     assert "&lt;" in traced._repr_html_()
     assert "Captioner of a model in memory" in repr(byte_captioner)
-    assert "np" not in dir(interventions)
 
 
 def test_a_batch_equals_single_traces(byte_captioner, noise):

@@ -9,6 +9,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -20,10 +21,10 @@ from transformers import TrainerState
 import qvision_lab as ql
 from qvision_lab.model.captioner import IGNORED_LABEL
 from qvision_lab.model.parameters import fingerprint_weights
-from qvision_lab.training import freezing, load_recipe, train_captioner, trainer
+from qvision_lab.training import freezing, load_recipe, train, train_captioner, trainer
 from qvision_lab.training.memory import estimate_memory
 from qvision_lab.training.optimizers import MuonAdamW
-from qvision_lab.training.recipe import Optimisation, Phase, Training
+from qvision_lab.training.recipe import Phase, Training
 from qvision_lab.training.samples import CaptionCollator, CaptionSamples
 from qvision_lab.training.train import open_data
 from qvision_lab.training.trainer import StageTrainer, Validation, last_checkpoint
@@ -140,7 +141,7 @@ def weights(folder: Path) -> bytes:
 
 
 def test_a_new_model_stopped_in_each_stage_has_the_weights_of_an_uninterrupted_one(tmp_path):
-    whole = run_new(tmp_path / "whole")
+    whole = run_new(tmp_path / "whole", scores={})
     for step in (5, 4 + 5):  # of the tower, and of the captioner after the rest of the tower
         with interrupted(step):
             run_new(tmp_path / "stopped")
@@ -162,7 +163,7 @@ def test_a_new_model_stopped_in_each_stage_has_the_weights_of_an_uninterrupted_o
     assert model.get_parameter("decoder.bridge.scale").dtype == torch.float32
     assert run_new(tmp_path / "stopped") == resumed  # nothing is left to do
     with pytest.raises(ValueError, match=r"settings of seed \(0, not 1\)"):
-        run_new(tmp_path / "whole", seed=1)
+        run_new(tmp_path / "stopped", seed=1)
 
 
 def test_optimizer_gives_matrices_to_muon(tiny):
@@ -196,20 +197,18 @@ def test_a_loss_on_their_cosine_keeps_queries_apart(home, quick):
 @pytest.mark.parametrize("supported", [True, False])
 def test_a_cpu_that_would_emulate_bfloat16_computes_in_float32(supported, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "has_bfloat16", lambda: supported)
-    settings = load_recipe("scenes").training
+    settings = load_recipe("scenes", {"training.tensorboard": True}).training
     assert settings.precision == "bfloat16"
-    assert trainer.training_arguments(settings, tmp_path, 0, 10).bf16 is supported
+    arguments = trainer.training_arguments(settings, tmp_path, 0, 10)
+    assert arguments.bf16 is supported
+    assert arguments.report_to == ["tensorboard"]
 
 
 def test_killed_and_resumed_ends_where_uninterrupted_does(home):
     whole = run(home, "whole")
-    plans = [
-        ["_save_optimizer_and_scheduler", 0],  # leaves a damaged checkpoint
-        ["training_step", 4],
-        ["evaluation_loop", 0],
-        ["_save_optimizer_and_scheduler", 1],
-        ["training_step", 3],
-    ]
+    saving = "_save_optimizer_and_scheduler"  # leaves a damaged checkpoint
+    plans = [[saving, 0], ["training_step", 4], ["evaluation_loop", 0], [saving, 1]]
+    plans.append(["training_step", 3])
     killed = home / "killed"
     command = [sys.executable, "-c", KILLED, home / "run.yaml", killed, json.dumps(plans)]
     subprocess.run(command, check=True, capture_output=True)
@@ -222,6 +221,9 @@ def test_killed_and_resumed_ends_where_uninterrupted_does(home):
 
 def test_a_finished_run_records_everything_and_is_not_run_again(home, quick, monkeypatch):
     checkpoint = run(home, "run")
+    run(home, "pixels", "features=null")
+    assert not (home / "pixels/features").exists()
+    assert losses(home / "run") == pytest.approx(losses(home / "pixels"), abs=1e-5)
     captioner = ql.load(checkpoint)
     assert captioner.caption(home / "pictures/0.png").text is not None
     run_file = yaml.safe_load((checkpoint / "run.yaml").read_text())
@@ -285,13 +287,6 @@ def test_an_image_of_training_and_validation_is_validation_only(home):
     assert [len(images) for images in data.values()] == [12, 4]
 
 
-def test_cached_features_train_as_pixels_do(home, quick):
-    run(home, "cached")
-    run(home, "pixels", "features=null")
-    assert not (home / "pixels/features").exists()
-    assert losses(home / "cached") == pytest.approx(losses(home / "pixels"), abs=1e-5)
-
-
 def without_dropout(home: Path) -> None:
     config = json.loads((home / "base/config.json").read_text())
     (home / "base/config.json").write_text(json.dumps(config | {"dropout": 0.0}))
@@ -333,18 +328,20 @@ def test_validation_uses_neither_labels_nor_the_random_numbers_of_training(home,
 
 
 def test_the_number_of_evaluations_changes_no_weight(home, quick, monkeypatch):
-    inputs, epochs = CaptionSamples.image_inputs, set()
+    inputs, epochs, captioner = CaptionSamples.image_inputs, set(), Mock(wraps=train.Captioner)
 
     def recorded(self, image, draw):
         epochs.add((self.seed, self.epoch))
         return inputs(self, image, draw)
 
     monkeypatch.setattr(CaptionSamples, "image_inputs", recorded)
+    monkeypatch.setattr(train, "Captioner", captioner)
     for n in (6, 1):
         run(home, f"{n}", BRIDGE, f"training.evaluations={n}")
     often, once = (home / f"{n}/phase-1/checkpoint-6" for n in (6, 1))
     assert weights(often) == weights(once)
     assert epochs == {(4, 0), (4, 1), (3, 0)}  # of training, each once; of validation
+    assert captioner.call_count == 2  # one for all evaluations of a run
 
 
 def check_a_poisoned_loss_stops(home: Path, monkeypatch, *overrides: str) -> None:
@@ -452,11 +449,6 @@ def test_patience_counts_evaluations_since_the_best():
     assert not judged(3, 1, 2, by="loss")
     assert judged(1, 3, 2, by="loss")
     assert not judged(*range(9, 0, -1), patience=None)
-
-
-def test_tensorboard_gets_the_log_if_asked(tmp_path):
-    settings = Optimisation(learning_rate=1, batch_size=1, tensorboard=True)
-    assert trainer.training_arguments(settings, tmp_path, 0, 1).report_to == ["tensorboard"]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qvision_lab as ql
 from qvision_lab.model.captioner import IGNORED_LABEL
-from qvision_lab.training import features, freezing, gpu, train
+from qvision_lab.training import features, freezing, gpu
 from qvision_lab.training.optimizers import BatchedMuon, MuonAdamW
 from qvision_lab.training.samples import CaptionCollator, CaptionSamples
 from qvision_lab.training.trainer import StageTrainer
@@ -211,14 +211,6 @@ def test_packed_batches_say_where_words_are(longest):
     packing = gpu.Packing(ids.shape, places)
     words = torch.arange(64)
     assert torch.equal(packing.pack(packing.unpack(words))[:count], words[:count])
-
-
-def test_all_evaluations_of_a_run_share_a_captioner(home, monkeypatch):
-    made = []
-    captioner = train.Captioner
-    monkeypatch.setattr(train, "Captioner", lambda *args: made.append(args) or captioner(*args))
-    run(home, "run", "training.phases=[{policy: bridge, epochs: 2}]")
-    assert len(made) == 1
 
 
 def test_captions_are_encoded_and_files_opened_once(home, byte_captioner, monkeypatch):

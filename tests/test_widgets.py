@@ -24,13 +24,8 @@ GREEDY = (("preset", "greedy"),)
 
 
 @pytest.fixture(scope="module")
-def captioner() -> ql.Captioner:
-    return ql.load()
-
-
-@pytest.fixture(scope="module")
-def backend(captioner) -> Backend:
-    return Backend(captioner)
+def backend(embedded) -> Backend:
+    return Backend(embedded)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +34,8 @@ def request_() -> Request:
 
 
 @pytest.fixture
-def explorer(captioner):
-    explorer = Explorer(captioner)
+def explorer(embedded):
+    explorer = Explorer(embedded)
     explorer.pending.result()
     yield explorer
     explorer.close()
@@ -69,13 +64,13 @@ def press(explorer: Explorer, *labels: str) -> None:
     explorer.pending.result()
 
 
-def test_whole_and_muted_results_are_those_of_the_package(captioner, backend, request_):
+def test_whole_and_muted_results_are_those_of_the_package(embedded, backend, request_):
     image, muted = request_.image(), ("query 3", "block 0, head 1")
     results = backend.run(replace(request_, muted=muted, token=4, block=1, head=2))
     whole, ablated = results
-    same = mute(captioner.model, queries=[3], heads=[(0, 1)])
-    (effect,) = effects(replace(whole.trace, captioner=captioner), [same])
-    assert whole.caption == captioner.caption(image, preset="greedy").text
+    same = mute(embedded.model, queries=[3], heads=[(0, 1)])
+    (effect,) = effects(replace(whole.trace, captioner=embedded), [same])
+    assert whole.caption == embedded.caption(image, preset="greedy").text
     np.testing.assert_allclose(np.log(whole.trace.probabilities), effect.before, atol=1e-3)
     np.testing.assert_allclose(np.log(ablated.trace.probabilities), effect.after, atol=1e-3)
     of_word, of_query = whole.maps
@@ -85,21 +80,21 @@ def test_whole_and_muted_results_are_those_of_the_package(captioner, backend, re
     attention = whole.trace.qformer_cross_attentions[1, 2, 4]
     np.testing.assert_array_equal(of_query.values.ravel(), attention)
     with same:
-        assert ablated.caption == captioner.caption(image, preset="greedy").text
+        assert ablated.caption == embedded.caption(image, preset="greedy").text
     assert not np.array_equal(ablated.maps[0].values, of_word.values)
     assert color_limits(results)[0] == max(of_word.values.max(), ablated.maps[0].values.max())
 
 
-def test_every_part_can_be_muted_once_in_a_copy_that_shares_the_weights(captioner, backend):
-    pairs = zip(backend.captioner.model.parameters(), captioner.model.parameters(), strict=True)
+def test_every_part_can_be_muted_once_in_a_copy_that_shares_the_weights(embedded, backend):
+    pairs = zip(backend.captioner.model.parameters(), embedded.model.parameters(), strict=True)
     assert all(mine is other for mine, other in pairs)
     with backend._muting(("bridge",)):
-        assert not any(module._forward_hooks for module in captioner.model.modules())
-    config = captioner.model.config
+        assert not any(module._forward_hooks for module in embedded.model.modules())
+    config = embedded.model.config
     labels = [name for group in backend.parts.values() for name in group]
     for group in backend.parts.values():
         for name, arguments in group.items():
-            assert mute(captioner.model, **arguments).label == name
+            assert mute(embedded.model, **arguments).label == name
     heads = (2 * config.num_qformer_blocks + 1) * config.num_attention_heads
     assert len(labels) == 1 + config.num_query_tokens + heads + config.num_qformer_blocks + 1
     assert len(set(labels)) == len(labels)
@@ -210,14 +205,14 @@ def test_a_picture_is_saved_and_a_foreign_one_is_warned_of(explorer, tmp_path, m
     assert "--qv-opacity: 0.25" in explorer._style.value
 
 
-def test_search_settings_reach_the_captioner(explorer, captioner):
+def test_search_settings_reach_the_captioner(explorer, embedded):
     assert (explorer.beams.disabled, explorer.seed.disabled) == (True, True)
     explorer.search.value, explorer.temperature.value, explorer.seed.value = "sampling", 2.0, 7
     explorer.pending.result()
     assert (explorer.beams.disabled, explorer.seed.disabled) == (True, False)
     settings = {"temperature": 2.0, "top_p": 0.9, "seed": 7, "repetition_penalty": 1.0}
     image = explorer.image.value()
-    assert captioner.caption(image, preset="greedy", **settings).text in explorer.whole.value
+    assert embedded.caption(image, preset="greedy", **settings).text in explorer.whole.value
 
 
 def test_images_come_from_uploads_and_folders(explorer, tmp_path):

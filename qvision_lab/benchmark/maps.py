@@ -41,7 +41,7 @@ def run_benchmarks(
 
 def _choose_default(captioner: Captioner, quick: bool) -> Table:
     how, splits = _open(SPLITS, quick)
-    choice = summarise(score_words(captioner, splits["val"], CANDIDATES))
+    choice = summarise(score_words(captioner, splits["val"], CANDIDATES, removal=False))
     choice = choice.query("measure == 'pointing' and size == 'large'")
     chosen = choice[choice.method.isin(METHODS)].set_index("method")["value"].idxmax()
     scores = score_words(captioner, splits["test"], CANDIDATES)

@@ -29,7 +29,7 @@ from qvision_lab.interpretation.interventions import mute
 from qvision_lab.plots.images import HEAT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-expect = playwright.expect
+expect, box_of = playwright.expect, playwright.Locator.bounding_box
 if CHROMIUM is None:
     pytest.skip("no Chromium; run make test-browser", allow_module_level=True)
 
@@ -125,11 +125,6 @@ def pressed(page) -> list[int]:
     return [i for i, names in enumerate(classes) if "mod-active" in names]
 
 
-def handle(page, name: str):
-    """The handle of a slider."""
-    return page.locator(".widget-hslider", has_text=name).locator(".noUi-handle")
-
-
 def test_upload_click_and_mute(page, tmp_path):
     captioner = ql.load()
     picture, query = find_example(captioner)
@@ -142,11 +137,15 @@ def test_upload_click_and_mute(page, tmp_path):
         muted = captioner.caption(picture, preset="greedy").text
     pictures, buttons = page.locator(".qv-picture"), page.locator(".qv-words button")
 
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Upload a picture").click()
-    chooser.value.set_files(tmp_path / "mine.png")
+    def upload(name):
+        with page.expect_file_chooser() as chooser:
+            page.get_by_role("button", name="Upload a picture").click()
+        chooser.value.set_files(tmp_path / name)
+
+    upload("mine.png")
     expect(page.get_by_text(traced.caption, exact=True)).to_be_visible()
-    handle(page, "Opacity").press("End")  # the map alone
+    opacity = page.locator(".widget-hslider", has_text="Opacity").locator(".noUi-handle")
+    opacity.press("End")  # the map alone
     for index in (longest, other, longest):
         buttons.nth(index).press("Enter")
         patch_map = maps[index]
@@ -168,18 +167,9 @@ def test_upload_click_and_mute(page, tmp_path):
     assert len(sizes) == 1  # whole and muted side by side, at one height
     if place := os.environ.get("EXPLORER_SCREENSHOT"):
         page.locator(".jp-OutputArea-output").first.screenshot(path=place)
-
-
-def box_of(element) -> dict:
-    return element.bounding_box()
-
-
-def test_a_foreign_picture_is_warned_of(page, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Upload a picture").click()
-    chooser.value.set_files(tmp_path / "noise.png")
+    upload("noise.png")
     expect(page.get_by_text("unlike those that the checkpoint learned from")).to_be_visible()
 
 
