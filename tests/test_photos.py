@@ -15,9 +15,10 @@ from torch.nn import functional as F
 import qvision_lab as ql
 from qvision_lab.benchmark import baselines
 from qvision_lab.data.coco import open_dataset
+from qvision_lab.model.loading.checkpoint import load_checkpoint
 from qvision_lab.training import load_recipe, new_model, train_captioner
 from qvision_lab.training.recipe import Recipe
-from qvision_lab.training.train import as_sentence, open_data
+from qvision_lab.training.train import as_sentence, change_model, open_data
 from qvision_lab.training.trainer import smooth_loss
 
 ROOT = Path(__file__).parents[1]
@@ -167,6 +168,14 @@ def test_the_shipped_captioner_is_small_and_of_its_recipe(photos):
     stored, tower = new_model.imagenet_tower(config), photos.model.vision.tower.state_dict()
     name = "timm_model.conv_head.weight"
     torch.testing.assert_close(tower[name], stored[name].half().float(), atol=0, rtol=0)
+
+
+def test_changed_sizes_keep_the_towers_statistics(photos):
+    recipe = load_recipe("ablation", {"checkpoint": "photos"})
+    model = change_model(load_checkpoint("photos", device="cpu"), recipe).model
+    pixels = torch.rand(1, 3, 224, 224)
+    states, expected = (each.vision.encode(pixels) for each in (model, photos.model))
+    torch.testing.assert_close(states, expected, rtol=0, atol=0)
 
 
 def test_it_knows_photographs_from_scenes(photos):

@@ -128,11 +128,12 @@ def change_model(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     if not changes:
         reinitialise(model, recipe.reinitialise, recipe.seed)
         return checkpoint
+    set_seed(recipe.seed)  # of what is random in the end, a tower perhaps
     changed = QVisionForConditionalGeneration(changed_config(model.config, changes))
     changed.generation_config = model.generation_config
     reinitialise(changed, ("qformer", "decoder", "vision.projection"), recipe.seed)
     random = tuple(f"{module}." for module in recipe.reinitialise)
-    kept = {name: w for name, w in model.named_parameters() if not name.startswith(random)}
+    kept = {name: x for name, x in model.state_dict().items() if not name.startswith(random)}
     try:
         unknown = changed.load_state_dict(kept, strict=False).unexpected_keys
     except RuntimeError as error:
