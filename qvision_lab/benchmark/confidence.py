@@ -117,7 +117,7 @@ def calibration_error(right: Float[np.ndarray, " N"], values: Float[np.ndarray, 
 
 
 def risk_curve(right: Float[np.ndarray, " N"], values: Float[np.ndarray, " N"]) -> list[float]:
-    """Share of wrong cases among the surest, at `COVERAGES` (Geifman and El-Yaniv 2017)."""
+    """Share of wrong cases among the most confident, at `COVERAGES` (Geifman and El-Yaniv 2017)."""
     _, rank, size = np.unique(-values, return_inverse=True, return_counts=True)
     wrong = np.bincount(rank, 1 - right)[rank] / size[rank]  # equal values in a random order
     risks = wrong[np.argsort(rank, kind="stable")].cumsum() / np.arange(1, len(right) + 1)

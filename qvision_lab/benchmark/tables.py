@@ -239,7 +239,7 @@ def draw_recovery(folder: Path = RESULTS) -> Axes:
 
 
 def draw_confidence(folder: Path = RESULTS) -> Axes:
-    """Wrong captions among the surest, for each split in axes of its own; returns the last."""
+    """Wrong captions among the most confident, an axes for each split; returns the last."""
     first, *_ = _read_results("confidence", folder, required=True)
     captions = [row for row in first["rows"] if row["of"] == "caption"]
     splits = dict.fromkeys(row["split"] for row in captions)

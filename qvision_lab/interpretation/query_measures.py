@@ -21,7 +21,7 @@ BATCH = 16  # images
 def measure_queries(captioner: Captioner, images: Sequence[CaptionedImage]) -> dict[str, float]:
     """The measures of `Diagnosis` that one forward pass gives, where the model defines them.
 
-    Visual tokens are compared by what they say of a picture: each less its own mean over pictures.
+    Visual tokens are compared by what differs between pictures: each less its own mean over them.
     As they are, a constant that all share makes any two look alike, and constants that differ make
     tokens of the same content look different. Words are the tokens of the first reference.
 
@@ -96,7 +96,7 @@ def sink_share(maps: Float[Tensor, "I N P"]) -> Float[Tensor, ""]:
 
 
 def same_peak(peaks: Sequence[Int[Tensor, " W"]]) -> float:
-    """Share of words whose peak is the commonest among the words of their caption."""
+    """Share of words whose peak is the most frequent among the words of their caption."""
     return sum(row.bincount().max().item() for row in peaks if len(row)) / sum(map(len, peaks))
 
 

@@ -113,7 +113,7 @@ def plot_removal_curves(
 def plot_risk_coverage(
     curves: Mapping[str, Float[np.ndarray, " S"]], ax: Axes | None = None
 ) -> Axes:
-    """Share of wrong captions among the surest 1/S, 2/S ... of all, by what ranked them.
+    """Share of wrong captions among the most confident 1/S, 2/S ... of all, by what ranked them.
 
     The legend adds the area below (Geifman and El-Yaniv 2017, arXiv:1705.08500): low is good.
     """
