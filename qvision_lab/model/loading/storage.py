@@ -56,13 +56,13 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
         require_file(path)
         try:
             with safe_open(path, "pt"), path.open("rb") as file:  # the former checks the header
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-                start = file.tell()
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
             for name, entry in header.items():
                 if name in stored:
                     raise CheckpointError(f"{path}: {name} is in another file too; delete one.")
                 if name != "__metadata__":
-                    ends = (start + offset for offset in entry["data_offsets"])
+                    ends = (8 + length + offset for offset in entry["data_offsets"])
                     shape = tuple(entry["shape"])
                     stored[name] = StoredTensor(path, name, shape, entry["dtype"], *ends)
         except (SafetensorError, OSError) as error:
