@@ -48,13 +48,14 @@ def extend_beams(
     joins[:, n:] = False
     if choice.early_stopping is True:
         joins &= ~best.full
-    scores = (totals / length**choice.length_penalty).masked_fill(~joins, -torch.inf)
-    scores, taken = torch.cat([best.scores, scores], dim=1).topk(n)  # [B,n] of [B,3n]
-    best.scores.copy_(scores)
-    taken = (taken + 3 * n * first).flatten()
-    for held, candidates in zip(best.history, made, strict=True):
-        both = [x.unflatten(0, (images, -1)) for x in (held, candidates)]
-        held.copy_(torch.cat(both, dim=1).flatten(0, 1).index_select(0, taken))
+    if joins.is_cuda or joins.any():  # a GPU would have to be waited for
+        scores = (totals / length**choice.length_penalty).masked_fill(~joins, -torch.inf)
+        scores, taken = torch.cat([best.scores, scores], dim=1).topk(n)  # [B,n] of [B,3n]
+        best.scores.copy_(scores)
+        taken = (taken + 3 * n * first).flatten()
+        for held, candidates in zip(best.history, made, strict=True):
+            both = [x.unflatten(0, (images, -1)) for x in (held, candidates)]
+            held.copy_(torch.cat(both, dim=1).flatten(0, 1).index_select(0, taken))
 
     longest = choice.early_stopping == "never" and choice.length_penalty > 0
     possible = best.running[:, :1] / (best.limit if longest else length) ** choice.length_penalty
