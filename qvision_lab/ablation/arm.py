@@ -22,7 +22,6 @@ from qvision_lab.captioning import Captioner, load
 from qvision_lab.captioning.images import open_image
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset
-from qvision_lab.evaluation import evaluate_dataset
 from qvision_lab.interpretation.collapse import MEASURES, diagnose
 from qvision_lab.interpretation.faithfulness import score_words, summarise
 from qvision_lab.interpretation.maps import composition
@@ -138,11 +137,9 @@ def _measure(run: Run, folder: Path, features: Path) -> dict[str, float | str | 
         return row
     dataset = open_source(run.test.model_copy(update={"n": run.scored}))
     pointed = replace(dataset, images=dataset.images[: run.pointed])
-    captions, judge = Validation(dataset, captioner).captions(), dataset.judge
-    metrics = ("cider", judge.name) if judge else ("cider",)
-    report = evaluate_dataset(captions, dataset, metrics, resamples=1)
+    report = Validation(dataset, captioner).report()
     diagnosis = diagnose(captioner, pointed)
-    if judge:
+    if dataset.judge:
         row["true_scenes"] = "".join(np.where(report.per_image["true"] == 1, "y", "n"))
         row["pointing"] = _pointing(captioner, pointed)
     return row | {

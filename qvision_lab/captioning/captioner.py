@@ -377,8 +377,8 @@ def load(
     Args:
         source: folder or Hub id, or "scenes" (None: that) or "photos", the embedded checkpoints.
         revision: branch, tag or commit on the Hub.
-        dtype: "float32" (the default), "bfloat16", "float16", or "auto": as it is stored.
-        device: "cpu", "cuda" or "mps"; None: CUDA where there is one.
+        dtype: "float32" (the default), "bfloat16", "float16", torch's, or "auto": as it is stored.
+        device: "cpu", "cuda", "cuda:1" or "mps"; None: CUDA where there is one.
 
     Raises:
         CheckpointError: if something is wrong with the checkpoint or a setting; it says what.

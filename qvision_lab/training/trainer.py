@@ -25,7 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from qvision_lab.captioning import Captioner
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, ImageId
-from qvision_lab.evaluation import evaluate_dataset
+from qvision_lab.evaluation import EvaluationReport, evaluate_dataset
 from qvision_lab.interpretation.query_measures import mean_cosine, measure_queries
 from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.training import gpu
@@ -54,12 +54,15 @@ class Validation:
         texts = gather_object([caption.text for caption in captions])
         return dict(zip(self.images.ids, texts, strict=True))
 
-    def __call__(self) -> dict[str, float]:
-        """CIDEr-D times 100, the rates of the data set's judge if any, and `measure_queries`."""
+    def report(self) -> EvaluationReport:
+        """CIDEr-D of the captions, and the rates of the data set's judge if any."""
         judge = self.images.judge
         metrics = ("cider", judge.name) if judge else ("cider",)
-        scores = evaluate_dataset(self.captions(), self.images, metrics, resamples=1).scores
-        scores = {name.replace(" ", "_"): score for name, score in scores.items()}
+        return evaluate_dataset(self.captions(), self.images, metrics, resamples=1)
+
+    def __call__(self) -> dict[str, float]:
+        """Scores of the report, CIDEr-D times 100, and `measure_queries`."""
+        scores = {name.replace(" ", "_"): score for name, score in self.report().scores.items()}
         measures = measure_queries(self.captioner, self.images[:WATCHED])
         return {"cider": 100 * scores.pop("CIDEr"), **scores, **measures}
 

@@ -96,10 +96,10 @@ def load_checkpoint(
     headers = storage.read_headers(weight_files)
     stored = {n: x for n, x in headers.items() if not published.KNOWN_LEFTOVERS.fullmatch(n)}
     if dtype is None:  # auto
-        found = {tensor.dtype for tensor in stored.values()}
+        found = {tensor.dtype for tensor in stored.values()} & STORED_DTYPES.keys()
         if len(found) > 1:
             raise CheckpointError(f"dtype='auto', but the files have {len(found)}; choose one.")
-        dtype = STORED_DTYPES.get(*found or "?")  # `_match` refuses any other
+        dtype = STORED_DTYPES[found.pop()] if found else torch.float32  # `_match` refuses others
     reader = storage.WeightReader(stored.values(), dtype, device)
     try:
         model, processor = _build(folder, layout, stored)
