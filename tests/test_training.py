@@ -20,6 +20,7 @@ from transformers import TrainerState
 
 import qvision_lab as ql
 from qvision_lab.model.captioner import IGNORED_LABEL
+from qvision_lab.model.decoder import Bridge
 from qvision_lab.model.parameters import fingerprint_weights
 from qvision_lab.training import freezing, load_recipe, train, train_captioner, trainer
 from qvision_lab.training.memory import estimate_memory
@@ -192,6 +193,20 @@ def test_a_loss_on_their_cosine_keeps_queries_apart(home, quick):
         output = run(home, weight, phase, f"training.query_cosine={weight}")
         cosines.append(pd.read_csv(output / "captioner.csv")["eval_query_cosine"].dropna().iloc[-1])
     assert cosines[1] < cosines[0]
+
+
+def test_visual_tokens_are_dropped_whole_and_in_training_alone(home, monkeypatch):
+    read, forward = {True: [], False: []}, Bridge.forward
+
+    def recorded(bridge, states, visual_tokens, *args):
+        read[bridge.training].append((visual_tokens == 0).float().mean(-1).flatten())
+        return forward(bridge, states, visual_tokens, *args)
+
+    monkeypatch.setattr(Bridge, "forward", recorded)
+    phase = "training.phases=[{policy: captioner, steps: 6}]"
+    run(home, "run", phase, "training.token_dropout=0.5", "model.dropout=0")
+    assert set(torch.cat(read[True]).tolist()) == {0, 1}  # share of zeros in each token
+    assert set(torch.cat(read[False]).tolist()) == {0}
 
 
 @pytest.mark.parametrize("supported", [True, False])

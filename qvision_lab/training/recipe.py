@@ -121,6 +121,7 @@ class Training(Optimisation):
     state_dropout: float = Field(0, ge=0, lt=1)  # of cached vision states
     bridge_rate: Positive | None = None  # factor of the bridge's learning rates, with Muon
     query_cosine: Positive | None = None  # weight of the visual tokens' mean cosine in the loss
+    token_dropout: float | None = Field(None, gt=0, lt=1)  # of visual tokens, each as a whole
     best_by: Literal["cider", "loss"] = "cider"
     patience: Count | None = None  # evaluations without improvement before a phase ends
     capture: bool = True  # on one GPU, replay steps of cached features as CUDA graphs

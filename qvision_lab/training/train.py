@@ -246,4 +246,5 @@ def train_phase(
         smoothing=settings.label_smoothing,
         state_dropout=settings.state_dropout,
         query_cosine=settings.query_cosine,
+        token_dropout=settings.token_dropout,
     )

@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from qvision_lab.data.coco import CaptionDataset, ImageId
 from qvision_lab.evaluation import EvaluationReport, evaluate_dataset
 from qvision_lab.interpretation.query_measures import mean_cosine, measure_queries
 from qvision_lab.model.processor import QVisionProcessor
+from qvision_lab.model.qformer import QFormerOutput
 from qvision_lab.training import gpu
 from qvision_lab.training.optimizers import MuonAdamW
 from qvision_lab.training.recipe import Optimisation
@@ -88,13 +89,14 @@ class StageTrainer(Trainer):
         smoothing: float = 0.0,
         state_dropout: float = 0.0,
         query_cosine: float | None = None,
+        token_dropout: float | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.measure, self.processor, self.patience = measure, processor, patience
         self.compiled, self.untried = compiled, compiled
         self.smoothing, self.state_dropout = smoothing, state_dropout
-        self.query_cosine = query_cosine
+        self.query_cosine, self.token_dropout = query_cosine, token_dropout
         on_gpu = self.args.device.type == "cuda"
         if on_gpu and isinstance(measure, Validation):  # holding weights may move them
             measure.captioner.decoding.follow_weights()
@@ -102,7 +104,7 @@ class StageTrainer(Trainer):
         self.originals = [weight.data for weight in self.frozen]
         # Graphs write gradients to one place, which a second batch of a step would overwrite.
         alone = self.args.world_size == 1 and self.args.gradient_accumulation_steps == 1
-        captured &= alone and on_gpu and not (smoothing or query_cosine)
+        captured &= alone and on_gpu and not (smoothing or query_cosine or token_dropout)
         self.captured = gpu.CapturedLoss(self.model) if captured else None
         self.losses: list[tuple[int, Tensor]] = []  # with their steps, not yet checked
 
@@ -128,8 +130,15 @@ class StageTrainer(Trainer):
     def train(self, *args, **kwargs):
         halves = [original.bfloat16() for original in self.originals]
         compiled = gpu.compiled_blocks(self.model) if self.compiled else nullcontext()
-        with gpu.holding(self.frozen, halves), compiled:
+        dropping = nullcontext()
+        if self.token_dropout:
+            dropping = self.model.qformer.register_forward_hook(self._drop_tokens)
+        with gpu.holding(self.frozen, halves), compiled, dropping:
             return super().train(*args, **kwargs)
+
+    def _drop_tokens(self, qformer: nn.Module, _, output: QFormerOutput) -> QFormerOutput:
+        kept = F.dropout1d(output.visual_tokens, self.token_dropout, qformer.training)  # [B,N,D]
+        return replace(output, visual_tokens=kept)
 
     @contextmanager
     def _as_loaded(self) -> Iterator[None]:
