@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import qvision_lab as ql
 from qvision_lab.cli import main
-from qvision_lab.model.familiarity import Familiarity
+from qvision_lab.model.familiarity import Familiarity, exceeds_chance
 from qvision_lab.model.loading.storage import CheckpointError
 
 
@@ -40,6 +40,15 @@ def test_scenes_are_familiar_and_noise_is_not(embedded, tmp_path):
     assert report.unfamiliar == 2
     records = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert [record.get("familiar", True) for record in records] == [True] * 4 + [False] * 2
+
+
+def test_as_many_as_chance_gives_are_marked_without_a_warning(embedded):
+    scenes = [scene.image for scene in ql.scenes.generate(40, split="test", seed=3)]
+    scenes.append(random_images(1, 224, 224)[0])
+    with warnings.catch_warnings(action="error"):
+        captions = embedded.caption(scenes, preset="greedy")
+    assert [caption.familiar for caption in captions] == [True] * 40 + [False]
+    assert [exceeds_chance(3, 100), exceeds_chance(4, 100), exceeds_chance(0, 9)] == [0, 1, 0]
 
 
 def test_the_command_says_so_in_a_line(tmp_path, capsys):

@@ -40,7 +40,7 @@ from qvision_lab.data.atomic import locked, output_file
 from qvision_lab.data.coco import CaptionedImage
 from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.confidence import Confidence
-from qvision_lab.model.familiarity import Familiarity
+from qvision_lab.model.familiarity import Familiarity, exceeds_chance
 from qvision_lab.model.loading.checkpoint import Provenance, load_checkpoint
 from qvision_lab.model.loading.storage import SHIPPED
 from qvision_lab.model.parameters import fingerprint_weights
@@ -273,7 +273,7 @@ class Captioner:
         return FolderReport(captioned, counts["skipped"], failed, output, *more)
 
     def _warn_of_unfamiliar(self, count: int, total: int) -> None:
-        if count:
+        if exceeds_chance(count, total):
             name = self.provenance.source if self.provenance else "the model"
             hints = [f" For {SHIPPED[n]}: ql.load({n!r})." for n in SHIPPED if n != name]
             warnings.warn(

@@ -41,3 +41,9 @@ class Familiarity:
     def holds(self, means: Float[Tensor, "B C"]) -> Bool[Tensor, " B"]:
         """Whether images are within the limit."""
         return self.distances(means) <= self.limit
+
+
+def exceeds_chance(unfamiliar: int, images: int) -> bool:
+    """Whether so many are more than two standard deviations above what `MISSED` lets expect."""
+    expected = MISSED * images
+    return unfamiliar > expected + 2 * expected**0.5
