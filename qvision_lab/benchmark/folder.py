@@ -57,6 +57,7 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
         candidates = {"model_seconds": caption_tensors, "seconds": caption_files}
         seconds = interleave(candidates, ROUNDS, quick)  # of `timed_pictures`
         captioner.caption_folder(watched_paths(), folder / "all.jsonl", **GREEDY)
+        photographs = [Image.open(path).convert("RGB") for path in paths[:DRAWN]]
     row = {
         "pictures": count,
         "early_gigabytes": resident[early] / 1e9,  # resident after the first 1,000 images,
@@ -70,17 +71,16 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
     settings |= {"batch": BATCH_SIZES[device], "parameters": captioner.model.num_parameters()}
     about = {"quick": quick, "settings": settings, "identity": identity_of(captioner)}
     yield Table(name="folder", rows=(row,), **about)
-    rows, about = (*_preprocess(captioner, quick),), {"images": DRAWN}
+    rows, about = (*_preprocess(captioner, photographs, quick),), {"images": DRAWN}
     on_cpu = machine(gpu=False)
     yield Table(name="preprocessing", rows=rows, quick=quick, settings=about, machine=on_cpu)
 
 
-def _preprocess(captioner: Captioner, quick: bool) -> Iterator[dict]:
+def _preprocess(
+    captioner: Captioner, photographs: list[Image.Image], quick: bool
+) -> Iterator[dict]:
     """Time from images to pixel values, on a CPU: our processor and transformers', in turn."""
     drawn = [scene.image for scene in scenes.generate(DRAWN, split="test")]
-    with TemporaryDirectory() as temporary:
-        paths = write_pictures(Path(temporary, "pictures"), DRAWN)
-        photographs = [Image.open(path).convert("RGB") for path in paths]
     preset = image_preset("training", captioner.processor.image_size)
     for images in (drawn, photographs):
         methods = {
