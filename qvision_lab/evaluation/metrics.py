@@ -65,8 +65,7 @@ class Metric:
     counts: tuple[str, ...]
     count: Callable[[Evidence], Float[np.ndarray, "images K"]]
     formula: Callable[[Float[np.ndarray, "... K"]], Float[np.ndarray, "... S"]]
-    tokenized: bool = True  # whether it counts `Evidence.words`
-    shares: bool = False  # whether scores are shares of yes/no outcomes
+    shares: bool = False  # of yes/no outcomes; all others count `Evidence.words`
 
 
 def bleu_formula(counts: Float[np.ndarray, "... 10"]) -> Float[np.ndarray, "... 4"]:
@@ -155,28 +154,28 @@ def judge_counts(evidence: Evidence) -> Float[np.ndarray, "images K"]:
 
 def judge_metric(rates: Sequence[str]) -> Metric:
     """The metric of a judge with these rates."""
-    return Metric(tuple(rates), _parts(*rates), judge_counts, ratio_formula, False, shares=True)
+    return _ratios(judge_counts, *rates, shares=True)
 
 
 def _as_mean(values: Sequence[float]) -> Float[np.ndarray, "images 2"]:
     return np.stack([np.asarray(values, float), np.ones(len(values))], 1)
 
 
-def _parts(*scores: str) -> tuple[str, ...]:
-    return tuple(f"{score}, {part}" for score in scores for part in ("sum", "of"))
+def _ratios(count: Callable, *scores: str, shares: bool = False) -> Metric:
+    counts = tuple(f"{score}, {part}" for score in scores for part in ("sum", "of"))
+    return Metric(scores, counts, count, ratio_formula, shares)
 
 
 BLEU = tuple(f"BLEU-{n}" for n in range(1, 5))
 BLEU_COUNTS = ("length", "closest reference length")
 BLEU_COUNTS += tuple(f"{n}-grams {kind}" for kind in ("guessed", "correct") for n in range(1, 5))
 METEOR_COUNTS = tuple(f"METEOR {i}" for i in range(23))
-CHAIR = ("CHAIR-i", "CHAIR-s", "CHAIR recall")
 
 METRICS: dict[str, Metric] = {
     "bleu": Metric(BLEU, BLEU_COUNTS, bleu_counts, bleu_formula),
     "meteor": Metric(("METEOR",), METEOR_COUNTS, meteor_counts, meteor_formula),
-    "rouge": Metric(("ROUGE-L",), _parts("ROUGE-L"), rouge_counts, ratio_formula),
-    "cider": Metric(("CIDEr",), _parts("CIDEr"), cider_counts, ratio_formula),
-    "spice": Metric(("SPICE",), _parts("SPICE"), spice_counts, ratio_formula),
-    "chair": Metric(CHAIR, _parts(*CHAIR), chair_counts, ratio_formula, False, shares=True),
+    "rouge": _ratios(rouge_counts, "ROUGE-L"),
+    "cider": _ratios(cider_counts, "CIDEr"),
+    "spice": _ratios(spice_counts, "SPICE"),
+    "chair": _ratios(chair_counts, "CHAIR-i", "CHAIR-s", "CHAIR recall", shares=True),
 }

@@ -24,14 +24,7 @@ from qvision_lab.data.identity import fingerprint, identify, read_identity
 from qvision_lab.evaluation import bootstrap
 from qvision_lab.evaluation.chair import Vocabulary
 from qvision_lab.evaluation.java import UnavailableError, meteor
-from qvision_lab.evaluation.metrics import (
-    METRICS,
-    Evidence,
-    Judge,
-    Metric,
-    judge_metric,
-    ratio_formula,
-)
+from qvision_lab.evaluation.metrics import METRICS, Evidence, Judge, Metric, judge_metric
 
 COCO_METRICS = ("bleu", "meteor", "rouge", "cider")
 PERCENT = [100, 100, 100, 1]  # a score, its interval and its denominator, as printed
@@ -57,21 +50,19 @@ class EvaluationReport:
     def table(self) -> pd.DataFrame:
         """One row a score: `score`, `low` and `high` of its interval, and `of`, its denominator.
 
-        That is the number of images, or of cases for a share. Intervals of shares are Wilson's, by
+        That is the number of images, or of cases for a share. Intervals of shares are by
         `share_interval`; others resample images, with their references and CIDEr's document
         frequencies, which come from all images, fixed.
         """
         rows, settings = {}, (self.resamples, self.confidence, self.seed)
         for metric in self.metrics.values():
-            counts, formula = self.counts_of(metric), metric.formula
-            total = counts.sum(0)
+            counts, of = self.counts_of(metric), [len(self.counts)] * len(metric.scores)
             if metric.shares:
-                hits, cases = counts[:, ::2], counts[:, 1::2]
-                interval = bootstrap.share_interval(hits, cases, self.confidence)
+                of = counts[:, 1::2].sum(0)
+                interval = bootstrap.share_interval(counts[:, ::2], counts[:, 1::2], settings[1])
             else:
-                interval = bootstrap.bootstrap_interval(counts, formula, *settings)
-            of = total[1::2] if formula is ratio_formula else [len(counts)] * len(metric.scores)
-            columns = zip(formula(total), *interval, of, strict=True)
+                interval = bootstrap.bootstrap_interval(counts, metric.formula, *settings)
+            columns = zip(metric.formula(counts.sum(0)), *interval, of, strict=True)
             rows |= zip(metric.scores, columns, strict=True)
         table = pd.DataFrame.from_dict(rows, "index", columns=["score", "low", "high", "of"])
         return table.astype({"of": int})
@@ -154,18 +145,11 @@ def evaluate(
 
     "bleu", "meteor", "rouge", "cider" and "spice" equal `COCOEvalCap`'s (Chen et al. 2015,
     arXiv:1504.00325); SPICE needs its jars, which are not downloaded. "chair" counts hallucinated
-    objects; the metric of a judge ("scenes") every claim about a drawn image.
+    objects (categories in each image, by default named as COCO's); the metric of a judge, by its
+    name ("scenes"), every claim about a drawn image.
 
-    Args:
-        references: of the same images, at least one each.
-        metrics: keys of `METRICS`, or the judge's name.
-        confidence: of the intervals, from a bootstrap over images.
-        objects: the categories in each image, for "chair"; by default named as COCO's.
-
-    Raises:
-        ValueError: images that differ between the arguments, an image without references, an
-            unknown metric or one without its truth.
-        RuntimeError: a Java program fails.
+    ValueError for images that differ between the arguments, an image without references, and a
+    metric that is unknown or lacks its truth; RuntimeError where a Java program fails.
     """
     known = METRICS | ({judge.name: judge_metric(judge.rates)} if judge else {})
     for name in metrics:
@@ -185,10 +169,10 @@ def evaluate(
     if without := some("image", bare):
         raise ValueError(f"{without} without a list of references.")
     evidence = Evidence(captions, references, objects, vocabulary, judge)
-    counts, notes = {}, {}
+    table, notes = pd.DataFrame(index=pd.Index(list(captions), name="image_id")), {}
     progress = tqdm(total=len(metrics), desc="tokenizing", unit="metric")
     with ThreadPoolExecutor(1) as pool, progress:
-        if any(metric.tokenized for metric in metrics.values()):
+        if not all(metric.shares for metric in metrics.values()):
             pairs = zip(captions, evidence.words[0], strict=True)
             if empty := some("caption", [i for i, words in pairs if not words]):
                 notes["no words"] = f"{empty}: no overlap with any reference"
@@ -197,15 +181,11 @@ def evaluate(
         for name in sorted(metrics, key="meteor".__eq__):  # last, since it runs in parallel
             progress.set_description(name)
             try:
-                counts[name] = metrics[name].count(evidence)
+                table[[*metrics[name].counts]] = metrics[name].count(evidence)
             except UnavailableError as reason:
-                notes[" ".join(metrics[name].scores)] = str(reason)
+                notes[" ".join(metrics.pop(name).scores)] = str(reason)
             progress.update()
-    kept = {name: metric for name, metric in metrics.items() if name in counts}
-    index = pd.Index(list(captions), name="image_id")
-    tables = [pd.DataFrame(counts[name], index, metric.counts) for name, metric in kept.items()]
-    table = pd.concat([pd.DataFrame(index=index), *tables], axis=1)
-    return EvaluationReport(captions, table, kept, notes, confidence, resamples, seed)
+    return EvaluationReport(captions, table, metrics, notes, confidence, resamples, seed)
 
 
 def evaluate_dataset(
@@ -217,18 +197,16 @@ def evaluate_dataset(
 ) -> EvaluationReport:
     """Score captions of a data set with its references, objects and judge.
 
-    Args:
-        model: digest of the weights that captioned, for the report's identity.
-        metrics: by default COCO's four and SPICE, "chair" where all objects are known, and that of
-            the data set's judge ("scenes").
-        settings: `confidence`, `resamples` and `seed` of `evaluate`.
+    By default with COCO's four metrics and SPICE, "chair" where all objects are known, and that of
+    the judge ("scenes"). `model` is the digest of the weights, for the report's identity;
+    `settings` are `confidence`, `resamples` and `seed` of `evaluate`.
     """
     judge, objects = dataset.judge, dataset.objects
     if None in objects.values():
         objects = None
     if metrics is None:
-        metrics = (*COCO_METRICS, "spice", *["chair"] * (objects is not None))
-        metrics += (judge.name,) if judge else ()
+        metrics = [*COCO_METRICS, "spice"] + ["chair"] * (objects is not None)
+        metrics += [judge.name] if judge else []
     settings |= {"judge": judge, "vocabulary": judge.vocabulary if judge else None}
     report = evaluate(captions, dataset.references, metrics, objects=objects, **settings)
     return replace(report, identity=identify(model, {dataset.name: fingerprint(dataset)}))
@@ -258,7 +236,6 @@ def compare(report: EvaluationReport, baseline: EvaluationReport) -> Comparison:
     """Differences `report` - `baseline` of their common metrics, by `paired_difference`.
 
     All scores are one family: `corrected` is Holm's p, and the intervals are Bonferroni's.
-
     ValueError if the reports are not of the same images, or share no metric.
     """
     _refuse_mismatch(report.captions, baseline.captions, "the baseline")
