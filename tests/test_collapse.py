@@ -16,7 +16,7 @@ from torch import nn
 import qvision_lab as ql
 from qvision_lab.data.coco import CaptionDataset, CaptionedImage
 from qvision_lab.figures import COLLAPSE, collapse_table
-from qvision_lab.interpretation import query_measures as measures
+from qvision_lab.interpretation import collapse as measures
 from qvision_lab.interpretation.collapse import THRESHOLDS, TOLERANCE, fit_thresholds
 from qvision_lab.model.qformer import QFormerOutput
 

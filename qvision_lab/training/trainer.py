@@ -26,7 +26,7 @@ from qvision_lab.captioning import Captioner
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset, ImageId
 from qvision_lab.evaluation import EvaluationReport, evaluate_dataset
-from qvision_lab.interpretation.query_measures import mean_cosine, measure_queries
+from qvision_lab.interpretation.collapse import mean_cosine, measure_queries
 from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.model.qformer import QFormerOutput
 from qvision_lab.training import gpu
