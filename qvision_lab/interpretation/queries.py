@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from scipy.sparse.csgraph import connected_components
+from scipy.special import entr
 from scipy.stats import rankdata
 from torch.nn import functional as F
 
@@ -48,7 +49,7 @@ def profile_queries(traces: Iterable[Trace]) -> list[QueryProfile]:
     maps = np.stack([trace.qformer_cross_attentions.mean((0, 1)) for trace in traces])  # [I,N,P]
     means = maps.mean(0)
     spread = np.abs(maps - means).sum(-1).mean(0) / 2
-    entropy = -(maps * np.log(maps.clip(np.finfo(maps.dtype).tiny))).sum(-1).mean(0)
+    entropy = entr(maps).sum(-1).mean(0)
     alike = np.corrcoef(maps.swapaxes(0, 1).reshape(len(means), -1)) > REDUNDANT  # [N,N]
     clusters = connected_components(alike)[1]
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
+from functools import partial
 from html import escape
 from itertools import islice, repeat
 from pathlib import Path
@@ -137,16 +138,11 @@ class Trace:
 def trace(captioner: Captioner, image: Picture, caption: str | None = None) -> Trace:
     """Record one forward pass: the attention, norms and probabilities behind a caption.
 
-    The image is preprocessed as in training: stretched to a square, so that the patch grid covers
-    all of it. The model is left in evaluation mode. `trace_all` takes several images.
+    The image, of any kind that `open_image` takes, is preprocessed as in training: stretched to a
+    square, so that the patch grid covers all of it. Without a caption it is the greedy one. The
+    model is left in evaluation mode.
 
-    Args:
-        captioner: as `qvision_lab.load` returns it.
-        image: a path, a URL, bytes, a PIL image, an array or a tensor.
-        caption: what is read; None for the caption that greedy search finds.
-
-    Raises:
-        ValueError: if the image is invalid, the model has no bridge, or gives no attention maps.
+    ValueError if the image is invalid, the model has no bridge, or gives no attention maps.
     """
     return next(trace_all(captioner, [image], None if caption is None else [caption]))
 
@@ -185,10 +181,7 @@ def _trace_batch(
     blocks = {f"Q-Former block {i}": block for i, block in enumerate(model.qformer.blocks)}
     with ExitStack() as hooks:
         for name, module in {**blocks, "bridge": model.decoder.bridge}.items():
-
-            def keep(module, args, output, name=name):
-                outputs[name] = output[0]
-
+            keep = partial(lambda name, _, args, output: outputs.update({name: output[0]}), name)
             hooks.enter_context(module.register_forward_hook(keep))
         everything = {"output_attentions": True, "output_hidden_states": True}
         output = model(input_ids=ids[:, :-1], vision_states=vision_states, **everything)
