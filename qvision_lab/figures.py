@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from qvision_lab import plots, scenes
 from qvision_lab.ablation import averages, differences, part, parts, summarise
-from qvision_lab.captioning import Caption, load
+from qvision_lab.captioning import load
 from qvision_lab.data.atomic import atomic
 from qvision_lab.data.coco import open_dataset
 from qvision_lab.interpretation.collapse import MEASURES, THRESHOLDS, TOLERANCE, Diagnosis
@@ -26,7 +26,7 @@ from qvision_lab.interpretation.queries import profile_queries
 from qvision_lab.interpretation.trace import trace_all
 from qvision_lab.model.architecture import architecture
 from qvision_lab.model.config import QVisionConfig
-from qvision_lab.scenes.checker import RATES, Rate
+from qvision_lab.scenes.checker import RATES
 from qvision_lab.scenes.dataset import SceneJudge
 from qvision_lab.scenes.layout import COLORS
 
@@ -53,13 +53,8 @@ COLLAPSE = STUDY.parent / "collapse"
 TUNED = "length", "queries", "tower", "photographs", "random_tower"  # studies with tuned rates
 
 
-def run_demo(
-    n: int = 24,
-    output: str | Path = "figures/demo.png",
-    seed: int = 0,
-    model: str | None = None,
-) -> dict[str, Rate]:
-    """Caption n scenes of the split `test`, draw a contact sheet, print and return the rates."""
+def run_demo(n: int, output: str | Path, seed: int = 0, model: str | None = None) -> None:
+    """Caption n scenes of the split `test`, draw a contact sheet, print the rates."""
     if n < 1:
         raise ValueError(f"n={n} scenes cannot be shown; choose at least 1.")
     captioner = load(model)
@@ -69,12 +64,10 @@ def run_demo(
         checks = [scenes.check(captions[i].text, t) for i, t in dataset.judge.truths.items()]
         shown = [check.true for check in checks][:24]
         write_figure(plots.caption_sheet(captions[:24], ncols=6, marks=shown), Path(output), dpi=80)
-    rates = scenes.score(checks)
     print(f"\n{n} held-out scenes, captioned from disk:\n")
-    for name, rate in rates.items():
+    for name, rate in scenes.score(checks).items():
         print(f"  {name:<18}{rate!s:>18}   of {RATES[name]}")
     print(f"\ncontact sheet: {output}")
-    return rates
 
 
 def photographs() -> list[Path]:
@@ -84,20 +77,19 @@ def photographs() -> list[Path]:
     return [Path(package.origin).with_name("data") / name for name in PHOTOGRAPHS]
 
 
-def draw_photographs(output: str | Path = "figures/photos.png") -> list[Caption]:
+def draw_photographs(output: Path) -> None:
     """Draw `photographs` with their captions by the checkpoint `photos`."""
     captions = load("photos").caption(photographs())
     sheet = plots.caption_sheet(captions, ncols=3)
     sheet.text(0.34, 0.02, CREDITS, fontsize=7)  # below the shorter photographs
-    write_figure(sheet, Path(output), dpi=80)
+    write_figure(sheet, output, dpi=80)
     for caption in captions:
         print(f"  {Path(caption.source).stem}: {caption.text}")
     print(f"\nphotographs: {output}")
-    return captions
 
 
 @plt.style.context(STYLE)
-def draw_curves(output: str | Path = "figures/training.png") -> None:
+def draw_curves(output: str | Path) -> None:
     """Draw the training curves of the embedded checkpoint: losses and metrics of both stages."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 3.8), layout="constrained")
     for ax, (stage, (title, measures)) in zip(axes, CURVES.items(), strict=True):
@@ -109,11 +101,7 @@ def draw_curves(output: str | Path = "figures/training.png") -> None:
 
 @plt.style.context(STYLE)
 def draw_inside(
-    folder: str | Path = "figures",
-    n: int = 16,
-    seed: int = 0,
-    model: str | None = None,
-    picture: str | None = None,
+    folder: str | Path, n: int, seed: int, model: str | None, picture: str | None
 ) -> None:
     """Draw `architecture.png` of the published model, and `{words,queries,deletion}.png` of one.
 
@@ -212,29 +200,25 @@ def draw_findings(
 
 def findings_table(results: str | Path = STUDY, metric: str = "CIDEr") -> pd.DataFrame:
     """A study's variants with their scores, the best first, and differences from the base."""
-    compared = parts(pd.read_csv(Path(results) / "table.csv"))
-    return pd.concat(_findings(title, rows, metric) for title, rows in compared.items())
-
-
-def _findings(trained: str, table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    rows = averages(table).join(differences(table, metric), rsuffix=" of pairs")
-    rows = rows.sort_values(metric, ascending=False)  # the base has no difference
-    scale = 1 if metric == "CIDEr" else 100
-    pairs = scale * rows[["difference", "low", "high"]]
+    tables, scale = [], 1 if metric == "CIDEr" else 100
     shares = {"true": "true captions", "object recall": "objects named", "pointing": "maps point"}
-    columns = {
-        **({"trained": trained} if trained else {}),
-        "variant": rows.index,
-        "runs": rows["n"].map("{:.0f}".format),
-        **({"rate": rows["rate"].map("{:g}".format)} if "rate" in rows else {}),
-        f"{metric} x 100": rows[metric].map(lambda score: f"{scale * score:.0f}"),
-        "above the base": [f"{d:+.0f} [{a:+.0f}, {b:+.0f}]" for d, a, b in pairs.values],
-        "p, corrected": rows["corrected"].map("{:.2g}".format),
-        **{shares[name]: rows[name].map("{:.1%}".format) for name in shares if name in rows},
-        "parameters trained": rows["parameters"].map("{:,.0f}".format),
-    }
-    table = pd.DataFrame(columns).replace({"maps point": {"nan%": "no map"}})
-    return table.replace(r".*nan.*", "", regex=True)
+    for trained, table in parts(pd.read_csv(Path(results) / "table.csv")).items():
+        rows = averages(table).join(differences(table, metric), rsuffix=" of pairs")
+        rows = rows.sort_values(metric, ascending=False)  # the base has no difference
+        pairs = scale * rows[["difference", "low", "high"]]
+        columns = {
+            **({"trained": trained} if trained else {}),
+            "variant": rows.index,
+            "runs": rows["n"].map("{:.0f}".format),
+            **({"rate": rows["rate"].map("{:g}".format)} if "rate" in rows else {}),
+            f"{metric} x 100": (scale * rows[metric]).map("{:.0f}".format),
+            "above the base": [f"{d:+.0f} [{a:+.0f}, {b:+.0f}]" for d, a, b in pairs.values],
+            "p, corrected": rows["corrected"].map("{:.2g}".format),
+            **{shares[name]: rows[name].map("{:.1%}".format) for name in shares if name in rows},
+            "parameters trained": rows["parameters"].map("{:,.0f}".format),
+        }
+        tables.append(pd.DataFrame(columns).replace({"maps point": {"nan%": "no map"}}))
+    return pd.concat(tables).replace(r".*nan.*", "", regex=True)
 
 
 def collapse_table(results: str | Path = COLLAPSE) -> pd.DataFrame:
@@ -244,10 +228,8 @@ def collapse_table(results: str | Path = COLLAPSE) -> pd.DataFrame:
     """
     runs = pd.read_csv(Path(results) / "table.csv")
     measures = ["changed", *THRESHOLDS]
-    said = [
-        Diagnosis(0, 0, 0, (), **row._asdict()).collapsed
-        for row in runs[measures].itertuples(index=False)
-    ]
+    rows = runs[measures].to_dict("records")
+    said = [Diagnosis(0, 0, 0, (), **row).collapsed for row in rows]
     collapsed = runs["changed"] <= TOLERANCE
     seeds = np.where(runs["seed"] < 5, "0 to 4", "from 5")
     runs = runs.assign(collapsed=collapsed, mistaken=collapsed != said, seeds=seeds)

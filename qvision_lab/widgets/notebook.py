@@ -21,12 +21,10 @@ def open_lab(pictures: Sequence[str], output: str | Path, model: str | None = No
     places = [str(Path(p).absolute()) if os.path.exists(p) else p for p in pictures]
     source = f"import qvision_lab as ql\n\nql.explore(ql.load({model!r}), {places!r})"
     cell = {"cell_type": "code", "id": "explorer", "metadata": {}, "source": source}
+    cell |= {"outputs": [], "execution_count": None}
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = {
-        "cells": [cell | {"outputs": [], "execution_count": None}],
-        "metadata": {"kernelspec": kernel},
-        **{"nbformat": 4, "nbformat_minor": 5},
-    }
+    notebook = {"cells": [cell], "metadata": {"kernelspec": kernel}}
+    notebook |= {"nbformat": 4, "nbformat_minor": 5}
     output = Path(output)
     if output.exists() and "ql.explore(" not in output.read_text(encoding="utf-8"):
         raise ValueError(f"{output} holds something else; choose another --output.")
