@@ -36,10 +36,7 @@ def plot_training_curves(log: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def plot_scores(
-    tables: Mapping[str, pd.DataFrame],
-    scale: float = 100,
-    ax: Axes | None = None,
-    sign: str = "",
+    tables: Mapping[str, pd.DataFrame], scale: float = 100, ax: Axes | None = None, sign: str = ""
 ) -> Axes:
     """Scores, times `scale`, of systems as dots with their intervals: `score`, `low`, `high`.
 
@@ -90,11 +87,9 @@ def plot_removal_curves(
     curves: Mapping[str, Float[np.ndarray, "W S"]],
     ax: Axes | None = None,
 ) -> Axes:
-    """Mean probability of words, with a 95% band, while patches are removed or added by maps.
+    """Mean probability of W words, with a 95% band, by the share of patches that is kept, 0 to 1.
 
-    Args:
-        kept: shares of the patches that are kept, 0 to 1.
-        curves: by what chose the order: probabilities of W words; the legend adds the areas.
+    A curve for each order in which patches are removed or added; the legend adds the areas.
     """
     ax = ax or plt.subplots(layout="constrained")[1]
     for name, probabilities in curves.items():
