@@ -1,6 +1,5 @@
 """Confidence intervals of scores and shares, and paired tests, over images."""
 
-import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -27,9 +26,8 @@ def bootstrap_interval(
     """
     draws = [formula(weights @ counts) for weights in _resample(len(counts), resamples, seed)]
     tail = _tail(confidence)
-    with warnings.catch_warnings():  # a score that no draw has is nan
-        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
-        return np.nanquantile(np.concatenate(draws), [tail, 1 - tail], axis=0)
+    quantiles = pd.DataFrame(np.concatenate(draws)).quantile([tail, 1 - tail])  # without nan
+    return quantiles.to_numpy(copy=True)
 
 
 def share_interval(hits: Counts, cases: Counts, confidence: float = 0.95) -> Counts:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float
-from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
@@ -78,14 +78,10 @@ def bleu_formula(counts: Float[np.ndarray, "... 10"]) -> Float[np.ndarray, "... 
 
 
 def bleu_counts(evidence: Evidence) -> Float[np.ndarray, "images 10"]:
-    scorer = BleuScorer(n=4)
-    for caption, references in zip(*evidence.words, strict=True):
-        scorer += (caption, references)
     rows = []
-    for image in scorer.ctest:
-        length = image["testlen"]
-        closest = min((abs(other - length), other) for other in image["reflen"])[1]
-        rows.append([length, closest, *image["guess"], *image["correct"]])
+    for caption, references in zip(*evidence.words, strict=True):
+        image = cook_test(caption, cook_refs(references), "closest")
+        rows.append([image["testlen"], image["reflen"], *image["guess"], *image["correct"]])
     return np.array(rows, float)
 
 

@@ -75,11 +75,10 @@ class EvaluationReport:
     @cached_property
     def per_image(self) -> pd.DataFrame:
         """One row an image: its caption and its scores, or nan."""
-        columns = {"caption": pd.Series(self.captions)}
+        table = pd.Series(self.captions).reindex(self.counts.index).to_frame("caption")
         for metric in self.metrics.values():
-            scores = metric.formula(self.counts_of(metric))
-            columns |= dict(zip(metric.scores, scores.T, strict=True))
-        return pd.DataFrame(columns, index=self.counts.index)
+            table[[*metric.scores]] = metric.formula(self.counts_of(metric))
+        return table
 
     def counts_of(self, metric: Metric) -> Float[np.ndarray, "images K"]:
         return self.counts[list(metric.counts)].to_numpy(float)
