@@ -13,8 +13,8 @@ from qvision_lab.captioning.decoding_step import copy_sharing_weights
 from qvision_lab.interpretation.interventions import Intervention, mute
 from qvision_lab.interpretation.maps import DEFAULT_METHOD, PatchMap, query_maps, word_maps
 from qvision_lab.interpretation.trace import Trace, trace
+from qvision_lab.model.captioner import QVisionForConditionalGeneration
 from qvision_lab.model.confidence import Claim
-from qvision_lab.model.config import QVisionConfig
 
 CACHE_SIZE = 16  # captions and traces, so that a click on a word costs its map alone
 ALTERNATIVES = 4  # tokens listed for a word
@@ -47,15 +47,12 @@ class Result:
 
 
 class Backend:
-    """Runs requests on a copy of the model that shares its weights.
-
-    Mutes are hooks; in the copy they do not affect the captioner in other cells.
-    """
+    """Runs requests on a copy of the model that shares its weights, so that mutes stay in it."""
 
     def __init__(self, captioner: Captioner):
         self.captioner = replace(captioner, model=copy_sharing_weights(captioner.model))
         mute(self.captioner.model)  # raises where the model lacks a part
-        self.parts = parts(captioner.model.config)
+        self.parts = parts(captioner.model)
         self._caption = lru_cache(CACHE_SIZE)(self._caption)
         self._trace = lru_cache(CACHE_SIZE)(self._trace)
 
@@ -123,16 +120,15 @@ class Backend:
         return mute(self.captioner.model, **self.mute_arguments(muted))
 
 
-def parts(config: QVisionConfig) -> dict[str, dict[str, dict]]:
-    """Arguments of `mute` for each part of a model, by kind and name."""
+def parts(model: QVisionForConditionalGeneration) -> dict[str, dict[str, dict]]:
+    """Arguments of `mute` for each part of a model, by kind and label."""
+    config = model.config
     heads, blocks = range(config.num_attention_heads), range(config.num_qformer_blocks)
-    tokens = {"global token": {"global_token": True}} if config.global_token != "none" else {}
-    tokens |= {f"query {q}": {"queries": [q]} for q in range(config.num_query_tokens)}
-    found = {"Queries": tokens}
+    tokens = [{"global_token": True}] if config.global_token != "none" else []
+    groups = {"Queries": tokens + [{"queries": [q]} for q in range(config.num_query_tokens)]}
     for b in blocks:
-        for kind, argument, name in (("patches", "heads", ""), ("queries", "self_heads", "self ")):
-            group = {f"block {b}, {name}head {h}": {argument: [(b, h)]} for h in heads}
-            found[f"Block {b}: heads on {kind}"] = group
-    found["Bridge: heads"] = {f"bridge, head {h}": {"bridge_heads": [h]} for h in heads}
-    whole = {f"block {b}": {"blocks": [b]} for b in blocks}
-    return {**found, "Blocks and bridge": {**whole, "bridge": {"bridge": True}}}
+        groups[f"Block {b}: heads on patches"] = [{"heads": [(b, h)]} for h in heads]
+        groups[f"Block {b}: heads on queries"] = [{"self_heads": [(b, h)]} for h in heads]
+    groups["Bridge: heads"] = [{"bridge_heads": [h]} for h in heads]
+    groups["Blocks and bridge"] = [*({"blocks": [b]} for b in blocks), {"bridge": True}]
+    return {kind: {mute(model, **part).label: part for part in g} for kind, g in groups.items()}
