@@ -1,7 +1,4 @@
-"""Graded blanks of the notebooks.
-
-An attempt runs next to our answer on cases of growing difficulty; any right form is accepted.
-"""
+"""Graded blanks of the notebooks: attempts run next to our answers, and any right form counts."""
 
 import copy
 from importlib.resources import files

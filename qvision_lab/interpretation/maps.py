@@ -183,10 +183,7 @@ METHODS: dict[str, Method] = {
 
 
 def shared_methods() -> dict[str, Method]:
-    """`METHODS` to be compared: the integrated gradients that two of them use are computed once.
-
-    They take the words as a tuple.
-    """
+    """`METHODS`, of words in a tuple; integrated gradients, which two of them use, run once."""
     once = lru_cache(1)(integrated_gradients)
     agreed = partial(agreement, dependence=once)
     return METHODS | {"integrated_gradients": once, "agreement": agreed}
