@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
-from functools import partial
 from html import escape
 from itertools import islice, repeat
 from pathlib import Path
@@ -181,7 +180,10 @@ def _trace_batch(
     blocks = {f"Q-Former block {i}": block for i, block in enumerate(model.qformer.blocks)}
     with ExitStack() as hooks:
         for name, module in {**blocks, "bridge": model.decoder.bridge}.items():
-            keep = partial(lambda name, _, args, output: outputs.update({name: output[0]}), name)
+
+            def keep(module, args, output, name=name):
+                outputs[name] = output[0]
+
             hooks.enter_context(module.register_forward_hook(keep))
         everything = {"output_attentions": True, "output_hidden_states": True}
         output = model(input_ids=ids[:, :-1], vision_states=vision_states, **everything)
