@@ -47,6 +47,13 @@ def drawn(html: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
+def change(explorer: Explorer, **values: object) -> None:
+    """Set controls by name, and wait for the result."""
+    for name, value in values.items():
+        getattr(explorer, name).value = value
+    explorer.pending.result()
+
+
 def word(explorer: Explorer, index: int) -> None:
     explorer.words.children[index].value = True
     explorer.pending.result()
@@ -54,8 +61,7 @@ def word(explorer: Explorer, index: int) -> None:
 
 def upload(explorer: Explorer, name: str, content: bytes) -> None:
     file = {"name": name, "type": "", "size": len(content), "content": memoryview(content)}
-    explorer.upload.value = ({**file, "last_modified": datetime.now(timezone.utc)},)
-    explorer.pending.result()
+    change(explorer, upload=({**file, "last_modified": datetime.now(timezone.utc)},))
 
 
 def press(explorer: Explorer, *labels: str) -> None:
@@ -132,8 +138,7 @@ def test_clicks_change_what_is_shown(explorer):
     assert not np.array_equal(drawn(explorer.whole.value), image)
     for block, head in (("1", "all"), ("1", "2"), ("all", "all")):
         previous = explorer.whole.value
-        explorer.block.value, explorer.head.value = block, head
-        explorer.pending.result()
+        change(explorer, block=block, head=head)
         assert explorer.whole.value != previous
     press(explorer, "query 3", "bridge")
     assert "With query 3, bridge muted" in explorer.muted.value
@@ -149,8 +154,7 @@ def test_clicks_change_what_is_shown(explorer):
 
 
 def test_a_word_is_known_by_its_position(explorer):
-    explorer.own.value = "A red car and a red car"
-    explorer.pending.result()
+    change(explorer, own="A red car and a red car")
     assert [b.description.split()[0] for b in explorer.words.children] == explorer.own.value.split()
     maps = {}
     for index in (1, 5, 1):
@@ -167,8 +171,7 @@ def test_words_have_marks_tints_and_alternatives(explorer):
     index = int(explorer.image.label.split()[1])
     truth = ql.scenes.scene("test", 0, index).objects[0]
     other = "green" if truth.color != "green" else "red"
-    explorer.own.value = f"A {other} {truth.category} on a beach"
-    explorer.pending.result()
+    change(explorer, own=f"A {other} {truth.category} on a beach")
     words = explorer.words.children
     assert [button.description.split()[-1] for button in words[1:3]] == ["✗", "✓"]
     assert "here the model would write" in words[0].tooltip
@@ -177,8 +180,7 @@ def test_words_have_marks_tints_and_alternatives(explorer):
     assert "color right: " in words[1].tooltip
     assert tints[3:5] == [[], []]  # "on a" claims nothing
     explorer.backend.captioner.confidence = None
-    explorer.own.value = explorer.own.value + "."
-    explorer.pending.result()
+    change(explorer, own=explorer.own.value + ".")
     assert all(any(n.startswith("qv-p") for n in b._dom_classes) for b in explorer.words.children)
 
 
@@ -198,8 +200,7 @@ def test_a_picture_is_saved_and_a_foreign_one_is_warned_of(explorer, tmp_path, m
     assert "Saved explorer_scene_0.png" in explorer.status.value
     assert Image.open(tmp_path / "explorer_scene_0.png").width > 400
     assert not explorer.warning.value
-    explorer.folder.value = str(tmp_path)
-    explorer.pending.result()
+    change(explorer, folder=str(tmp_path))
     assert "unlike those that the checkpoint learned from" in explorer.warning.value
     explorer.opacity.value = 0.25
     assert "--qv-opacity: 0.25" in explorer._style.value
@@ -207,8 +208,7 @@ def test_a_picture_is_saved_and_a_foreign_one_is_warned_of(explorer, tmp_path, m
 
 def test_search_settings_reach_the_captioner(explorer, embedded):
     assert (explorer.beams.disabled, explorer.seed.disabled) == (True, True)
-    explorer.search.value, explorer.temperature.value, explorer.seed.value = "sampling", 2.0, 7
-    explorer.pending.result()
+    change(explorer, search="sampling", temperature=2.0, seed=7)
     assert (explorer.beams.disabled, explorer.seed.disabled) == (True, False)
     settings = {"temperature": 2.0, "top_p": 0.9, "seed": 7, "repetition_penalty": 1.0}
     image = explorer.image.value()
@@ -218,8 +218,7 @@ def test_search_settings_reach_the_captioner(explorer, embedded):
 def test_images_come_from_uploads_and_folders(explorer, tmp_path):
     for name in ("b.png", "a.png"):
         ql.scenes.scene("test", 0, 20).image.save(tmp_path / name)
-    explorer.folder.value = str(tmp_path)
-    explorer.pending.result()
+    change(explorer, folder=str(tmp_path))
     assert [name for name, _ in explorer.image.options[:3]] == ["a.png", "b.png", "scene 0"]
     assert explorer.image.label == "a.png"
     scene = explorer.whole.value
