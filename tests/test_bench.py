@@ -54,6 +54,23 @@ def test_loading_reads_what_it_needs(results):
         assert load["captioning_gigabytes"] >= load["peak_gigabytes"] >= load["resident_gigabytes"]
 
 
+def test_captions_are_timed_by_every_method(tiny, results):
+    result = json.loads((results / "latency.json").read_text())
+    found = [row for row in result["rows"] if row["dtype"] == "fp32"]
+    modes = [("original", 1), ("generate", 1), ("default", 1), ("default", 16), ("compiled", 1)]
+    assert [(row["mode"], row["batch"]) for row in found] == modes
+    assert all(row["same_tokens"] == 1.0 for row in found)
+    original, _, default, sixteen, compiled = found
+    assert original["ratio"]["median"] == 1
+    ratios = [16 * a / b for a, b in zip(original["seconds"], sixteen["seconds"], strict=True)]
+    assert sixteen["ratio"]["median"] == pytest.approx(sum(ratios) / 2)
+    assert compiled["compile_seconds"] > 0
+    weights = sum(p.numel() for p in tiny.decoder.parameters()) - 64 * 32  # without positions
+    limit = 20 * 4 * weights / 1e9 / result["settings"]["read_gigabytes_per_second"]
+    time = default["seconds_per_image"]["median"]
+    assert default["times_the_limit"] == pytest.approx(time / limit)
+
+
 def test_both_methods_load_the_same_weights(tiny, tmp_path):
     loading.write_published(tmp_path, tiny)
     theirs, ours = loading.load_the_cards_way(tmp_path), load_checkpoint(tmp_path).model
