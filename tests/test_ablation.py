@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import Executor, Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from unittest.mock import patch
 
@@ -101,6 +101,21 @@ def test_order_and_interruptions_change_nothing_and_a_study_can_be_extended(fini
     assert rows.items() <= finished_rows().items()
     assert len(finished_rows()) == 6
     assert again["seconds"].isna().any()  # of a run that was interrupted
+
+
+@pytest.mark.slow
+def test_five_kills_change_nothing(finished, tmp_path):
+    _, table = finished
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(TINY.model_dump(mode="json")))
+    command = [sys.executable, "-m", "qvision_lab.cli", "ablate", str(path)]
+    for seconds in random.Random(3).choices(range(8, 20), k=5):
+        with subprocess.Popen([*command, "--output", str(tmp_path), "--processes", "1"]) as study:
+            with suppress(subprocess.TimeoutExpired):
+                study.wait(timeout=seconds)
+            study.kill()  # its worker goes on with a run for a while
+    again = TINY.run(tmp_path, InTurn(), processes=1)
+    assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES))
 
 
 def test_a_diverged_run_is_kept_as_failed_and_arms_that_read_patches_have_maps(tmp_path):
