@@ -24,16 +24,13 @@ def differences(
     """What each variant has over the base: the mean of paired differences, one a seed.
 
     A run averages over its images, so that seeds are what varies. With five of them a paired
-    t-interval has its nominal coverage; a bootstrap of five covers 84% and no rank test can come
-    below p = 0.06.
+    t-interval has its nominal coverage; a bootstrap covers 84%, no rank test gets below p = 0.06.
 
     Returns one row a variant, with `n` pairs: `difference`, `low` and `high` of its interval, `p`,
-    and `corrected`, Holm's p. The intervals of all variants of the table hold together
-    (Bonferroni). NaN with less than two pairs. With a `margin`, chosen before the runs, also
-    `equivalent`: Holm's p of two one-sided tests (Schuirmann 1987, J. Pharmacokinet. Biopharm.
-    15:657) that the difference lies within it.
-
-    ValueError for a metric that the base has not, and for several lengths in one table.
+    and `corrected`, Holm's p; NaN with less than two pairs. The intervals of all variants hold
+    together (Bonferroni). With a `margin`, chosen before the runs, also `equivalent`: Holm's p of
+    two one-sided tests (Schuirmann 1987, J. Pharmacokinet. Biopharm. 15:657) that the difference
+    lies within it. ValueError for a metric that the base has not, and for several lengths at once.
     """
     if metric not in table or BASE not in set(table.dropna(subset=metric)["variant"]):
         known = ", ".join(table.columns.drop(["variant", "seed", "failed"]))
@@ -48,12 +45,11 @@ def differences(
     statistic = (mean / error).abs().where(mean.ne(0) | error.isna(), 0)  # 0 / 0 is no difference
     p = pd.Series(2 * t.sf(statistic, n - 1), variants)
     columns = {"n": n, "difference": mean, "low": mean - half, "high": mean + half, "p": p}
-    columns["corrected"] = holm(p)
+    rows = pd.DataFrame(columns | {"corrected": holm(p)}).rename_axis("variant")
     if margin is not None:
-        columns["equivalent"] = holm(
-            pd.Series(t.sf((margin - mean.abs()) / error, n - 1), variants)
-        )
-    return pd.DataFrame(columns).rename_axis("variant")
+        outside = t.sf((margin - mean.abs()) / error, n - 1)
+        rows["equivalent"] = holm(pd.Series(outside, variants))
+    return rows
 
 
 def part(
@@ -61,8 +57,7 @@ def part(
 ) -> pd.DataFrame:
     """The runs of one length, which can be compared: trained as many steps, or as long (`compute`).
 
-    An arm without a cost of its own, such as the base, stands for itself in both. ValueError if
-    there are none.
+    An arm without a cost of its own, such as the base, is in both. ValueError if there are none.
     """
     rows = table[table["length"] == length]
     rows = rows[rows["tuned"] == tuned] if "tuned" in rows else rows
@@ -99,16 +94,14 @@ def differences_of_scenes(
     Both are resampled together (Owen 2007, Ann. Appl. Stat. 1:386, which is conservative), so that
     an interval holds for other seeds and other scenes. Columns as those of `differences`.
     """
-    runs = table.dropna(subset="true_scenes").set_index(["variant", "seed"])["true_scenes"]
+    true = table.pivot(index="seed", columns="variant", values="true_scenes")
     rng, rows = np.random.default_rng(seed), {}
     variants = [name for name in table["variant"].unique() if name != BASE]
     for name in variants:
-        seeds = runs[name].index.intersection(runs[BASE].index) if name in runs else []
-        rows[name] = {"n": len(seeds), "difference": np.nan, "low": np.nan, "high": np.nan}
-        if len(seeds) > 1:
-            ours, theirs = (
-                np.array([[*runs[arm, key]] for key in seeds]) == "y" for arm in (name, BASE)
-            )
+        pairs = true[[name, BASE]].dropna()
+        rows[name] = {"n": len(pairs), "difference": np.nan, "low": np.nan, "high": np.nan}
+        if len(pairs) > 1:
+            ours, theirs = (np.array([[*y] for y in pairs[arm]]) == "y" for arm in (name, BASE))
             change = ours.astype(int) - theirs  # [seeds, scenes]
             weights = [rng.multinomial(n, [1 / n] * n, resamples) / n for n in change.shape]
             draws = np.einsum("rs,sn,rn->r", weights[0], change, weights[1])
@@ -123,9 +116,9 @@ def crossover(
 ) -> tuple[float, float, float]:
     """The steps at which a variant and the base change places, and the ends of a 95% interval.
 
-    Mean paired differences are joined by straight lines over log steps; where they change sign
-    last is the crossover, infinite where they never do. The interval resamples the seeds of each
-    length. `table` holds one run for each variant, seed and length, see `part`.
+    Mean paired differences are joined by straight lines over log steps; where they change sign last
+    is the crossover, infinite where they never do. The interval resamples the seeds of each length,
+    of which the `table` has one run for each variant.
     """
     values = table.pivot(index=["length", "seed"], columns="variant", values=metric).astype(float)
     change = (values[variant] - values[BASE]).dropna()
@@ -151,28 +144,26 @@ def _crossing(lengths: Float[np.ndarray, " L"], change: list[float]) -> float:
 def summarise(table: pd.DataFrame, metric: str = "CIDEr", margin: float | None = None) -> list[str]:
     """Sentences on a metric, one per variant, and on runs that failed.
 
-    A difference is claimed where Holm's p is below 5%, equivalence where that of its tests is. For
-    the others none is shown, which does not exclude one: the sentence gives the largest that the
-    interval allows.
+    A difference is claimed where Holm's p is below 5%, equivalence where that of its tests is.
+    Where neither is, the sentence gives the largest difference that the interval allows.
     """
     rows, means = differences(table, metric, margin), averages(table)
     base = means.loc[BASE]
     sentences = [f"{metric} of the base is {base[metric]:.3g}, the mean of {base['n']:.0f} seeds."]
     for name, row in rows.sort_values("difference").iterrows():
         interval = f"[{row.low:+.3g}, {row.high:+.3g}] over {row.n:.0f} seeds"
-        if row.n < 2:
-            sentences.append(f"{name}: nothing can be said with {row.n:.0f} pairs of runs.")
-        elif row.corrected < LEVEL:
+        found = f"nothing can be said with {row.n:.0f} pairs of runs"
+        if row.corrected < LEVEL:
             verb = "raises" if row.difference > 0 else "lowers"
             found = f"{verb} {metric} by {abs(row.difference):.3g}, {interval}"
-            sentences.append(f"{name}: {found}, corrected p = {row.corrected:.2g}.")
+            found += f", corrected p = {row.corrected:.2g}"
         elif row.get("equivalent", 1) < LEVEL:
             found = f"within {margin:.3g} of the base, {row.difference:+.3g}, {interval}"
-            sentences.append(f"{name}: {found}, corrected p = {row.equivalent:.2g}.")
-        else:
+            found += f", corrected p = {row.equivalent:.2g}"
+        elif row.n > 1:
             bound = max(abs(row.low), abs(row.high))
-            shown = f"no difference shown, up to {bound:.3g} is possible"
-            sentences.append(f"{name}: {shown}, {interval}.")
+            found = f"no difference shown, up to {bound:.3g} is possible, {interval}"
+        sentences.append(f"{name}: {found}.")
     for name, runs in table.dropna(subset="failed").groupby("variant", sort=False):
         sentences.append(f"{name}: {len(runs)} runs failed ({runs['failed'].iloc[0]}).")
     return sentences
