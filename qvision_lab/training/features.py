@@ -110,20 +110,16 @@ class FeatureCache:
     ) -> CachedFeatures:
         """Encode the images that are new and return the states of all; OSError if the disk is full.
 
-        `model` is the one that the cache was opened with, and is left in evaluation mode. Of each
-        image the first so many `VIEWS` are kept. Images are read by `workers`; None: up to 8, or
-        none on fewer than 4 cores, which the tower needs.
+        `model` is the one that the cache was opened with, and is left in evaluation mode. `views`
+        is the number of `VIEWS` of each image. Images are read by `workers`; None: up to 8, or none
+        on fewer than 4 cores, which the tower needs.
         """
         ends = VIEWS[:views]
         failed = dict.fromkeys(images.missing(), "there is no such file")
         names = {image.image_id: _name(image) for image in images if image.image_id not in failed}
-        known = {key: self.contents.get(name) for key, name in names.items()}
-        contents = {
-            key: content
-            for key, content in known.items()
-            if content and self.files.keys() >= {content + end for end in ends}
-        }
-        unread = [i for i, key in enumerate(images.ids) if key in names and key not in contents]
+        known = {n for n, x in self.contents.items() if {x + e for e in ends} <= self.files.keys()}
+        new_ids = {key for key, name in names.items() if name not in known}
+        unread = [i for i, key in enumerate(images.ids) if key in new_ids]
         values = math.prod(model.config.patch_grid) * model.config.vision_config.hidden_size
         needed = len(unread) * views * values * self.dtype.itemsize
         free = shutil.disk_usage(self.folder).free
@@ -146,7 +142,6 @@ class FeatureCache:
         )
         bar = tqdm(reader, f"features (at most {needed / 1e9:.2f} GB)", unit="batch")
         for number, (read, pixels, unreadable) in enumerate(bar, start=1):
-            contents |= read
             failed |= unreadable
             new = {name: x for name, x in pixels.items() if name not in self.files}
             if new:
@@ -166,10 +161,11 @@ class FeatureCache:
             self.contents |= {names[key]: content for key, content in read.items()}
             if number % 64 == 0 or number == len(batches):
                 write_atomic(self.folder / "contents.json", json.dumps(self.contents))
-        places = {
-            key: [(self.files[content + end], content + end) for end in ends]
-            for key, content in contents.items()
-        }
+        places = {}
+        for key, name in names.items():
+            if key not in failed:
+                stored = (self.contents[name] + end for end in ends)
+                places[key] = [(self.files[view], view) for view in stored]
         return CachedFeatures(places, failed)
 
 
