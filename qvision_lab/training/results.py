@@ -1,7 +1,7 @@
 """What a run writes: `run.yaml` at its start; at its end a checkpoint, scores and a card."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.resources import files
@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from qvision_lab.captioning import Captioner
 from qvision_lab.data.atomic import write_atomic
-from qvision_lab.data.coco import CaptionDataset, ImageId
+from qvision_lab.data.coco import CaptionDataset
 from qvision_lab.data.identity import identify
 from qvision_lab.evaluation.report import COCO_METRICS, evaluate_dataset
 from qvision_lab.model.captioner import generation_preset
@@ -97,9 +97,8 @@ def save_result(
     scores = {name: score_captioner(captioner, test) for name, test in tests.items()}
     log = TrainerState.load_from_json(str(best / TRAINER_STATE_NAME)).log_history
     measured = next(row for row in reversed(log) if "eval_cider" in row)
-    names = {"CIDEr": "eval_cider", "loss": "eval_loss", "step": "step"}
-    validation = {name: measured[key] for name, key in names.items()}
-    validation["images"] = len(samples["validation"])
+    validation = {"CIDEr": measured["eval_cider"], "loss": measured["eval_loss"]}
+    validation |= {"step": measured["step"], "images": len(samples["validation"])}
     curves, phases = [], []
     for n, phase in enumerate(recipe.training.phases, start=1):
         curves.append(pd.read_csv(output / f"phase-{n}/curve.csv").assign(phase=n))
@@ -108,10 +107,9 @@ def save_result(
         phases.append(f"{n}. {length} of `{phase.policy}`, learning rate {rate:g}")
     origin = recipe.checkpoint or "the embedded checkpoint of `qvision_lab`"
     card = "scenes" if recipe.tower else "photos" if recipe.imagenet else "finetune"
+    text = (CARDS / f"{card}.md").read_text(encoding="utf-8")
     companions = {
-        "README.md": (CARDS / f"{card}.md")
-        .read_text(encoding="utf-8")
-        .format(
+        "README.md": text.format(
             recipe=recipe,
             parameters=checkpoint.model.num_parameters() / 1e6,
             table=scores_table(scores) if scores else "",
@@ -138,18 +136,18 @@ def score_captioner(captioner: Captioner, dataset: CaptionDataset) -> dict[str, 
     references, which shows how far true captions differ.
     """
     pictures = (image.picture for image in tqdm(dataset, f"captioning {dataset.name}"))
-    captions = captioner.caption(pictures, batch_size=50)
-    ours = {i: caption.text for i, caption in zip(dataset.ids, captions, strict=True)}
-
-    def rows(captions: dict[ImageId, str], metrics: Sequence[str]) -> dict[str, dict]:
+    texts = [caption.text for caption in captioner.caption(pictures, batch_size=50)]
+    sources = {CAPTIONER: (texts, COCO_METRICS)}
+    if dataset.judge is not None:
+        sources[CAPTIONER] = texts, (dataset.judge.name, *COCO_METRICS)
+        sixth = [caption_scene(image.drawing.layout, 6)[5] for image in dataset]
+        sources[SIXTH] = sixth, COCO_METRICS
+    scores = {}
+    for source, (texts, metrics) in sources.items():
+        captions = dict(zip(dataset.ids, texts, strict=True))
         table = evaluate_dataset(captions, dataset, metrics).table
-        return json.loads(table.to_json(orient="index", double_precision=6))
-
-    if dataset.judge is None:
-        return {CAPTIONER: rows(ours, COCO_METRICS)}
-    sixth = {image.image_id: caption_scene(image.drawing.layout, 6)[5] for image in dataset}
-    judged = rows(ours, (dataset.judge.name, *COCO_METRICS))
-    return {CAPTIONER: judged, SIXTH: rows(sixth, COCO_METRICS)}
+        scores[source] = json.loads(table.to_json(orient="index", double_precision=6))
+    return scores
 
 
 def scores_table(scores: Mapping[str, dict[str, dict]]) -> str:
