@@ -38,27 +38,19 @@ from qvision_lab.captioning.reading import Batch, Item
 from qvision_lab.captioning.records import Caption, FolderReport, digest
 from qvision_lab.data.atomic import locked, output_file
 from qvision_lab.data.coco import CaptionedImage
-from qvision_lab.model.captioner import QVisionForConditionalGeneration
-from qvision_lab.model.confidence import Confidence
-from qvision_lab.model.familiarity import Familiarity, exceeds_chance
-from qvision_lab.model.loading.checkpoint import Provenance, load_checkpoint
+from qvision_lab.model.familiarity import exceeds_chance
+from qvision_lab.model.loading.checkpoint import Checkpoint, load_checkpoint
 from qvision_lab.model.loading.storage import SHIPPED
-from qvision_lab.model.parameters import fingerprint_weights
-from qvision_lab.model.processor import QVisionProcessor
+from qvision_lab.model.parameters import count_parameters, fingerprint_weights
 
 BATCH_SIZES = {"cpu": 16, "cuda": 256}  # defaults; on CUDA, what fills a card
 Captioned: TypeAlias = tuple[Item, list[Caption] | ImageError]
 
 
 @dataclass(eq=False, repr=False)
-class Captioner:
+class Captioner(Checkpoint):
     """A model with the preprocessing that matches it; `qvision_lab.load()` makes one."""
 
-    model: QVisionForConditionalGeneration
-    processor: QVisionProcessor
-    provenance: Provenance | None = None
-    familiarity: Familiarity | None = None  # of images; None: what it learned from is not known
-    confidence: Confidence | None = None  # in the claims of captions; None: not calibrated
     decoding: FastDecoding = field(init=False)  # on CUDA, captures a graph for each batch size
 
     def __post_init__(self):
@@ -66,9 +58,8 @@ class Captioner:
 
     def __repr__(self) -> str:
         origin = self.provenance.source if self.provenance else "a model in memory"
-        total = sum(weights.numel() for weights in self.model.parameters())
-        where = f"{self.model.dtype}, {self.model.device}"
-        return f"Captioner of {origin}: {total:,} parameters, {where}"
+        size = f"{count_parameters(self.model):,} parameters"
+        return f"Captioner of {origin}: {size}, {self.model.dtype}, {self.model.device}"
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(repr(self))}</pre>"
@@ -295,23 +286,23 @@ class Captioner:
             for batch in read:
                 while batch.items:  # once, unless memory runs out
                     now, rest = batch.split(batch_size)
-                    captioned = None
                     try:
                         captioned = self._caption_batch(now, search)
                     except torch.OutOfMemoryError:
                         if len(now.items) == 1:
                             raise
-                    if captioned is not None:
+                    else:
                         yield captioned
                         batch = rest
-                    else:  # out here, since the error holds on to what was allocated
-                        batch_size = len(now.items) // 2
-                        self.decoding.release()
-                        warnings.warn(
-                            f"{len(now.items)} pictures in a batch need more memory than "
-                            f"{self.model.device} has: continuing with batch_size={batch_size}.",
-                            stacklevel=2,
-                        )
+                        continue
+                    # Out here, since the error holds on to what was allocated.
+                    batch_size = len(now.items) // 2
+                    self.decoding.release()
+                    warnings.warn(
+                        f"{len(now.items)} pictures in a batch need more memory than "
+                        f"{self.model.device} has: continuing with batch_size={batch_size}.",
+                        stacklevel=2,
+                    )
 
     @torch.no_grad()
     def _caption_batch(self, batch: Batch, search: Search) -> Iterator[Captioned]:
@@ -320,7 +311,7 @@ class Captioner:
             self.decoding = FastDecoding(self.model)
         if any(module.training for module in self.model.modules()):
             self.model.eval()
-        made, familiar = [torch.zeros(0, 0)] * 3, []
+        rows, familiar = iter(()), []
         if keys := [item.key for item, error in batch.items if not error]:
             pixels = batch.pixels.to(self.model.device)
             pixels = self.processor.normalise(pixels, search.preprocessing)
@@ -329,22 +320,17 @@ class Captioner:
                 image = {"vision_states": self.model.vision.encode(pixels)}  # [B,P,C]
                 familiar = self.familiarity.holds(image["vision_states"].mean(1)).tolist()
             kept = self.confidence and self.confidence.tokens
-            made = search.run(self.decoding, keys, kept, **image)
-        return self._make_captions(batch.items, search, familiar, made)
+            rows = zip(*search.run(self.decoding, keys, kept, **image), strict=True)
+        return self._make_captions(batch, search, iter(familiar), rows)
 
     def _make_captions(
-        self,
-        items: list[tuple[Item, ImageError | None]],
-        search: Search,
-        familiar: list[bool],
-        made: Sequence[Tensor],
+        self, batch: Batch, search: Search, familiar: Iterator[bool], rows: Iterator[tuple]
     ) -> Iterator[Captioned]:
-        """Captions from what `Search.run` made of readable images, and the errors of the others."""
+        """Captions from the rows of `Search.run` for readable images, and the others' errors."""
         settings, k = search.describe(), search.config.num_return_sequences
-        rows, known = zip(*made, strict=True), iter(familiar)
         judge = self.confidence.judge if self.confidence else lambda *_: (None, None)
-        for item, error in items:
-            captions, is_familiar = [], None if error else next(known, None)
+        for item, error in batch.items:
+            captions, is_familiar = [], None if error else next(familiar, None)
             for ids, scores, logits in islice(rows, 0 if error else k):
                 row = without_padding(ids.tolist(), self.model.config)
                 scores = scores[: len(row)]

@@ -64,15 +64,15 @@ class Provenance:
     dtype: str  # of the loaded weights
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Checkpoint:
-    """A model in evaluation mode, the processor that matches it, and their provenance."""
+    """A model with the processor that matches it, and what is known of them."""
 
     model: QVisionForConditionalGeneration
     processor: QVisionProcessor
-    provenance: Provenance
-    familiarity: Familiarity | None = None  # kept in FAMILIARITY, where it is known
-    confidence: Confidence | None = None  # its calibration is kept in CONFIDENCE
+    provenance: Provenance | None = None
+    familiarity: Familiarity | None = None  # of images; None: what it learned from is not known
+    confidence: Confidence | None = None  # in the claims of captions; None: not calibrated
 
 
 def load_checkpoint(
@@ -105,10 +105,9 @@ def load_checkpoint(
         model, processor = _build(folder, layout, stored)
     except CheckpointError:
         raise
-    except ImportError as error:  # it says what to install
-        raise CheckpointError(f"{folder}: {error!s}") from error
     except Exception as error:  # of many kinds, since the libraries check settings too
-        raise CheckpointError(f"{folder}: {error!s}; correct it or download it again.") from error
+        remedy = "" if isinstance(error, ImportError) else "; correct it or download it again."
+        raise CheckpointError(f"{folder}: {error!s}{remedy}") from error  # or says what to install
     _assign(model, reader.read(_match(model, stored, layout)))
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if _is_needed(p)}
     origin = Provenance(str(source), layout, commit, files, str(dtype).removeprefix("torch."))
@@ -365,7 +364,8 @@ def _is_needed(path: Path) -> bool:
     return path.is_file() and any(fnmatch(path.name, pattern) for pattern in NEEDED_FILES)
 
 
-def _model_card(origin: Provenance) -> str:
+def _model_card(origin: Provenance | None) -> str:
+    origin = origin or Provenance("a new model", "native", None, {}, "float32")
     source = Path(origin.source).name if Path(origin.source).exists() else origin.source
     commit = f" at commit `{origin.revision}`" if origin.revision else ""
     return f"""---
