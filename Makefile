@@ -13,9 +13,9 @@ test: setup  ## lint, tests, and every notebook
 test-gpu: setup  ## what only a machine with a GPU can show
 	QVISION_GPU_TESTS=1 $(BIN)/python -m pytest tests/gpu
 
-test-browser: setup  ## the explorer in Chromium (from Debian), and figures/explorer.png of it
+test-browser: setup  ## the explorer and pages in Chromium (from Debian), and figures/explorer.png of it
 	command -v chromium || { apt-get update && apt-get install -y --no-install-recommends chromium; }
-	EXPLORER_SCREENSHOT=figures/explorer.png $(BIN)/python -m pytest tests/browser
+	EXPLORER_SCREENSHOT=figures/explorer.png $(BIN)/python -m pytest tests/browser tests/test_page.py
 
 setup: .venv/installed
 
