@@ -41,8 +41,7 @@ EXAMPLES = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0, 1 where some images failed, 2 where the request is wrong."""
-    words = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(words, argparse.Namespace(words=words))
+    options = _parser().parse_args(arguments)
     if hasattr(sys.stdout, "reconfigure"):  # a name may have characters that it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -218,10 +217,13 @@ def scenes_stats(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Run a training recipe; run again, it resumes."""
-    if options.processes > 1 and "LOCAL_RANK" not in os.environ:  # not launched yet
+    if options.processes > 1:  # the same command in each process, joined by torch's own launcher
         from torch.distributed.run import main as launch
 
-        launch([f"--nproc-per-node={options.processes}", "-m", "qvision_lab.cli", *options.words])
+        command = ["-m", "qvision_lab.cli", "train", options.recipe, "--output", options.output]
+        command += ["--data", options.data] if options.data else []
+        command += ["--set", *options.set] if options.set else []
+        launch([f"--nproc-per-node={options.processes}", *command])
         return
     recipe = ql.training.load_recipe(options.recipe, options.set, options.data)
     print(f"wrote {ql.training.train_captioner(recipe, options.output)}")
