@@ -1,6 +1,5 @@
 """Confidence in captions and claims of scenes: how it separates true from false, and its error."""
 
-from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 
@@ -33,32 +32,35 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
     confidence = captioner.confidence or calibrate(captioner, splits["val"])
     about = {"settings": {"scenes": SCENES, "bins": BINS}, "quick": quick}
     about["identity"] = identity_of(captioner, **splits)
-    rows, known = [], describe_cases(captioner, splits.pop("val"), confidence)
+    frames, rows = {}, []
     for split, scenes in splits.items():
-        cases = describe_cases(captioner, scenes, confidence)
-        for of in OF:
-            if of in known and of in cases:
-                rows += [{"split": split, "of": of, **row} for row in score(known[of], cases[of])]
+        frames[split] = describe_cases(captioner, scenes, confidence)
+        for of in OF if split != "val" else ():
+            known, cases = (_select(frames[s], of) for s in ("val", split))
+            if len(known) and len(cases):
+                rows += [{"split": split, "of": of, **row} for row in score(known, cases)]
         if rows:
             yield Table(name="confidence", rows=tuple(rows), **about)
 
 
 def describe_cases(
     captioner: Captioner, scenes: CaptionDataset, confidence: Confidence
-) -> dict[str, pd.DataFrame]:
-    """By `OF`, a row for every case: whether it is right, and what may predict that."""
-    rows = defaultdict(list)
-    for image, judged in enumerate(judge_captions(captioner, scenes, confidence)):
-        caption, rights, true = judged
-        cases = [("caption", true, caption.confidence or 0.0, slice(None))]
+) -> pd.DataFrame:
+    """A row for every caption and claim: whether it is right, and what may predict that."""
+    rows = []
+    judged = judge_captions(captioner, scenes, confidence)
+    for image, (caption, rights, true) in enumerate(judged):
+        shared = {"image": image, "length": len(caption.tokens)}
+        logprobs = np.array(caption.logprobs)
+        sure = {"confidence": caption.confidence or 0.0, "probability": logprobs.sum()}
+        rows.append({"of": "caption", "right": true, **sure, **shared})
         for claim, right in zip(caption.claims, rights, strict=True):
-            tokens = slice(*claim.tokens)
-            cases += [(of, right, claim.confidence, tokens) for of in ("claim", claim.kind)]
-        for of, right, sure, tokens in cases:
-            known = {"image": image, "length": len(caption.tokens), "right": right}
-            probability = np.sum(caption.logprobs[tokens])
-            rows[of].append(known | {"confidence": sure, "probability": probability})
-    return {of: pd.DataFrame(cases) for of, cases in rows.items()}
+            sure = {
+                "confidence": claim.confidence,
+                "probability": logprobs[slice(*claim.tokens)].sum(),
+            }
+            rows.append({"of": claim.kind, "right": right, **sure, **shared})
+    return pd.DataFrame(rows)
 
 
 def score(known: pd.DataFrame, cases: pd.DataFrame) -> Iterator[dict]:
@@ -72,12 +74,10 @@ def score(known: pd.DataFrame, cases: pd.DataFrame) -> Iterator[dict]:
     for name in ("probability", "length"):
         weights = fit_logistic(known[[name, "right"]].to_numpy(float))
         predicted[name] = cases[name].map(partial(probability, weights))
+    whole = (cases["of"] == "caption").all()
     for name, values in predicted.items():
         values = values.to_numpy()
-
-        def measure(weights: Float[np.ndarray, "R I"], values=values) -> Float[np.ndarray, "R 1"]:
-            return auroc(right, values, weights[:, images])[:, None]
-
+        measure = partial(_auroc_of_images, right, values, images)
         low, high = bootstrap_interval(np.eye(images.max() + 1), measure, RESAMPLES)[:, 0]
         drawn = np.random.default_rng(0).random((RESAMPLES, len(values))) < values
         yield {
@@ -86,7 +86,7 @@ def score(known: pd.DataFrame, cases: pd.DataFrame) -> Iterator[dict]:
             "ece": calibration_error(right, values),
             "ece_if_exact": np.mean([calibration_error(each, values) for each in drawn]),
             "brier": np.mean((values - right) ** 2),
-            "risks": risk_curve(right, values),
+            **({"risks": risk_curve(right, values)} if whole else {}),
         }
 
 
@@ -106,6 +106,10 @@ def auroc(
         return (ours * below).sum(-1) / (ours.sum(-1) * theirs.sum(-1))
 
 
+def _auroc_of_images(right, values, images, weights: Float[np.ndarray, "R I"]) -> np.ndarray:
+    return auroc(right, values, weights[:, images])[:, None]
+
+
 def calibration_error(right: Float[np.ndarray, " N"], values: Float[np.ndarray, " N"]) -> float:
     """Expected calibration error (Guo et al. 2017, arXiv:1706.04599), in `BINS` of equal width."""
     bins = np.minimum((values * BINS).astype(int), BINS - 1)
@@ -118,3 +122,7 @@ def risk_curve(right: Float[np.ndarray, " N"], values: Float[np.ndarray, " N"]) 
     wrong = np.bincount(rank, 1 - right)[rank] / size[rank]  # equal values in a random order
     risks = wrong[np.argsort(rank, kind="stable")].cumsum() / np.arange(1, len(right) + 1)
     return risks[np.ceil(COVERAGES * len(right)).astype(int) - 1].tolist()
+
+
+def _select(frame: pd.DataFrame, of: str) -> pd.DataFrame:
+    return frame[frame["of"] != "caption" if of == "claim" else frame["of"] == of]
