@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from qvision_lab.benchmark.harness import Table, identity_of
 from qvision_lab.captioning import Captioner
-from qvision_lab.data.coco import ImageId, open_dataset
+from qvision_lab.data.coco import CaptionDataset, ImageId, open_dataset
 from qvision_lab.evaluation.report import COCO_METRICS, evaluate, evaluate_dataset
 from qvision_lab.model.loading.checkpoint import EMBEDDED
 from qvision_lab.training.features import FeatureCache
@@ -30,8 +30,7 @@ def run_benchmarks(
     caption of the nearest training image, by the cosine of the tower's mean states; and each
     reference against the others of its image, averaged: what a person scores, or a true caption.
     """
-    n = dict.fromkeys(SCENES, 8 if quick else None) if quick or data else SCENES
-    train, test = (open_dataset(data or f"scenes:{s}", split=s, n=n[s]) for s in SCENES)
+    train, test = (_open(data, split, quick) for split in ("train", "test"))
     model, metrics = captioner.model, [*COCO_METRICS]
     metrics += [test.judge.name] if test.judge else []
     sources = {}
@@ -77,3 +76,10 @@ def score_references(references: Mapping[ImageId, Sequence[str]]) -> pd.DataFram
 def _rows(source: str, scores: pd.DataFrame) -> list[dict]:
     table = scores.to_dict("index")
     return [{"source": source, "metric": name, **row} for name, row in table.items()]
+
+
+def _open(data: str | None, split: str, quick: bool) -> CaptionDataset:
+    n = 8 if quick else None
+    if data is None:
+        return open_dataset(f"scenes:{split}", n=n or SCENES[split])
+    return open_dataset(data, split=split, n=n)
