@@ -205,16 +205,12 @@ def _read(path: Path, split: str | None) -> tuple[str, list[CaptionedImage], Any
     """Name, images and judge of a captions file, with the images' paths as in the file."""
     name = path.parent.name if path.stem == "captions" else path.stem
     if path.suffix in (".csv", ".jsonl"):
-        entries = [*_from_table(path)]
-    else:
-        content = json.loads(path.read_bytes())
-        if not any(isinstance(i, dict) and "sentences" in i for i in content["images"]):
-            check_split(path, split, [path.stem.partition("captions_")[2]])
-            return name, *_from_coco(path, content)
-        entries, split = [*_from_karpathy(path, content["images"])], split or ""
-    check_split(path, split, [*dict.fromkeys(part for part, _ in entries if part)])
-    chosen = [image for part, image in entries if split is None or part in split.split("+")]
-    return name if split is None else f"{name} {split}", chosen, None
+        return name if split is None else f"{name} {split}", _from_table(path, split), None
+    content = json.loads(path.read_bytes())
+    if any(isinstance(i, dict) and "sentences" in i for i in content["images"]):
+        return f"{name} {split}", _from_karpathy(path, content["images"], split), None
+    check_split(path, split, [path.stem.partition("captions_")[2]])
+    return name, *_from_coco(path, content)
 
 
 def _from_coco(path: Path, content: dict) -> tuple[list[CaptionedImage], Any]:
@@ -238,16 +234,20 @@ def _from_coco(path: Path, content: dict) -> tuple[list[CaptionedImage], Any]:
     return entries, judge
 
 
-def _from_karpathy(path: Path, images: list[dict]) -> Iterator[tuple[str, CaptionedImage]]:
+def _from_karpathy(path: Path, images: list[dict], split: str | None) -> list[CaptionedImage]:
+    entries = []
     for number, image in enumerate(images, start=1):
         place = f"image {number} of {path}"
         sentences, part, name = take(image, place, sentences=list, split=str, filename=str)
         texts = [take(sentence, f"a sentence of {place}", raw=str)[0] for sentence in sentences]
         key = image["cocoid"] if "cocoid" in image else image["imgid"]
-        yield part, CaptionedImage(key, Path(image.get("filepath", ""), name), tuple(texts))
+        file = Path(image.get("filepath", ""), name)
+        entries.append((part, CaptionedImage(key, file, tuple(texts))))
+    check_split(path, split or "", list(dict.fromkeys(part for part, _ in entries)))
+    return [entry for part, entry in entries if part in split.split("+")]
 
 
-def _from_table(path: Path) -> Iterator[tuple[str | None, CaptionedImage]]:
+def _from_table(path: Path, split: str | None) -> list[CaptionedImage]:
     captions: dict[str, list[str]] = {}
     splits: dict[str, str] = {}
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -269,8 +269,12 @@ def _from_table(path: Path) -> Iterator[tuple[str | None, CaptionedImage]]:
             part = row.get("split")
             if splits.setdefault(name, part) != part:
                 raise ValueError(f"{path} has {name!r} in the splits {splits[name]!r} and {part!r}")
-    for name, texts in captions.items():
-        yield splits[name], CaptionedImage(name, Path(name), tuple(texts))
+    check_split(path, split, list(dict.fromkeys(part for part in splits.values() if part)))
+    return [
+        CaptionedImage(name, Path(name), tuple(texts))
+        for name, texts in captions.items()
+        if split is None or splits[name] in split.split("+")
+    ]
 
 
 def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[dict]:
