@@ -128,7 +128,10 @@ def chair(
     default. A prediction's row, by `image_id`, has the integers `captions` (1), `mentioned` and
     `hallucinated` (mentions), `has_hallucination` (0 or 1), `objects` (categories in the truth) and
     `recalled` (those that are named), and the categories of the `hallucinated_objects`, a tuple.
-    CHAIR-i is hallucinated / mentioned, CHAIR-s has_hallucination / captions, each summed.
+
+        CHAIR-i = sum(hallucinated) / sum(mentioned)
+        CHAIR-s = sum(has_hallucination) / sum(captions)
+        object recall = sum(recalled) / sum(objects)
 
     ValueError for a prediction without objects (a set may be empty) or references, or a category
     that is not in the vocabulary.

