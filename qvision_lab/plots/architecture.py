@@ -26,16 +26,18 @@ def plot_architecture(
     outlined and some marked as trained by a phase; ValueError for a name of none.
     """
     by_name, trained = {stage.name: stage for stage in stages}, {*trained}
-    for name in (trained | {highlight}) - {None, *by_name}:
-        raise ValueError(f"no stage {name!r}; choose from {', '.join(by_name)}.")
+    for name in [*trained, *([highlight] if highlight else [])]:
+        if name not in by_name:
+            raise ValueError(f"no stage {name!r}; choose from {', '.join(by_name)}.")
     column: dict[str, int] = {}  # counted from the last stage; each as late as its readers allow
     for name in reversed(by_name):
         readers = [column[stage.name] for stage in stages if name in stage.reads]
         column[name] = 1 + max(readers, default=-1)
-    lower = {"words so far", "GPT-Neo", *["head"] * ("GPT-Neo" in by_name["head"].reads)}
+    lower = {"words so far", "GPT-Neo"}
+    lower |= {stage.name for stage in stages if stage.name == "head" and "GPT-Neo" in stage.reads}
     most = max(column.values())
     places = {n: (STEP * (most - c), 0.0 if n in lower else 1.8) for n, c in column.items()}
-    right = STEP * most + WIDTH
+    right = max(x for x, _ in places.values()) + WIDTH
     if ax is None:
         ax = plt.subplots(figsize=(0.78 * right, 3.1), layout="constrained")[1]
     for name, (x, y) in places.items():
