@@ -1,4 +1,7 @@
-"""Graded blanks of the notebooks: attempts run next to our answers, and any right form counts."""
+"""Graded blanks of the notebooks.
+
+An attempt runs next to our answer on cases of growing difficulty; any right form is accepted.
+"""
 
 import copy
 from importlib.resources import files

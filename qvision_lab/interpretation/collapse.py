@@ -175,7 +175,10 @@ def measure_queries(captioner: Captioner, images: Sequence[CaptionedImage]) -> d
 
 
 def effective_rank(rows: Float[Tensor, "I N D"]) -> Float[Tensor, ""]:
-    """Exponential of the entropy of singular values as shares (Roy and Vetterli 2007): 1 to N."""
+    """Exponential of the entropy of the singular values, as shares of their sum: 1 to N.
+
+    Roy and Vetterli 2007 (EUSIPCO). The mean of I matrices.
+    """
     shares = F.normalize(torch.linalg.svdvals(rows), p=1, dim=-1)
     return torch.special.entr(shares).sum(-1).exp().mean()
 

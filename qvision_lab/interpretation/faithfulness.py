@@ -38,7 +38,7 @@ class _Target(NamedTuple):
     word: Word
     centres: Bool[np.ndarray, " P"]  # whether the patch's centre lies in a box
     covered: float  # share of the image that the boxes cover
-    size: str  # "large" or "small"
+    size: str  # "large", or "small" where every box has a side shorter than a patch
 
 
 def score_words(
@@ -51,7 +51,7 @@ def score_words(
     """Score the maps of every word that names an object of its image, in a row for each method.
 
     The words are of `captions`, one an image, or of those that greedy search finds. Columns are
-    `image`, `method`, `size` ("small": every box has a side shorter than a patch), and measures:
+    `image`, `method`, `size` of what is named, as `_Target` has it, and the measures:
 
     - pointing (Zhang et al. 2018, arXiv:1608.00507): the centre of the peak patch lies in a box of
       an object that the word names.

@@ -183,7 +183,10 @@ METHODS: dict[str, Method] = {
 
 
 def shared_methods() -> dict[str, Method]:
-    """`METHODS`, of words in a tuple; integrated gradients, which two of them use, run once."""
+    """`METHODS` to be compared: the integrated gradients that two of them use are computed once.
+
+    They take the words as a tuple.
+    """
     once = lru_cache(1)(integrated_gradients)
     agreed = partial(agreement, dependence=once)
     return METHODS | {"integrated_gradients": once, "agreement": agreed}

@@ -117,9 +117,11 @@ class Prediction:
     p_value: float
 
     def __str__(self) -> str:
-        found = f"rank correlation {self.own:.2f}, of shuffled queries {self.other:.2f}: difference"
-        interval = f"{self.own - self.other:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
-        return f"{found} {interval}, p = {self.p_value:.2g}"
+        return (
+            f"rank correlation {self.own:.2f}, of shuffled queries {self.other:.2f}: difference "
+            f"{self.own - self.other:+.2f} [{self.low:+.2f}, {self.high:+.2f}], p = "
+            f"{self.p_value:.2g}"
+        )
 
 
 def compare_raised_and_fallen(profiles: Sequence[QueryProfile]) -> Prediction:
