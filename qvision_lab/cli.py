@@ -91,7 +91,8 @@ def caption(options: argparse.Namespace) -> int:
                         print(f"{record['source']}: {text}")
     if options.output:
         counts = f"{report.captioned} captioned, {report.skipped} already there"
-        print(f"{counts}, {report.failed} failed -> {report.output}")
+        counts += f", {report.failed} failed, {report.unfamiliar} unlike the training's"
+        print(f"{counts} -> {report.output}")
     return 1 if report.failed else 0
 
 

@@ -214,7 +214,9 @@ class Int8Decoder(Decoder):
 
     def __init__(self, decoder: Decoder):
         nn.Module.__init__(self)
-        self.__dict__.update(vars(copy.deepcopy(decoder).float()))
+        decoder = copy.deepcopy(decoder).float()
+        self.language_model, self.bridge = decoder.language_model, decoder.bridge
+        self.lm_head, self.dropout = decoder.lm_head, decoder.dropout
         for module in list(self.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear):

@@ -50,7 +50,7 @@ class EvaluationReport:
     def table(self) -> pd.DataFrame:
         """One row a score: `score`, `low` and `high` of its interval, and `of`, its denominator.
 
-        That is the number of images, or of cases for a share. Intervals of shares are by
+        That is the number of images, or of cases for a share. Intervals of shares are Wilson's, by
         `share_interval`; others resample images, with their references and CIDEr's document
         frequencies, which come from all images, fixed.
         """
@@ -59,7 +59,9 @@ class EvaluationReport:
             counts, of = self.counts_of(metric), [len(self.counts)] * len(metric.scores)
             if metric.shares:
                 of = counts[:, 1::2].sum(0)
-                interval = bootstrap.share_interval(counts[:, ::2], counts[:, 1::2], settings[1])
+                interval = bootstrap.share_interval(
+                    counts[:, ::2], counts[:, 1::2], self.confidence
+                )
             else:
                 interval = bootstrap.bootstrap_interval(counts, metric.formula, *settings)
             columns = zip(metric.formula(counts.sum(0)), *interval, of, strict=True)
@@ -144,11 +146,18 @@ def evaluate(
 
     "bleu", "meteor", "rouge", "cider" and "spice" equal `COCOEvalCap`'s (Chen et al. 2015,
     arXiv:1504.00325); SPICE needs its jars, which are not downloaded. "chair" counts hallucinated
-    objects (categories in each image, by default named as COCO's); the metric of a judge, by its
-    name ("scenes"), every claim about a drawn image.
+    objects; the metric of a judge ("scenes") every claim about a drawn image.
 
-    ValueError for images that differ between the arguments, an image without references, and a
-    metric that is unknown or lacks its truth; RuntimeError where a Java program fails.
+    Args:
+        references: of the same images, at least one each.
+        metrics: keys of `METRICS`, or the judge's name.
+        confidence: of the intervals, from a bootstrap over images.
+        objects: the categories in each image, for "chair"; by default named as COCO's.
+
+    Raises:
+        ValueError: images that differ between the arguments, an image without references, an
+            unknown metric or one without its truth.
+        RuntimeError: a Java program fails.
     """
     known = METRICS | ({judge.name: judge_metric(judge.rates)} if judge else {})
     for name in metrics:
@@ -184,6 +193,7 @@ def evaluate(
             except UnavailableError as reason:
                 notes[" ".join(metrics.pop(name).scores)] = str(reason)
             progress.update()
+    table = table[[name for metric in metrics.values() for name in metric.counts]]
     return EvaluationReport(captions, table, metrics, notes, confidence, resamples, seed)
 
 
@@ -196,9 +206,11 @@ def evaluate_dataset(
 ) -> EvaluationReport:
     """Score captions of a data set with its references, objects and judge.
 
-    By default with COCO's four metrics and SPICE, "chair" where all objects are known, and that of
-    the judge ("scenes"). `model` is the digest of the weights, for the report's identity;
-    `settings` are `confidence`, `resamples` and `seed` of `evaluate`.
+    Args:
+        model: digest of the weights that captioned, for the report's identity.
+        metrics: by default COCO's four and SPICE, "chair" where all objects are known, and that of
+            the data set's judge ("scenes").
+        settings: `confidence`, `resamples` and `seed` of `evaluate`.
     """
     judge, objects = dataset.judge, dataset.objects
     if None in objects.values():

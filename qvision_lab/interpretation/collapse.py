@@ -61,15 +61,19 @@ class Diagnosis:
     distinct: float | None = None  # captions; if all are equal, muting will hardly change one
 
     @property
-    def symptoms(self) -> list[bool]:
-        """Whether a measure is beyond its threshold, for each that has one and is defined."""
-        found = ((getattr(self, name), *limit) for name, limit in THRESHOLDS.items())
-        return [sign * value > sign * limit for value, sign, limit in found if value is not None]
+    def symptoms(self) -> dict[str, bool]:
+        """Whether a measure is beyond its threshold, for each that has one."""
+        values = {name: getattr(self, name) for name in THRESHOLDS}
+        return {
+            name: sign * values[name] > sign * limit
+            for name, (sign, limit) in THRESHOLDS.items()
+            if values[name] is not None
+        }
 
     @property
     def collapsed(self) -> bool | None:
         """Whether most measures are beyond their thresholds; None without queries to compare."""
-        beyond = self.symptoms
+        beyond = self.symptoms.values()
         return None if {*self.lacks} - {"bridge"} else 2 * sum(beyond) > len(beyond)
 
     @property
@@ -78,8 +82,8 @@ class Diagnosis:
         if self.collapsed is None:
             return f"No verdict: without a {self.lacks[0]} there are no queries to compare."
         said = "Collapsed" if self.collapsed else "Not collapsed"
-        beyond = f"{sum(self.symptoms)} of {len(self.symptoms)} measures"
-        said += f": {beyond} are beyond their thresholds"
+        beyond = sum(self.symptoms.values())
+        said += f": {beyond} of {len(self.symptoms)} measures are beyond their thresholds"
         if self.changed is None:
             return f"{said}. Muting is undefined without a bridge or a second query."
         agree = "and" if self.collapsed == (self.changed <= TOLERANCE) else "but"
@@ -134,9 +138,9 @@ def diagnose(captioner: Captioner, dataset: Sequence[CaptionedImage], muted: int
 def measure_queries(captioner: Captioner, images: Sequence[CaptionedImage]) -> dict[str, float]:
     """The measures of `Diagnosis` that one forward pass gives, where the model defines them.
 
-    Visual tokens are compared by what differs between pictures, each less its own mean over them:
-    constants would make them look alike or different. Words are tokens of the first reference, and
-    their maps bridge times cross-attention; attention is the mean of blocks and heads.
+    Visual tokens are compared by what differs between pictures, each less its own mean over them: a
+    constant part would make them look alike, or different. Words are tokens of the first reference,
+    and their maps are bridge times cross-attention; attention is the mean of blocks and heads.
     `bridge_scale` is the norm of what the bridge's attention adds to a word, divided by its own.
     """
     model, encode = captioner.model.eval(), captioner.processor.encode

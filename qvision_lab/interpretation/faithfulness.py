@@ -1,6 +1,7 @@
 """Faithfulness of maps: pointing game, deletion and insertion, and randomised weights."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -50,8 +51,11 @@ def score_words(
 ) -> pd.DataFrame:
     """Score the maps of every word that names an object of its image, in a row for each method.
 
-    The words are of `captions`, one an image, or of those that greedy search finds. Columns are
-    `image`, `method`, `size` of what is named, as `_Target` has it, and the measures:
+    Its columns are `image`, `method`, `size` of what is named ("small": every box has a side
+    shorter than a patch), and the measures, which `summarise` averages:
+
+    The words are of `captions`, one an image, or of those that greedy search finds. Boxes are those
+    that `open_dataset` reads from COCO's instances.
 
     - pointing (Zhang et al. 2018, arXiv:1608.00507): the centre of the peak patch lies in a box of
       an object that the word names.
@@ -62,18 +66,23 @@ def score_words(
     Two baselines are added: "centre", a Gaussian on the middle of the image, and "chance", whose
     pointing is the share of the image that the boxes cover, and whose order of patches is random.
     """
-    rng, records = np.random.default_rng(0), []
-    methods = {**methods, "centre": _centre}
-    methods["chance"] = lambda trace, words: rng.random((len(words), len(trace.image_tokens)))
+    rng = np.random.default_rng(0)
+
+    def noise(trace: Trace, words: Sequence[Word]) -> Float[np.ndarray, "W P"]:
+        return rng.random((len(words), len(trace.image_tokens)))
+
+    methods = {**methods, "centre": _centre, "chance": noise}
+    records = []
     located = tqdm(_locate(captioner, dataset, captions), "maps", len(dataset), leave=False)
     for image, (trace, targets) in enumerate(located):
-        words = tuple(target.word for target in targets)
+        words = [target.word for target in targets]
         values = np.stack([method(trace, words) for method in methods.values()])  # [M,W,P]
         areas = {}
         if removal:
-            kept, *curves = removal_curves(trace, words, values)
-            measures = zip(("deletion", "insertion"), curves, strict=True)
-            areas = {name: np.trapezoid(y, kept) / np.ptp(kept) for name, y in measures}  # [M,W]
+            curves = removal_curves(trace, words, values)
+            width = curves.kept[-1] - curves.kept[0]
+            pairs = ("deletion", curves.deletion), ("insertion", curves.insertion)
+            areas = {name: np.trapezoid(y, curves.kept) / width for name, y in pairs}  # [M,W]
         for (m, method), (w, target) in product(enumerate(methods), enumerate(targets)):
             hit = float(target.centres[values[m, w].argmax()])
             record = {"image": image, "method": method, "size": target.size}
@@ -92,11 +101,11 @@ def check_randomised(
 
     From the words to the pixels, the weights of one part after another are shuffled within each
     tensor, in a copy of the model. The measure is the rank correlation of a word's map with that of
-    the original model: near 1, a map does not depend on what the model has learned. Returns
-    `summarise` by `method` and last `shuffled` part.
+    the original model: near 1, a map does not depend on what the model has learned. Returns means
+    of `summarise` for each `method` and last `shuffled` part.
     """
     located = list(_locate(captioner, dataset, captions))
-    traces, words = [t for t, _ in located], [tuple(x.word for x in found) for _, found in located]
+    traces, words = [t for t, _ in located], [[x.word for x in targets] for _, targets in located]
     images, captions = [trace.image for trace in traces], [trace.caption for trace in traces]
     before = {name: list(map(method, traces, words)) for name, method in methods.items()}
     model, generator = copy.deepcopy(captioner.model), torch.Generator().manual_seed(0)
@@ -151,10 +160,14 @@ def _locate(
     vocabulary = dataset.judge.vocabulary if dataset.judge else None
     traces = trace_all(captioner, (image.picture for image in dataset), captions)
     for trace, image in zip(traces, dataset, strict=True):
-        targets = []
-        for word, category in object_words(trace, vocabulary):
-            if boxes := [box for name, box in image.boxes or () if name == category]:
-                targets.append(_target(trace, word, np.array(boxes, float)))
+        boxes = defaultdict(list)
+        for category, box in image.boxes or ():
+            boxes[category].append(box)
+        targets = [
+            _target(trace, word, np.array(boxes[category], float))
+            for word, category in object_words(trace, vocabulary)
+            if category in boxes
+        ]
         if targets:
             yield trace, targets
 
@@ -222,6 +235,7 @@ def summarise(scores: pd.DataFrame, by: Sequence[str] = ("method", "size")) -> p
         if measures[0] == "pointing" and "chance" not in key:  # words that hit or miss
             low[0], high[0] = bootstrap.share_interval(counts[:, 1], counts[:, 0])
         table = pd.DataFrame({**dict(zip(by, key, strict=True)), "measure": measures})
-        found = {"value": group[measures].mean().to_numpy(), "low": low, "high": high}
-        tables.append(table.assign(**found, words=len(group), images=len(counts)))
+        value = [group[name].mean() for name in measures]
+        table = table.assign(value=value, low=low, high=high, words=len(group), images=len(counts))
+        tables.append(table)
     return pd.concat(tables, ignore_index=True)

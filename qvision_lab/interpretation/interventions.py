@@ -127,13 +127,14 @@ def mute(
 ) -> Intervention:
     """Ablate parts of a model; ValueError for one that it does not have.
 
-    - queries: masked out of every attention, as if they did not exist (attention knockout, Geva
-      et al. 2023, arXiv:2304.14767); were a token set to zero, its key would still draw attention.
-      ValueError in the forward pass if no visual token is left.
-    - heads: (block, head) of the Q-Former's cross-attention; its output is set to zero. Likewise
-      `self_heads` of its self-attention, and `bridge_heads` of the bridge.
-    - blocks: of the Q-Former; the queries leave such a block unchanged.
-    - bridge: its attention adds nothing, so the text alone is left.
+    Args:
+        queries: from 0 to Q - 1. A muted one is masked out of every attention, as if it did not
+            exist (attention knockout, Geva et al. 2023, arXiv:2304.14767); were its token set to
+            zero, its key would still draw attention. ValueError in the forward pass if none is left
+        heads: (block, head) of the Q-Former's cross-attention; its output is set to zero.
+        self_heads: likewise, of its self-attention; and `bridge_heads` of the bridge.
+        blocks: of the Q-Former; the queries leave such a block unchanged.
+        bridge: its attention adds nothing, so the text alone is left.
     """
     require_parts(model.config, "Q-Former", "bridge")
     tokens, num_heads = model.config.visual_token_labels, model.config.num_attention_heads
@@ -182,10 +183,12 @@ def patch(
 ) -> Intervention:
     """Activation patching: replace one stage by its activations for another image.
 
-    After Meng et al. 2022 (arXiv:2202.05262) and Zhang and Nanda 2024 (arXiv:2309.16042). A stage
-    is "image_tokens"; "block 0" and so on, the output of a block of the Q-Former; or
-    "visual_tokens", all that the bridge reads. `positions` are patches or visual tokens, of which
-    0 is the global one; None takes all.
+    After Meng et al. 2022 (arXiv:2202.05262) and Zhang and Nanda 2024 (arXiv:2309.16042).
+
+    Args:
+        stage: "image_tokens"; "block 0" and so on, the output of a block of the Q-Former; or
+            "visual_tokens", all that the bridge reads. ValueError for any other.
+        positions: these patches or visual tokens alone; visual token 0 is the global one.
     """
     model = captioner.model.eval()
     require_parts(model.config, "Q-Former")
@@ -248,15 +251,14 @@ def mute_each(model: QVisionForConditionalGeneration, over: str) -> list[Interve
     (each L * H, block by block), "bridge_heads" (H) and "blocks" (L).
     """
     heads, blocks = range(model.config.num_attention_heads), range(len(model.qformer.blocks))
-    pairs, queries = [*product(blocks, heads)], range(model.config.num_query_tokens)
-    parts = {"queries": queries, "heads": pairs, "self_heads": pairs}
-    parts |= {"bridge_heads": heads, "blocks": blocks}
+    queries = range(model.config.num_query_tokens)
+    parts = {"queries": queries, "blocks": blocks, "bridge_heads": heads}
+    parts |= {"heads": product(blocks, heads), "self_heads": product(blocks, heads)}
     if over not in parts:
         raise ValueError(f"no sweep over {over!r}; choose one of {', '.join(parts)}.")
-    mutes = [mute(model, **{over: [part]}) for part in parts[over]]
-    if over == "queries" and model.config.global_token != "none":
-        mutes.insert(0, mute(model, global_token=True))
-    return mutes
+    has_global = over == "queries" and model.config.global_token != "none"
+    first = [mute(model, global_token=True)] if has_global else []
+    return [*first, *(mute(model, **{over: [part]}) for part in parts[over])]
 
 
 def sweep(trace: Trace, over: str) -> list[Effect]:

@@ -105,22 +105,23 @@ def gradient(trace: Trace, words: Sequence[Word]) -> Float[np.ndarray, "W P"]:
         return inputs[0].detach().requires_grad_(), *inputs[1:]
 
     with torch.enable_grad(), qformer.blocks[0].register_forward_pre_hook(track):
-        output = qformer(tokens.expand(len(words), -1, -1), output_attentions=True)  # a row a word
+        output = qformer(tokens[None], output_attentions=True)
         logprobs, bridge_map = trace.read_words(words, output.visual_tokens, output_attentions=True)
         maps = (*output.self_attentions, *output.cross_attentions, bridge_map)
-        gradients = torch.autograd.grad(logprobs.diagonal().sum(), maps)
-    pairs = zip(gradients, maps, strict=True)
-    *relevance, bridge = ((g * x).detach().clamp(min=0).mean(1).float() for g, x in pairs)
-    by_query = identity = torch.eye(bridge.shape[-1], device=tokens.device)  # [N,N]
-    by_patch = torch.zeros_like(relevance[-1])  # [W,N,P]
-    half = len(qformer.blocks)
-    for self_map, cross_map in zip(relevance[:half], relevance[half:], strict=True):
-        by_query, by_patch = by_query + self_map @ by_query, by_patch + self_map @ by_patch
-        others = F.normalize(by_query - identity, p=1, dim=-1) + identity
-        by_patch = by_patch + others.mT @ cross_map
-    by_word = bridge.split([len(word.tokens) for word in words], dim=1)  # W times [W,t,N]
-    read = torch.stack([rows[i].sum(0) for i, rows in enumerate(by_word)])  # [W,N]
-    return torch.einsum("wn,wnp->wp", read, by_patch).cpu().numpy()
+        gradients = [torch.autograd.grad(x, maps, retain_graph=True) for x in logprobs[0]]
+    sizes, half = [len(word.tokens) for word in words], len(qformer.blocks)
+    results = []
+    for i, of_word in enumerate(gradients):
+        pairs = zip(of_word, maps, strict=True)
+        *relevance, bridge = ((g * x)[0].clamp(min=0).mean(0).float() for g, x in pairs)
+        by_query = identity = torch.eye(len(relevance[0]), device=tokens.device)  # [N,N]
+        by_patch = torch.zeros_like(relevance[-1])  # [N,P]
+        for self_map, cross_map in zip(relevance[:half], relevance[half:], strict=True):
+            by_query, by_patch = by_query + self_map @ by_query, by_patch + self_map @ by_patch
+            others = F.normalize(by_query - identity, p=1, dim=1) + identity
+            by_patch = by_patch + others.T @ cross_map
+        results.append(bridge.split(sizes)[i].sum(0) @ by_patch)
+    return torch.stack(results).detach().cpu().numpy()
 
 
 @torch.no_grad()
@@ -183,13 +184,16 @@ METHODS: dict[str, Method] = {
 
 
 def shared_methods() -> dict[str, Method]:
-    """`METHODS` to be compared: the integrated gradients that two of them use are computed once.
+    """`METHODS` to be compared: the integrated gradients that two of them use are computed once."""
+    cached = lru_cache(1)(integrated_gradients)
 
-    They take the words as a tuple.
-    """
-    once = lru_cache(1)(integrated_gradients)
-    agreed = partial(agreement, dependence=once)
-    return METHODS | {"integrated_gradients": once, "agreement": agreed}
+    def once(trace: Trace, words: Sequence[Word]) -> Float[np.ndarray, "W P"]:
+        return cached(trace, tuple(words))
+
+    return METHODS | {
+        "integrated_gradients": once,
+        "agreement": partial(agreement, dependence=once),
+    }
 
 
 def _bridge(trace: Trace, words: Sequence[Word]) -> Float[np.ndarray, "W N"]:

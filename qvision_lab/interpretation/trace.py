@@ -137,11 +137,16 @@ class Trace:
 def trace(captioner: Captioner, image: Picture, caption: str | None = None) -> Trace:
     """Record one forward pass: the attention, norms and probabilities behind a caption.
 
-    The image, of any kind that `open_image` takes, is preprocessed as in training: stretched to a
-    square, so that the patch grid covers all of it. Without a caption it is the greedy one. The
-    model is left in evaluation mode.
+    The image is preprocessed as in training: stretched to a square, so that the patch grid covers
+    all of it. The model is left in evaluation mode. `trace_all` takes several images.
 
-    ValueError if the image is invalid, the model has no bridge, or gives no attention maps.
+    Args:
+        captioner: as `qvision_lab.load` returns it.
+        image: a path, a URL, bytes, a PIL image, an array or a tensor.
+        caption: what is read; None for the caption that greedy search finds.
+
+    Raises:
+        ValueError: if the image is invalid, the model has no bridge, or gives no attention maps.
     """
     return next(trace_all(captioner, [image], None if caption is None else [caption]))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
+from scipy.stats import binom
 from torch import Tensor
 
 COMPONENTS = 64
@@ -44,6 +45,5 @@ class Familiarity:
 
 
 def exceeds_chance(unfamiliar: int, images: int) -> bool:
-    """Whether so many are more than two standard deviations above what `MISSED` lets expect."""
-    expected = MISSED * images
-    return unfamiliar > expected + 2 * expected**0.5
+    """Whether fewer than one in ten sets of familiar images would have so many beyond the limit."""
+    return binom.sf(unfamiliar - 1, images, MISSED) < 0.1

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, set_seed
 
 from qvision_lab.model.captioner import QVisionForConditionalGeneration, generation_preset
 from qvision_lab.model.config import QVisionConfig
-from qvision_lab.model.loading.checkpoint import Checkpoint, save_checkpoint
+from qvision_lab.model.loading.checkpoint import Checkpoint, Provenance, save_checkpoint
 from qvision_lab.model.processor import QVisionProcessor
 from qvision_lab.model.towers import build_tower
 from qvision_lab.training.recipe import NewModel
@@ -70,8 +70,9 @@ def save_new_model(
     model = QVisionForConditionalGeneration(config)
     model.vision.tower.load_state_dict(tower)
     model.generation_config = generation_preset("greedy", config)
+    origin = Provenance("a new model", "native", None, {}, "float32")
     processor = QVisionProcessor.from_config(config, tokenizer)
-    return save_checkpoint(Checkpoint(model, processor), dest)
+    return save_checkpoint(Checkpoint(model, processor, origin), dest)
 
 
 def start_from_imagenet(settings: NewModel, captions: Iterable[str], seed: int, dest: Path) -> Path:

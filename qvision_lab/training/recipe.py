@@ -128,9 +128,11 @@ class Training(Optimisation):
     compile: bool = False  # compile the trained blocks with inductor (half a minute)
 
     @model_validator(mode="after")
-    def _has_matrix_rate(self) -> "Training":
+    def _consistent(self) -> "Training":
         if self.bridge_rate and not self.matrix_learning_rate:
             raise ValueError("bridge_rate needs a matrix_learning_rate too, of Muon")
+        if self.query_cosine and self.token_dropout:
+            raise ValueError("query_cosine compares all visual tokens: leave token_dropout out")
         return self
 
 

@@ -137,9 +137,9 @@ def score_captioner(captioner: Captioner, dataset: CaptionDataset) -> dict[str, 
     """
     pictures = (image.picture for image in tqdm(dataset, f"captioning {dataset.name}"))
     texts = [caption.text for caption in captioner.caption(pictures, batch_size=50)]
-    sources = {CAPTIONER: (texts, COCO_METRICS)}
-    if dataset.judge is not None:
-        sources[CAPTIONER] = texts, (dataset.judge.name, *COCO_METRICS)
+    judged = (dataset.judge.name,) if dataset.judge else ()
+    sources = {CAPTIONER: (texts, (*judged, *COCO_METRICS))}
+    if judged:
         sixth = [caption_scene(image.drawing.layout, 6)[5] for image in dataset]
         sources[SIXTH] = sixth, COCO_METRICS
     scores = {}

@@ -75,7 +75,8 @@ class StageTrainer(Trainer):
     alone, so that the number of evaluations changes no weight. On a GPU, steps take float32
     products in TF32 and read frozen matrices in the bfloat16 that autocast would cast them to; what
     is evaluated and saved is float32. Where compiling fails in the first step, training continues
-    without; graphs are captured where one GPU trains alone, without a change of the loss.
+    without; graphs are captured where one GPU trains alone, without smoothing, `query_cosine` or
+    `token_dropout`.
     """
 
     def __init__(
@@ -130,10 +131,7 @@ class StageTrainer(Trainer):
     def train(self, *args, **kwargs):
         halves = [original.bfloat16() for original in self.originals]
         compiled = gpu.compiled_blocks(self.model) if self.compiled else nullcontext()
-        dropping = nullcontext()
-        if self.token_dropout:
-            dropping = self.model.qformer.register_forward_hook(self._drop_tokens)
-        with gpu.holding(self.frozen, halves), compiled, dropping:
+        with gpu.holding(self.frozen, halves), compiled:
             return super().train(*args, **kwargs)
 
     def _drop_tokens(self, qformer: nn.Module, _, output: QFormerOutput) -> QFormerOutput:
@@ -153,7 +151,10 @@ class StageTrainer(Trainer):
         return super().get_eval_dataloader(*args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> Tensor:
-        with gpu.tf32_products():
+        dropping = nullcontext()
+        if self.token_dropout:  # a hook in steps alone, since it would slow down evaluations
+            dropping = self.model.qformer.register_forward_hook(self._drop_tokens)
+        with dropping, gpu.tf32_products():
             loss = self._compiled_step(*args, **kwargs)
         self.losses.append((self.state.global_step + 1, loss))
         if loss.device.type == "cpu":

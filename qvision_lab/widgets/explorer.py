@@ -27,9 +27,12 @@ FOREIGN = (
 class Explorer(w.VBox):
     """Explore a captioner with Q-Former and bridge in Jupyter: click words, mute parts of it.
 
-    Pictures are files, folders or URLs to choose from, besides a few scenes; by default none, and
-    six free photographs for "photos". The model runs in a thread, which skips all but the last
-    request.
+    The model runs in a thread, which skips all but the last request.
+
+    Args:
+        captioner: as `ql.load` returns it.
+        pictures: files, folders or URLs to choose from, besides a few scenes; by default none, and
+            six free photographs for "photos".
     """
 
     def __init__(self, captioner: Captioner, pictures: str | os.PathLike | Iterable = ()):
@@ -58,11 +61,12 @@ class Explorer(w.VBox):
         tokens = [(label, i) for i, label in enumerate(config.visual_token_labels)]
         wide = {"layout": {"width": "330px"}, **late}
         self.token = w.SelectionSlider(description="Visual token", options=tokens, **wide)
+        sizes = {"Block": config.num_qformer_blocks, "Head": config.num_attention_heads}
         narrow = {"layout": {"width": "110px"}, **style}
-        numbers = [str(i) for i in range(config.num_qformer_blocks)]
-        self.block = w.Dropdown(description="Block", options=["all", *numbers], **narrow)
-        numbers = [str(i) for i in range(config.num_attention_heads)]
-        self.head = w.Dropdown(description="Head", options=["all", *numbers], **narrow)
+        self.block, self.head = (
+            w.Dropdown(description=name, options=["all", *map(str, range(size))], **narrow)
+            for name, size in sizes.items()
+        )
         slim = {"readout": False, "layout": {"width": "210px"}}
         self.opacity = w.FloatSlider(0.75, min=0, max=1, description="Opacity", **slim, **style)
         self.unmute = w.Button(description="Unmute all", **auto)
@@ -114,6 +118,7 @@ class Explorer(w.VBox):
         self.only.on_click(lambda _: self._mute({*config.visual_token_labels} - {self.token.label}))
         self.save.on_click(self._save)
         self._set_opacity()
+        pictures = [pictures] if isinstance(pictures, str | os.PathLike) else [*pictures]
         if not pictures and self._source == "photos":
             from qvision_lab.figures import photographs
 

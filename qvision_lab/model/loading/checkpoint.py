@@ -66,7 +66,7 @@ class Provenance:
 
 @dataclass(eq=False)
 class Checkpoint:
-    """A model with the processor that matches it, and what is known of them."""
+    """A model in evaluation mode, the processor that matches it, and what is known of them."""
 
     model: QVisionForConditionalGeneration
     processor: QVisionProcessor
@@ -105,9 +105,10 @@ def load_checkpoint(
         model, processor = _build(folder, layout, stored)
     except CheckpointError:
         raise
+    except ImportError as error:  # it says what to install
+        raise CheckpointError(f"{folder}: {error!s}") from error
     except Exception as error:  # of many kinds, since the libraries check settings too
-        remedy = "" if isinstance(error, ImportError) else "; correct it or download it again."
-        raise CheckpointError(f"{folder}: {error!s}{remedy}") from error  # or says what to install
+        raise CheckpointError(f"{folder}: {error!s}; correct it or download it again.") from error
     _assign(model, reader.read(_match(model, stored, layout)))
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if _is_needed(p)}
     origin = Provenance(str(source), layout, commit, files, str(dtype).removeprefix("torch."))
@@ -137,7 +138,9 @@ def save_checkpoint(
             f"{dest} holds {min(foreign or present)}, so it is no checkpoint; give another folder."
         )
     new, old = (dest.with_name(f".{dest.name}.{age}-{os.getpid()}") for age in ("new", "old"))
-    texts = {"README.md": _model_card(checkpoint.provenance), **(companions or {})}
+    dtype = str(checkpoint.model.dtype).removeprefix("torch.")
+    origin = checkpoint.provenance or Provenance("a model in memory", "native", None, {}, dtype)
+    texts = {"README.md": _model_card(origin), **(companions or {})}
     try:
         new.mkdir(parents=True)
         checkpoint.model.save_pretrained(new)
@@ -364,8 +367,7 @@ def _is_needed(path: Path) -> bool:
     return path.is_file() and any(fnmatch(path.name, pattern) for pattern in NEEDED_FILES)
 
 
-def _model_card(origin: Provenance | None) -> str:
-    origin = origin or Provenance("a new model", "native", None, {}, "float32")
+def _model_card(origin: Provenance) -> str:
     source = Path(origin.source).name if Path(origin.source).exists() else origin.source
     commit = f" at commit `{origin.revision}`" if origin.revision else ""
     return f"""---
