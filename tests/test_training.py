@@ -167,12 +167,15 @@ def test_a_new_model_stopped_in_each_stage_has_the_weights_of_an_uninterrupted_o
         run_new(tmp_path / "stopped", seed=1)
 
 
-def test_muon_has_the_matrices_and_the_bridge_a_rate_of_its_own(tiny):
+def test_optimizer_gives_matrices_to_muon(tiny):
     groups = MuonAdamW(tiny, 1e-3, 0.02, 0.0).muon.param_groups
     matrices = {id(weight) for group in groups for weight in group["params"]}
     assert id(tiny.qformer.key_proj.weight) in matrices
     assert id(tiny.decoder.language_model.wte.weight) not in matrices
     assert id(tiny.vision.tower.embeddings.patch_embedding.weight) not in matrices
+
+
+def test_the_bridge_has_a_rate_of_its_own(tiny):
     optimizer = MuonAdamW(tiny, 1e-3, 0.02, 0.0, bridge_rate=0.5)
     rates = {id(w): group["lr"] for group in optimizer.param_groups for w in group["params"]}
     assert len(rates) == len(list(tiny.parameters()))
