@@ -90,9 +90,7 @@ def caption(options: argparse.Namespace) -> int:
                     for text in record.get("captions", [record["caption"]]):
                         print(f"{record['source']}: {text}")
     if options.output:
-        counts = f"{report.captioned} captioned, {report.skipped} already there"
-        counts += f", {report.failed} failed, {report.unfamiliar} unlike the training's"
-        print(f"{counts} -> {report.output}")
+        print(report)
     return 1 if report.failed else 0
 
 

@@ -48,7 +48,11 @@ def test_as_many_as_chance_gives_are_marked_without_a_warning(embedded):
     with warnings.catch_warnings(action="error"):
         captions = embedded.caption(scenes, preset="greedy")
     assert [caption.familiar for caption in captions] == [True] * 40 + [False]
-    assert [exceeds_chance(3, 100), exceeds_chance(4, 100), exceeds_chance(0, 9)] == [0, 1, 0]
+    few = [exceeds_chance(1, images) for images in (1, 10, 11)]
+    assert [*few, exceeds_chance(2, 100), exceeds_chance(4, 100), exceeds_chance(0, 0)] == [
+        *(True, True, False),
+        *(False, True, False),
+    ]
 
 
 def test_the_command_says_so_in_a_line(tmp_path, capsys):

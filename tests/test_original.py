@@ -151,15 +151,17 @@ def test_settings_beyond_a_choice_go_to_generate(tiny, pixels):
 def test_fast_decoding_follows_weights_that_change(tiny, pixels):
     model = copy.deepcopy(tiny)
     decoding, plain = FastDecoding(model), {"do_sample": False}
-    layer = model.decoder.language_model.h[0].attn.attention
-    parts = [layer.q_proj, layer.k_proj, layer.v_proj]
-    joined = join(parts).weight
-    assert join(parts).weight.data_ptr() == joined.data_ptr()  # views of it are found
+    layers = [block.attn.attention for block in model.decoder.language_model.h]
+    parts = [[layer.q_proj, layer.k_proj, layer.v_proj] for layer in layers]
+    joined = [join(part) for part in parts]
+    for linear, part in zip(joined, parts, strict=True):  # views of it are found
+        assert join(part).weight.data_ptr() == linear.weight.data_ptr()
     torch.manual_seed(0)
     first = run(decoding, plain, 12, pixels)
     assert first.equal(run(FastDecoding(tiny), plain, 12, pixels))
     with_noise(model)
-    assert joined.equal(torch.cat([part.weight for part in parts]))
+    for linear, part in zip(joined, parts, strict=True):
+        assert linear.weight.equal(torch.cat([layer.weight for layer in part]))
     changed = run(decoding, plain, 12, pixels)
     assert not changed.equal(first)
     assert changed.equal(run(FastDecoding(copy.deepcopy(model)), plain, 12, pixels))

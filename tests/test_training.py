@@ -197,16 +197,25 @@ def test_a_loss_on_their_cosine_keeps_queries_apart(home, quick):
 
 def test_visual_tokens_are_dropped_whole_and_in_training_alone(home, monkeypatch):
     read, forward = {True: [], False: []}, Bridge.forward
+    validate, fast = Validation.__call__, []
+
+    def validated(validation):
+        fast.append(validation.captioner.decoding.can_run())
+        return validate(validation)
 
     def recorded(bridge, states, visual_tokens, *args):
         read[bridge.training].append((visual_tokens == 0).float().mean(-1).flatten())
         return forward(bridge, states, visual_tokens, *args)
 
     monkeypatch.setattr(Bridge, "forward", recorded)
+    monkeypatch.setattr(Validation, "__call__", validated)
     phase = "training.phases=[{policy: captioner, steps: 6}]"
     run(home, "run", phase, "training.token_dropout=0.5", "model.dropout=0")
     assert set(torch.cat(read[True]).tolist()) == {0, 1}  # share of zeros in each token
     assert set(torch.cat(read[False]).tolist()) == {0}
+    assert fast == [True] * 2
+    with pytest.raises(ValueError, match="query_cosine compares all visual tokens"):
+        load_recipe("scenes", {"training.token_dropout": 0.5, "training.query_cosine": 1.0})
 
 
 @pytest.mark.parametrize("supported", [True, False])

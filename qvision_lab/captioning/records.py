@@ -41,6 +41,10 @@ class FolderReport:
     weights: str  # digest of the model's
     unfamiliar: int = 0  # of the captioned: unlike the images that the model learned from
 
+    def __str__(self) -> str:
+        counts = f"{self.captioned} captioned, {self.skipped} already there, {self.failed} failed"
+        return f"{counts}, {self.unfamiliar} unlike those of the training -> {self.output}"
+
 
 def make_record(captions: list[Caption] | ImageError) -> dict:
     """The fields of a record that are an image's own."""
