@@ -118,6 +118,16 @@ def test_five_kills_change_nothing(finished, tmp_path):
     assert_frame_equal(again.drop(columns=TIMES), table.drop(columns=TIMES))
 
 
+def test_steps_of_a_second_phase_follow_those_of_the_first(tmp_path):
+    phases = [{"policy": "phase1", "steps": 3}, {"policy": "phase2", "steps": 5}]
+    study = changed(base={**SIZES, **BUDGET, "training.phases": phases}, variants={}, seeds=[0])
+    for number, steps in ((1, (1, 3)), (2, (2, 5))):
+        folder = study.runs[0].folder(tmp_path) / f"phase-{number}"
+        folder.mkdir(parents=True)
+        pd.DataFrame({"step": steps, "loss": 1.0}).to_csv(folder / "curve.csv")
+    assert study.curves(tmp_path)["step"].tolist() == [1, 3, 5, 8]
+
+
 def test_a_diverged_run_is_kept_as_failed_and_arms_that_read_patches_have_maps(tmp_path):
     reads = ("image_tokens", "mean_image_token")
     arms = {name: {"model.bridge_reads": name} for name in reads}

@@ -244,15 +244,18 @@ class Study(Settings):
 
     def curves(self, folder: str | os.PathLike) -> pd.DataFrame:
         """The log of every run that has begun: its columns, `seed`, `step`, `loss`, measures."""
-        logs = pd.concat(
-            pd.read_csv(log).assign(**run.columns, seed=run.seed)
-            for run in self.runs + self.tuned_runs(folder)
-            if (log := run.folder(folder) / "phase-1" / "curve.csv").exists()
-        )
+        logs = []
+        for run in self.runs + self.tuned_runs(folder):
+            before = 0  # steps of earlier phases
+            for n, phase in enumerate(run.recipe.training.phases, start=1):
+                if (log := run.folder(folder) / f"phase-{n}" / "curve.csv").exists():
+                    rows = pd.read_csv(log).assign(**run.columns, seed=run.seed)
+                    logs.append(rows.assign(step=rows["step"] + before))
+                before += phase.steps
         shown = (
             f"^({'|'.join(self.runs[0].columns)}|seed|step|loss|eval_(?!runtime|.*_per_second).*)$"
         )
-        return logs.filter(regex=shown)
+        return pd.concat(logs).filter(regex=shown)
 
 
 def _fill_cache(folder: Path, recipes: list[Recipe], workers: int) -> None:
