@@ -50,7 +50,7 @@ CREDITS = (
 STYLE = str(files("qvision_lab.plots") / "qvision.mplstyle")
 STUDY = files("qvision_lab.ablation") / "results" / "architecture"
 COLLAPSE = STUDY.parent / "collapse"
-TUNED = "length", "queries", "tower", "photographs", "random_tower"  # studies with tuned rates
+TUNED = "length", "queries", "tower", "photographs", "random_tower", "phases"  # with rates
 
 
 def run_demo(n: int, output: str | Path, seed: int = 0, model: str | None = None) -> None:
