@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -13,8 +13,7 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.nn.utils import get_total_norm
+from torch import Tensor, UntypedStorage
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -36,11 +35,18 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     dtype: str  # such as "F32"
+    start: int  # of its bytes in the file
+    stop: int
 
     def read(self) -> Tensor:
         """The tensor, in a separate memory mapping, which is closed with the tensor."""
         with safe_open(self.file, "pt") as file:
             return file.get_tensor(self.name)
+
+    def view(self, mapped: dict[Path, UntypedStorage]) -> Tensor:
+        """The tensor in a mapping of its file that it shares."""
+        values = torch.empty(0, dtype=STORED_DTYPES[self.dtype])
+        return values.set_(mapped[self.file][self.start : self.stop], 0, self.shape)
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
@@ -49,13 +55,16 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
     for path in files:
         require_file(path)
         try:
-            with safe_open(path, "pt") as file:
-                entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            for name, entry in entries.items():
+            with safe_open(path, "pt"), path.open("rb") as file:  # the former checks the header
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            for name, entry in header.items():
                 if name in stored:
                     raise CheckpointError(f"{path}: {name} is in another file too; delete one.")
-                shape = tuple(entry.get_shape())
-                stored[name] = StoredTensor(path, name, shape, entry.get_dtype())
+                if name != "__metadata__":
+                    ends = (8 + length + offset for offset in entry["data_offsets"])
+                    shape = tuple(entry["shape"])
+                    stored[name] = StoredTensor(path, name, shape, entry["dtype"], *ends)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path} ({path.stat().st_size:,} bytes) is truncated or no safetensors file "
@@ -74,30 +83,47 @@ class WeightReader:
 
     def __init__(self, stored: Iterable[StoredTensor], dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
-        same = [tensor for tensor in stored if STORED_DTYPES.get(tensor.dtype) == dtype]
-        staying = same if device.type == "cpu" else []
-        files = {path: safe_open(path, "pt") for path in {tensor.file for tensor in staying}}
-        self.mapped = {x: files[x.file].get_tensor(x.name) for x in staying}
+        staying = [tensor for tensor in stored if self._stays(tensor)]
+        self.mapped = {
+            file: UntypedStorage.from_file(str(file), False, file.stat().st_size)
+            for file in {tensor.file for tensor in staying}
+        }
         pool = ThreadPoolExecutor(1)
-        self.norm = pool.submit(get_total_norm, [*self.mapped.values()])  # one call, without GIL
+        self.sums = pool.submit(lambda: [run.view(self.mapped).sum() for run in _runs(staying)])
         pool.shutdown(wait=False)
 
     def read(self, stored: dict[str, StoredTensor]) -> dict[str, Tensor]:
         """The tensors by name; they are some of those that the reader was made for."""
-        tensors, converted = {}, []
-        for name, tensor in stored.items():
-            if (values := self.mapped.get(tensor)) is None:
-                values = tensor.read().to(device=self.device, dtype=self.dtype)
-                converted.append(values)
-            tensors[name] = values
-        norms = self.norm.result(), get_total_norm(converted)  # take the time of sums
-        if not all(norm.isfinite() for norm in norms):
+        tensors = {
+            name: tensor.view(self.mapped) if self._stays(tensor) else self._convert(tensor)
+            for name, tensor in stored.items()
+        }
+        converted = [tensors[name] for name, tensor in stored.items() if not self._stays(tensor)]
+        sums = torch.stack([*self.sums.result(), *(x.sum() for x in converted)])  # in float32
+        if not sums.isfinite().all():  # rarely, so that a load takes the time of sums
             for tensor in [stored[name] for name, x in tensors.items() if not x.isfinite().all()]:
                 where = f"tensor {tensor.name} in {tensor.file}"
                 raise CheckpointError(
                     f"{where} is not finite in {self.dtype}; copy it, or load float32."
                 )
         return tensors
+
+    def _stays(self, tensor: StoredTensor) -> bool:
+        return self.device.type == "cpu" and STORED_DTYPES.get(tensor.dtype) == self.dtype
+
+    def _convert(self, tensor: StoredTensor) -> Tensor:
+        return tensor.read().to(device=self.device, dtype=self.dtype)
+
+
+def _runs(stored: list[StoredTensor]) -> list[StoredTensor]:
+    """Neighbours in a file as one flat tensor: few long sums, which leave Python to the model."""
+    runs: list[StoredTensor] = []
+    for tensor in sorted(stored, key=lambda tensor: (str(tensor.file), tensor.start)):
+        if runs and (runs[-1].file, runs[-1].stop) == (tensor.file, tensor.start):
+            tensor = replace(runs.pop(), stop=tensor.stop)
+        size = (tensor.stop - tensor.start) // STORED_DTYPES[tensor.dtype].itemsize
+        runs.append(replace(tensor, shape=(size,)))
+    return runs
 
 
 def require_file(path: Path) -> None:
