@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import binom
+from scipy.special import bdtrc
 from torch import Tensor
 
 COMPONENTS = 64
@@ -46,4 +46,4 @@ class Familiarity:
 
 def exceeds_chance(unfamiliar: int, images: int) -> bool:
     """Whether fewer than one in ten sets of familiar images would have so many beyond the limit."""
-    return binom.sf(unfamiliar - 1, images, MISSED) < 0.1
+    return bdtrc(unfamiliar - 1, images, MISSED) < 0.1  # the binomial tail
