@@ -58,6 +58,7 @@ class Study(Settings):
     lengths: Annotated[tuple[Count, ...], Strict(False)] = ()  # in steps; none: the recipe's
     costs: dict[str, Positive] = {}  # of a step, in those of the base, for arms of equal compute
     rates: Annotated[tuple[Positive, ...], Strict(False)] = (1.0,)  # factors of the learning rates
+    margin: Positive | None = None  # of CIDEr x 100: an arm within it is equal to the base
     test: DataSource = SCENES
     scored: Count = 500  # of its images, which every run captions
     pointed: Count = 50  # of those, for the maps and `collapse.diagnose`
