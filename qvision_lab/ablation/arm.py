@@ -22,6 +22,7 @@ from qvision_lab.captioning import Captioner, load
 from qvision_lab.captioning.images import open_image
 from qvision_lab.data.atomic import write_atomic
 from qvision_lab.data.coco import CaptionDataset
+from qvision_lab.data.identity import identify
 from qvision_lab.interpretation.collapse import MEASURES, diagnose
 from qvision_lab.interpretation.faithfulness import score_words, summarise
 from qvision_lab.interpretation.maps import composition
@@ -116,6 +117,7 @@ def carry_out(run: Run, study: Path) -> None:
                 row = _measure(run, folder, study / "features")
         finally:
             torch.set_num_threads(threads)
+        row["commit"] = identify()["commit"]  # runs of a study may be of several
         write_atomic(folder / "row.json", json.dumps(row, indent=1))
         for checkpoint in (folder / "checkpoint", *folder.glob("phase-*/checkpoint-*")):
             shutil.rmtree(checkpoint, ignore_errors=True)

@@ -50,7 +50,7 @@ class Diagnosis:
     tokens: int  # visual tokens, N
     muted: int  # pictures of `changed` and `distinct`
     lacks: tuple[str, ...]  # why some are undefined: "Q-Former", "second visual token", "bridge"
-    effective_rank: float | None = None  # this and the next five: by `measure_queries`
+    effective_rank: float | None = None  # this and the next six: by `measure_queries`
     query_cosine: float | None = None
     attention_entropy: float | None = None
     same_peak: float | None = None
@@ -104,30 +104,21 @@ class Diagnosis:
 def diagnose(captioner: Captioner, dataset: Sequence[CaptionedImage], muted: int = 16) -> Diagnosis:
     """Measure on a data set whether the queries of a model have collapsed.
 
-    To `measure_queries` it adds whether the tokens identify a picture: the retrieval of each by its
-    mirror image, by the cosine of their mean visual tokens (less the average over pictures). And
-    collapse by its definition: the first `muted` pictures are captioned (greedy search) with each
-    query alone, all others muted; reported is the share of captions that differ from those of all
-    queries, for the query that changes the fewest.
+    To `measure_queries` it adds collapse by its definition: the first `muted` pictures are
+    captioned (greedy search) with each query alone, all others muted; reported is the share of
+    captions that differ from those of all queries, for the query that changes the fewest.
 
     ValueError for less than two pictures, or one that cannot be read.
     """
     if len(dataset) < 2 or muted < 1:
         raise ValueError(f"{len(dataset)} pictures, {muted} of them muted: take at least 2 and 1.")
     model, found = captioner.model, measure_queries(captioner, dataset)
-    lacks, means, read = lacking_parts(model.config), [], []
-    for _, pixels in open_batches(captioner, dataset):
-        image_tokens, visual = model.encode(pixels)
-        pair = visual, model.encode(pixels.flip(-1))[1]
-        means.append(torch.stack([each.visual_tokens.float().mean(1) for each in pair]))  # [2,B,D]
-        read += [image_tokens] if sum(map(len, read)) < muted else []
-    original, mirrored = torch.cat(means, dim=1)  # [I,D] each
-    mirrored, original = (F.normalize(x - original.mean(0)) for x in (mirrored, original))
-    nearest = (mirrored @ original.T).argmax(1).cpu()
-    found["retrieval"] = (nearest == torch.arange(len(dataset))).float().mean().item()
+    lacks = lacking_parts(model.config)
     if not lacks and model.config.num_query_tokens > 1:
-        captions, changed = _caption_muted(model, torch.cat(read)[:muted])
-        muted = len(captions)
+        batches = open_batches(captioner, dataset[:muted])
+        image_tokens = torch.cat([model.encode(pixels)[0] for _, pixels in batches])
+        muted = len(image_tokens)
+        captions, changed = _caption_muted(model, image_tokens)
         found["changed"] = changed.float().mean(1).min().item()
         found["distinct"] = len(set(captions)) / muted
     tokens = len(model.config.visual_token_labels)
@@ -142,15 +133,18 @@ def measure_queries(captioner: Captioner, images: Sequence[CaptionedImage]) -> d
     constant part would make them look alike, or different. Words are tokens of the first reference,
     and their maps are bridge times cross-attention; attention is the mean of blocks and heads.
     `bridge_scale` is the norm of what the bridge's attention adds to a word, divided by its own.
+    `retrieval` says whether the tokens identify a picture, found by its mirror image: the nearest
+    by the cosine of their mean visual tokens (less the average over pictures).
     """
     model, encode = captioner.model.eval(), captioner.processor.encode
     config, bridge, lacks = model.config, model.decoder.bridge, lacking_parts(model.config)
     longest = config.text_config.max_position_embeddings
     ends = torch.tensor([config.end_token_id, config.pad_token_id], device=model.device)
-    tokens, maps, scales, peaks = [], [], [], []
+    tokens, mirrored, maps, scales, peaks = [], [], [], [], []
     for part, pixels in open_batches(captioner, images):
         visual = model.encode(pixels, output_attentions=True)[1]
         tokens.append(visual.visual_tokens.float())  # [B,N,D]
+        mirrored.append(model.encode(pixels.flip(-1))[1].visual_tokens.float().mean(1))  # [B,D]
         maps.append(torch.stack(visual.cross_attentions).float().mean((0, 2)))  # [B,N,P]
         if "bridge" not in lacks:
             rows = [encode(image.references[0], longest).to(model.device) for image in part]
@@ -163,19 +157,25 @@ def measure_queries(captioner: Captioner, images: Sequence[CaptionedImage]) -> d
             scales.append(((bridge.scale * added).norm(dim=-1) / states.norm(dim=-1))[words])
             found = (read.float().mean(1) @ maps[-1]).argmax(-1)  # [B,T]
             peaks += [row[said] for row, said in zip(found, words, strict=True)]
-    tokens, maps = torch.cat(tokens), torch.cat(maps)
-    tokens = tokens - tokens.mean(0)
+    tokens, mirrored, maps = torch.cat(tokens), torch.cat(mirrored), torch.cat(maps)
+    mirrored, tokens = mirrored - tokens.mean((0, 1)), tokens - tokens.mean(0)
     if not (tokens.isfinite().all() and maps.isfinite().all()):  # training has diverged
         return {}
-    measures = {}
+    measures = {"retrieval": retrieval(mirrored, tokens.mean(1))}
     if tokens.shape[1] > 1:
-        measures = {"effective_rank": effective_rank(tokens), "query_cosine": mean_cosine(tokens)}
+        measures |= {"effective_rank": effective_rank(tokens), "query_cosine": mean_cosine(tokens)}
         measures |= {"same_peak": same_peak(peaks)} if scales else {}
     if "Q-Former" not in lacks:
         measures |= {"attention_entropy": attention_entropy(maps), "sink": sink_share(maps)}
     if scales:
         measures["bridge_scale"] = torch.cat(scales).mean()
     return {name: float(x) for name, x in measures.items() if np.isfinite(float(x))}
+
+
+def retrieval(queries: Float[Tensor, "I D"], keys: Float[Tensor, "I D"]) -> Float[Tensor, ""]:
+    """Share of queries of which the nearest key, by the cosine, is their own."""
+    nearest = (F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T).argmax(1)
+    return (nearest == torch.arange(len(keys), device=keys.device)).float().mean()
 
 
 def effective_rank(rows: Float[Tensor, "I N D"]) -> Float[Tensor, ""]:
