@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qvision_lab import plots, scenes
-from qvision_lab.ablation import averages, differences, part, parts, summarise
+from qvision_lab.ablation import Study, averages, differences, part, parts, summarise
+from qvision_lab.ablation.study import STUDIES
 from qvision_lab.captioning import load
 from qvision_lab.data.atomic import atomic
 from qvision_lab.data.coco import open_dataset
@@ -173,12 +174,13 @@ def draw_findings(
 ) -> None:
     """Print what the intervals of a study support, and draw `folder/study_*.png` if one is given.
 
-    `results` holds the study's `table.csv` and `curves.csv`; `metric` is a column of the table.
+    `results` holds the study's `table.csv` and `curves.csv`; `metric` is a column of the table. Of
+    a study of lengths, effects are drawn of every tuned part, the others of the longest.
     """
     table, curves = (pd.read_csv(Path(results) / f"{name}.csv") for name in ("table", "curves"))
-    compared, lengths = parts(table), table
+    compared, lengths, margin = parts(table), table, margin_of(results, metric)
     for title, rows in compared.items():
-        print("\n".join([f"{title}:"] * bool(title) + summarise(rows, metric)))
+        print("\n".join([f"{title}:"] * bool(title) + summarise(rows, metric, margin)))
     if folder is None:
         return
     if "length" in table:  # the longest is drawn
@@ -187,33 +189,55 @@ def draw_findings(
     largest = effects["difference"].abs().nlargest(4).index
     shown = curves["variant"].isin({table["variant"].iloc[0], *largest})
     title = f"{metric} above the base (* after Holm's correction)"
-    axes = {
-        "effects": plots.plot_differences(effects, title),
-        "tradeoff": plots.plot_tradeoff(table, "parameters", metric),
-        "curves": plots.plot_curves(curves[shown]),
+    figures = {
+        "effects": plots.plot_differences(effects, title, margin=margin).figure,
+        "tradeoff": plots.plot_tradeoff(table, "parameters", metric).figure,
+        "curves": plots.plot_curves(curves[shown]).figure,
     }
     if len(compared) > 1:
-        axes["lengths"] = plots.plot_lengths(lengths, metric)
-    for name, ax in axes.items():
-        write_figure(ax.figure, Path(folder) / f"study_{name}.png")
+        figures["lengths"] = plots.plot_lengths(lengths, metric).figure
+        figures["effects"] = draw_parts(results, metric)
+    for name, figure in figures.items():
+        write_figure(figure, Path(folder) / f"study_{name}.png")
+
+
+def draw_parts(results: str | Path, metric: str = "CIDEr") -> Figure:
+    """Differences from the base in each part of a study of lengths, with tuned rates if it has."""
+    table = pd.read_csv(Path(results) / "table.csv")
+    compared = parts(table[table["tuned"]].drop(columns="tuned") if "tuned" in table else table)
+    found = {title: differences(rows, metric) for title, rows in compared.items()}
+    return plots.plot_parts(found, f"{metric} above the base", margin_of(results, metric))
+
+
+def margin_of(results: str | Path, metric: str = "CIDEr") -> float | None:
+    """The margin of equivalence that a study states, written with its results or the package's."""
+    places = Path(results) / "study.yaml", STUDIES / f"{Path(results).name}.yaml"
+    found = next((place for place in places if place.is_file()), None)
+    return Study.read(found).margin if found and metric == "CIDEr" else None
 
 
 def findings_table(results: str | Path = STUDY, metric: str = "CIDEr") -> pd.DataFrame:
     """A study's variants with their scores, the best first, and differences from the base."""
     tables, scale = [], 1 if metric == "CIDEr" else 100
     shares = {"true": "true captions", "object recall": "objects named", "pointing": "maps point"}
+    margin = margin_of(results, metric)
     for trained, table in parts(pd.read_csv(Path(results) / "table.csv")).items():
-        rows = averages(table).join(differences(table, metric), rsuffix=" of pairs")
+        rows = averages(table).join(differences(table, metric, margin), rsuffix=" of pairs")
+        failed = table["failed"].notna().groupby(table["variant"]).sum()
         rows = rows.sort_values(metric, ascending=False)  # the base has no difference
         pairs = scale * rows[["difference", "low", "high"]]
         columns = {
             **({"trained": trained} if trained else {}),
             "variant": rows.index,
             "runs": rows["n"].map("{:.0f}".format),
+            **({"failed": failed[rows.index]} if failed.any() else {}),
             **({"rate": rows["rate"].map("{:g}".format)} if "rate" in rows else {}),
             f"{metric} x 100": (scale * rows[metric]).map("{:.0f}".format),
             "above the base": [f"{d:+.0f} [{a:+.0f}, {b:+.0f}]" for d, a, b in pairs.values],
             "p, corrected": rows["corrected"].map("{:.2g}".format),
+            **(
+                {f"p, within {margin:g}": rows["equivalent"].map("{:.2g}".format)} if margin else {}
+            ),
             **{shares[name]: rows[name].map("{:.1%}".format) for name in shares if name in rows},
             "parameters trained": rows["parameters"].map("{:,.0f}".format),
         }
@@ -222,22 +246,25 @@ def findings_table(results: str | Path = STUDY, metric: str = "CIDEr") -> pd.Dat
 
 
 def collapse_table(results: str | Path = COLLAPSE) -> pd.DataFrame:
-    """Runs whose queries have collapsed, and those of which the thresholds say otherwise.
+    """Runs whose queries have collapsed, and verdicts of the thresholds that say otherwise.
 
-    Those of the first five seeds are what the thresholds were set on.
+    Collapse is counted with the tolerance of `diagnose`, and by the letter: no caption changes. The
+    thresholds were set on the first five seeds of the base. Runs that failed are left out.
     """
-    runs = pd.read_csv(Path(results) / "table.csv")
     measures = ["changed", *THRESHOLDS]
+    runs = pd.read_csv(Path(results) / "table.csv").dropna(subset=measures)
     rows = runs[measures].to_dict("records")
     said = [Diagnosis(0, 0, 0, (), **row).collapsed for row in rows]
-    collapsed = runs["changed"] <= TOLERANCE
     seeds = np.where(runs["seed"] < 5, "0 to 4", "from 5")
-    runs = runs.assign(collapsed=collapsed, mistaken=collapsed != said, seeds=seeds)
+    counts = {}
+    for title, tolerance in {"": TOLERANCE, ", no caption changed": 0}.items():
+        collapsed = runs["changed"] <= tolerance
+        counts |= {f"collapsed{title}": collapsed, f"wrong verdicts{title}": collapsed != said}
+    runs = runs.assign(seeds=seeds, **counts)
     groups = runs.groupby(["length", "variant", "seeds"], sort=False)
     columns = {
         "runs": groups.size(),
-        "collapsed": groups["collapsed"].sum(),
-        "mistaken": groups["mistaken"].sum(),
+        **{title: groups[title].sum() for title in counts},
         **{MEASURES[name]: groups[name].mean().map("{:.3f}".format) for name in measures},
         "CIDEr x 100": groups["CIDEr"].mean().map("{:.0f}".format),
     }

@@ -25,6 +25,7 @@ from qvision_lab.ablation.study import STUDIES
 from qvision_lab.cli import main
 from qvision_lab.data.atomic import locked
 from qvision_lab.evaluation.bootstrap import holm
+from qvision_lab.figures import findings_table, margin_of
 
 TEXT = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_position_embeddings": 128}
 SIZES = {"model.text_config": TEXT | {"attention_types": [[["global"], 1]]}}
@@ -140,8 +141,8 @@ def test_a_diverged_run_is_kept_as_failed_and_arms_that_read_patches_have_maps(t
     assert np.isnan(table.loc["wild", "CIDEr"])
     assert table.loc["base", "CIDEr"] >= 0
     sentences = summarise(table.reset_index())
-    assert "wild: nothing can be said with 0 pairs of runs." in sentences
-    assert sentences[-1].startswith("wild: 1 runs failed (diverged")
+    assert "wild: nothing can be said with so few pairs of runs (0)." in sentences
+    assert sentences[-1].startswith("wild: 1 of 1 runs failed (diverged")
 
 
 def test_other_images_than_scenes_are_captioned_without_their_truth(tmp_path):
@@ -176,7 +177,7 @@ def test_the_command_runs_a_study_in_spawned_processes(finished, tmp_path, capsy
     path, drawn, output = tmp_path / "study.yaml", tmp_path / "figures", str(tmp_path / "out")
     study = changed(variants=PREFIX, seeds=[0])
     path.write_text(yaml.safe_dump(study.model_dump(mode="json")))
-    sentence = "prefix: nothing can be said with 1 pairs of runs."
+    sentence = "prefix: nothing can be said with so few pairs of runs (1)."
     assert main(["ablate", str(path), "--output", output, "--processes", "1"]) == 0
     assert sentence in capsys.readouterr().out
     assert main(["findings", output, "--figures", str(drawn)]) == 0
@@ -291,14 +292,19 @@ def test_learning_rates_are_tuned_for_each_arm_and_length_on_validation(tmp_path
     runs = 6 * (3 + 2 + 2)  # three tune, two seeds each tuned and not
     assert len(list(tmp_path.glob("runs/*"))) == runs - 7  # 6 steps of prefix are in two arms
     assert [*parts(table)] == [
-        *("6 steps, tuned", "as long as 6 steps of the base, tuned"),
-        *("3 steps, tuned", "as long as 3 steps of the base, tuned"),
-        *("6 steps", "as long as 6 steps of the base"),
-        *("3 steps", "as long as 3 steps of the base"),
+        *("3 steps, tuned", "compute of 3 base steps, tuned"),
+        *("6 steps, tuned", "compute of 6 base steps, tuned"),
+        *("3 steps", "compute of 3 base steps"),
+        *("6 steps", "compute of 6 base steps"),
     ]
     unfinished = table[(table["variant"] != "base") | (table["length"] == 6)]
     assert len(parts(unfinished)) == 4
-    assert all("6 steps" in title for title in parts(unfinished))
+    assert all(" 6 " in f" {title}" for title in parts(unfinished))
+    tuning = pd.read_csv(tmp_path / "tuning.csv")
+    assert (
+        tuning.groupby(["variant", "length", "equal"])["rate"].agg(list).map(tuple) == (0.5, 1, 2)
+    ).all()
+    assert tuning["validation"].max() == 0
     fair = part(table, 6, "compute")
     assert fair["steps"].tolist() == [6, 6, 12, 12]
     assert fair["rate"].tolist() == [2, 2, 0.5, 0.5]
@@ -323,24 +329,32 @@ def test_the_crossover_is_where_straight_lines_over_log_steps_meet():
     assert crossover(table[table["length"] < 5000], "longer") == (np.inf,) * 3
 
 
-def test_seeds_and_scenes_both_widen_the_interval_of_true_captions():
-    rng = np.random.default_rng(0)
+def test_a_crossover_that_three_seeds_leave_open_has_no_upper_end():
+    rows = [
+        {"variant": name, "length": length, "seed": seed, "CIDEr": (name != "base") * value}
+        for length, values in {100: [-50, -40, -60], 1000: [10, -8, 16]}.items()
+        for seed, value in enumerate(values)
+        for name in ("base", "longer")
+    ]
+    at, low, high = crossover(pd.DataFrame(rows), "longer")
+    assert 100 < low < at < 1000
+    assert high == np.inf
 
-    def runs(variant, effects, scenes):
-        shares = 0.5 + np.add.outer(effects, scenes)
-        hits = (rng.random(shares.shape) < shares) * 1
-        true = ["".join("ny"[hit] for hit in row) for row in hits]
-        return [{"variant": variant, "seed": i, "true_scenes": each} for i, each in enumerate(true)]
 
-    still, varied = np.zeros(8), rng.normal(0, 0.15, 8)
-    widths = {}
-    for name, effects in {"still": still, "varied": varied}.items():
-        table = pd.DataFrame(runs("base", still, np.zeros(400)) + runs("x", effects, np.zeros(400)))
+def test_intervals_over_seeds_and_scenes_cover_the_truth():
+    """Of a difference of 10 points that varies over three seeds and over scenes."""
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(200):
+        effects = 0.1 + np.add.outer(rng.normal(0, 0.05, 3), rng.normal(0, 0.1, 200))
+        shares = {"base": np.full((3, 200), 0.5), "x": 0.5 + effects}
+        table = pd.DataFrame(
+            {"variant": name, "seed": seed, "true_scenes": "".join("ny"[hit] for hit in row)}
+            for name, rows in shares.items()
+            for seed, row in enumerate((rng.random(rows.shape) < rows) * 1)
+        )
         row = differences_of_scenes(table).loc["x"]
-        assert row["n"] == 8
-        assert row["low"] < row["difference"] < row["high"]
-        widths[name] = row["high"] - row["low"]
-    assert widths["varied"] > 1.5 * widths["still"]
+        covered.append(row["low"] <= 0.1 <= row["high"])
+    assert 0.92 <= np.mean(covered) <= 0.99
     exact = pd.DataFrame({"variant": ["base", "base", "x", "x"], "seed": [0, 1, 0, 1]})
     exact = exact.assign(true_scenes=["nn", "nn", "yy", "yy"])
     assert differences_of_scenes(exact).loc["x"].tolist() == [2, 1, 1, 1]
@@ -393,6 +407,36 @@ def test_holm_multiplies_the_smallest_by_their_number():
     p = pd.Series({"a": 0.04, "b": 0.01, "c": np.nan, "d": 0.03})
     assert holm(p).dropna().to_dict() == pytest.approx({"a": 0.06, "b": 0.03, "d": 0.06})
     assert np.isnan(holm(p)["c"])
+
+
+def test_an_arm_that_failed_is_in_every_table(tmp_path):
+    table = simulated({"good": 5.0, "wild": 0.0}, 3, np.random.default_rng(3))
+    wild = table["variant"] == "wild"
+    table = table.assign(parameters=1.0).astype({"failed": object})
+    table.loc[wild, ["failed", "CIDEr"]] = "diverged", np.nan
+    table.to_csv(tmp_path / "table.csv", index=False)
+    shown = findings_table(tmp_path).set_index("variant")
+    assert shown["failed"].to_dict() == {"good": 0, "base": 0, "wild": 3}
+    assert shown.loc["wild", ["runs", "CIDEr x 100", "above the base"]].tolist() == ["0", "", ""]
+    assert summarise(table)[-1] == "wild: 3 of 3 runs failed (diverged)."
+
+
+def test_an_arm_of_which_all_learning_rates_fail_is_run_and_reported(tmp_path, monkeypatch):
+    def failing(run, study) -> None:
+        made_up(run, study)
+        row = {"failed": "diverged"} if run.columns["variant"] == "prefix" else run.row(study)
+        (run.folder(study) / "row.json").write_text(json.dumps(row))
+
+    monkeypatch.setattr(study, "carry_out", failing)
+    plan = changed(variants=PREFIX, lengths=[3], rates=[0.5, 1, 2], margin=3)
+    table = plan.run(tmp_path, InTurn(), processes=1)
+    failed = table[table["failed"].notna()]
+    assert failed[["variant", "tuned", "rate"]].drop_duplicates().values.tolist() == [
+        ["prefix", False, 1.0],
+        ["prefix", True, 0.5],
+    ]
+    assert margin_of(tmp_path) == 3
+    assert margin_of(tmp_path, "true") is None
 
 
 def test_sentences_claim_what_intervals_support():

@@ -187,7 +187,9 @@ def test_thresholds_of_the_first_seeds_hold_on_the_others():
     counts = collapse_table().query("variant == 'base' and seeds == 'from 5'")
     assert counts["collapsed"].sum() == 6
     assert (counts["runs"] - counts["collapsed"]).sum() == 7
-    assert counts["mistaken"].sum() == 0
+    assert counts["wrong verdicts"].sum() == 0
+    assert counts["collapsed, no caption changed"].sum() == 2
+    assert counts["wrong verdicts, no caption changed"].sum() == 4
 
 
 def test_too_few_pictures_are_refused(byte_captioner, dataset):

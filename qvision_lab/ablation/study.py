@@ -5,11 +5,13 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import cached_property, partial
 from importlib.resources import files
+from math import inf
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
+import yaml
 from pydantic import Strict
 from tqdm.auto import tqdm
 
@@ -153,14 +155,17 @@ class Study(Settings):
         return [self._run(arm, TUNING_SEED, rate, scored=0) for rate in rates]
 
     def tuned_runs(self, folder: str | os.PathLike) -> list[Run]:
-        """Runs with the rates of the best CIDEr on validation images, of arms tuned so far."""
+        """Runs with the rates of the best CIDEr on validation images, of arms tuned so far.
+
+        Where all rates fail, the first is taken: the arm is reported as failed.
+        """
         runs = []
         for arm in self.arms:
             rows = {run.columns["rate"]: run.row(folder) for run in self.tuning(arm)}
-            scores = {
-                rate: row["validation"] for rate, row in rows.items() if row and not row["failed"]
-            }
-            if scores and all(rows.values()):
+            if rows and all(rows.values()):
+                scores = {
+                    r: -inf if row["failed"] else row["validation"] for r, row in rows.items()
+                }
                 best = max(scores, key=scores.get)
                 runs += [self._run(arm, seed, best, tuned=True) for seed in self.seeds]
         return runs
@@ -171,7 +176,9 @@ class Study(Settings):
         executor: Executor | None = None,
         processes: int | None = None,
     ) -> pd.DataFrame:
-        """Do the runs that are missing, write `table.csv` and `curves.csv`, and return the `table`.
+        """Do the runs that are missing, write their tables as CSV, and return the `table`.
+
+        Written are `table.csv`, `curves.csv`, `tuning.csv` if any, and the study as `study.yaml`.
 
         Args:
             folder: of the results, by default `runs/NAME`; a later call resumes or extends them.
@@ -187,6 +194,8 @@ class Study(Settings):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             record_run(folder, {"base": base}, {"test images and tower": self.origin})
+            described = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+            write_atomic(folder / "study.yaml", described)
             for length in self.lengths or (None,):  # each is a result without the next
                 arms = [arm for arm in self.arms if arm.columns.get("length") == length]
                 tuning = [run for arm in arms for run in self.tuning(arm)]
@@ -194,8 +203,14 @@ class Study(Settings):
                 runs = [*self.runs, *self.tuned_runs(folder)]
                 runs = [run for run in runs if run.columns.get("length") == length]
                 self._carry_out(runs, folder, executor, processes)
-            table, curves = self.table(folder), self.curves(folder)
+            table, curves, tuning = (
+                self.table(folder),
+                self.curves(folder),
+                self.tuning_table(folder),
+            )
             write_atomic(folder / "table.csv", table.to_csv(index=False))
+            if len(tuning):
+                write_atomic(folder / "tuning.csv", tuning.to_csv(index=False))
             write_atomic(folder / "curves.csv", curves.to_csv(index=False, float_format="%.6g"))
         return table
 
@@ -242,6 +257,16 @@ class Study(Settings):
         ]
         table = pd.DataFrame(rows)
         return table.assign(CIDEr=100 * table["CIDEr"]) if "CIDEr" in table else table
+
+    def tuning_table(self, folder: str | os.PathLike) -> pd.DataFrame:
+        """What learning rates were chosen by: `validation` of each rate tried so far, by arm."""
+        runs = [run for arm in self.arms for run in self.tuning(arm)]
+        rows = [
+            {**run.columns, "seed": run.seed, **row, "run": run.key}
+            for run in runs
+            if (row := run.row(folder))
+        ]
+        return pd.DataFrame(rows).drop(columns="tuned", errors="ignore")
 
     def curves(self, folder: str | os.PathLike) -> pd.DataFrame:
         """The log of every run that has begun: its columns, `seed`, `step`, `loss`, measures."""

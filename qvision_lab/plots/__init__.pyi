@@ -3,6 +3,7 @@ from .charts import plot_curves as plot_curves
 from .charts import plot_differences as plot_differences
 from .charts import plot_effects as plot_effects
 from .charts import plot_lengths as plot_lengths
+from .charts import plot_parts as plot_parts
 from .charts import plot_removal_curves as plot_removal_curves
 from .charts import plot_risk_coverage as plot_risk_coverage
 from .charts import plot_scores as plot_scores

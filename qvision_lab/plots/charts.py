@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import t
 
 from qvision_lab.plots.images import INK, WRONG
 
@@ -65,11 +67,14 @@ def plot_scores(
 
 
 def plot_differences(
-    differences: pd.DataFrame, label: str = "above the base", ax: Axes | None = None
+    differences: pd.DataFrame,
+    label: str = "above the base",
+    ax: Axes | None = None,
+    margin: float | None = None,
 ) -> Axes:
     """Dots and intervals of `ablation.differences`, best first; those without one are left out.
 
-    A star marks what Holm's correction leaves at 5%.
+    A star marks what Holm's correction leaves at 5%; a band what lies within a `margin` of zero.
     """
     rows = differences.dropna(subset=["low", "high"]).sort_values("difference", ascending=False)
     if "corrected" in rows:
@@ -77,6 +82,8 @@ def plot_differences(
     scores = rows.rename(columns={"difference": "score"})
     ax = plot_scores({label: scores}, scale=1, ax=ax, sign="+")
     ax.axvline(0, color=WRONG, lw=0.8)
+    if margin:
+        ax.axvspan(-margin, margin, color=INK, alpha=0.07, lw=0)
     ax.xaxis.set_major_formatter("{x:+g}")
     ax.set_xlabel(label)
     return ax
@@ -140,7 +147,8 @@ def plot_effects(effects: Sequence[Any], ax: Axes | None = None) -> Axes:
 def plot_tradeoff(table: pd.DataFrame, cost: str, quality: str, ax: Axes | None = None) -> Axes:
     """Columns of `ablation.Study.table`: a small dot a run, a named one for a variant's mean."""
     ax = ax or plt.subplots(figsize=(8, 5), layout="constrained")[1]
-    means = table.groupby("variant", sort=False)[[cost, quality]].mean().sort_values(quality)
+    means = table.groupby("variant", sort=False)[[cost, quality]].mean().dropna()
+    means = means.sort_values(quality)
     line = {"arrowstyle": "-", "lw": 0.4, "color": INK, "relpos": (0, 0.5)}
     for i, (variant, mean) in enumerate(means.iterrows()):  # names in a column, by quality
         runs = table[table["variant"] == variant]
@@ -168,14 +176,34 @@ def plot_curves(curves: pd.DataFrame, measure: str = "loss", ax: Axes | None = N
 
 
 def plot_lengths(table: pd.DataFrame, measure: str = "CIDEr", ax: Axes | None = None) -> Axes:
-    """Of `ablation.Study.table`, each variant by its length, at equal steps and tuned rates."""
+    """Of `ablation.Study.table`, each variant by its length, at equal steps and tuned rates.
+
+    Means of its seeds, with 95% intervals by Student's t where there are several.
+    """
+    ax = ax or plt.subplots(layout="constrained")[1]
     rows = table[(table["equal"] == "steps") & table.get("tuned", True)]
-    ax = plot_curves(rows.assign(step=rows["length"]), measure, ax)
-    for line in ax.lines:
-        line.set_marker("o")  # a variant may have one length
-    lengths = sorted(rows["length"].unique())
-    ax.set_xscale("log")
+    lengths, variants = sorted(rows["length"].unique()), rows["variant"].unique()
+    for i, variant in enumerate(variants):
+        seeds = rows[rows["variant"] == variant].groupby("length")[measure]
+        half = seeds.sem() * t.isf(0.025, seeds.count() - 1)
+        places = seeds.mean().index * 1.04 ** (i - (len(variants) - 1) / 2)  # side by side
+        ax.errorbar(places, seeds.mean(), half, fmt="o-", ms=3, lw=1, capsize=2, label=variant)
+    ax.set(xscale="log", xlabel="steps", ylabel=measure)
     ax.set_xticks(lengths, map("{:,}".format, lengths), minor=False)
     ax.minorticks_off()
-    ax.set_xlabel("steps")
+    ax.legend(**LEGEND)
     return ax
+
+
+def plot_parts(
+    parts: Mapping[str, pd.DataFrame], label: str, margin: float | None = None, ncols: int = 2
+) -> Figure:
+    """`plot_differences` of several parts of a study, by their titles, each with its own scale."""
+    nrows = -(-len(parts) // ncols)
+    size = 3.9 * ncols, nrows * (0.9 + 0.32 * max(map(len, parts.values())))
+    figure, axes = plt.subplots(nrows, ncols, figsize=size, layout="constrained", squeeze=False)
+    for ax, (title, rows) in zip(axes.flat, parts.items(), strict=False):
+        plot_differences(rows, label, ax, margin).set_title(title, fontsize=9)
+    for ax in axes.flat[len(parts) :]:
+        ax.axis("off")
+    return figure
