@@ -23,7 +23,7 @@ from qvision_lab.data.coco import open_dataset
 from qvision_lab.interpretation.collapse import MEASURES, THRESHOLDS, TOLERANCE, Diagnosis
 from qvision_lab.interpretation.faithfulness import object_words, removal_curves
 from qvision_lab.interpretation.maps import METHODS, PatchMap, query_maps, word_maps
-from qvision_lab.interpretation.queries import profile_queries
+from qvision_lab.interpretation.queries import compare_raised_and_fallen, profile_queries
 from qvision_lab.interpretation.trace import trace_all
 from qvision_lab.model.architecture import architecture
 from qvision_lab.model.config import QVisionConfig
@@ -49,9 +49,9 @@ CREDITS = (
     "Stefan van der Walt."
 )
 STYLE = str(files("qvision_lab.plots") / "qvision.mplstyle")
-STUDY = files("qvision_lab.ablation") / "results" / "architecture"
-COLLAPSE = STUDY.parent / "collapse"
-TUNED = "length", "queries", "tower", "photographs", "random_tower", "phases"  # with rates
+RESULTS = files("qvision_lab.ablation") / "results"
+STUDY, COLLAPSE = RESULTS / "length", RESULTS / "collapse"
+COMPARED = "architecture", "length", "queries", "tower", "photographs", "random_tower", "phases"
 
 
 def run_demo(n: int, output: str | Path, seed: int = 0, model: str | None = None) -> None:
@@ -130,6 +130,8 @@ def draw_inside(
 
     pairs = zip(profile_queries(traces), query_maps(trace), strict=True)
     profiles = [replace(profile, map=query_map) for profile, query_map in pairs]
+    if len(profiles) > 1:
+        print(f"words raised, and fallen when muted: {compare_raised_and_fallen(profiles)}")
     write_figure(plots.query_sheet(profiles, trace.image), folder / "queries.png")
 
     rng, patches = np.random.default_rng(seed), len(trace.image_tokens)
@@ -272,7 +274,6 @@ def collapse_table(results: str | Path = COLLAPSE) -> pd.DataFrame:
 
 
 STUDY_TABLES = {  # of pages
-    "study": findings_table,
-    **{name: partial(findings_table, STUDY.parent / name) for name in TUNED},
+    **{name: partial(findings_table, RESULTS / name) for name in COMPARED},
     "collapse": collapse_table,
 }

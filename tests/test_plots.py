@@ -94,7 +94,7 @@ def test_sheets_share_a_scale_within_a_method():
 def test_query_sheet_names_the_words_that_read_a_query():
     profiles = [SimpleNamespace(map=peaked(0, i), words=("dog", "red"), cost=i) for i in range(3)]
     texts = [[t.get_text() for t in ax.texts] for ax in plots.query_sheet(profiles, PHOTO).axes]
-    assert texts == [[f"dog, red\ncost {i}.00"] for i in range(3)] + [[], []]
+    assert texts == [[f"dog, red\ncost {i}.00"] for i in range(3)] + [[], [], []]  # and the bar
     (ax, *_) = plots.query_sheet([SimpleNamespace(map=peaked(0, 0), words=(), cost=-0.001)]).axes
     assert ax.texts[0].get_text().endswith("cost 0.00")
 

@@ -65,6 +65,7 @@ def profile_queries(traces: Iterable[Trace]) -> list[QueryProfile]:
     texts = [word.text.lower() for trace in traces for word in trace.words]
     read, raised, falls = (pd.DataFrame(x).groupby(texts).mean() for x in (read, raised, falls))
     raised, falls = (x.sub(x.mean(axis=1), axis=0) for x in (raised, falls))
+    spoken = [word for word in read.index if any(map(str.isalnum, word))] or read.index
     return [
         QueryProfile(
             label=label,
@@ -72,7 +73,7 @@ def profile_queries(traces: Iterable[Trace]) -> list[QueryProfile]:
             spread=float(spread[i]),
             entropy=float(entropy[i]),
             attention=float(attention[i]),
-            words=tuple((read[i] / attention[i]).nlargest(TOP).index),
+            words=tuple((read.loc[spoken, i] / attention[i]).nlargest(TOP).index),
             traces=tuple(by_trace[i].nlargest(TOP).index),
             cluster=int(clusters[i]),
             cost=float(costs[i]),
@@ -106,8 +107,8 @@ class Prediction:
     """Whether the words that a query raises are those that fall without it.
 
     `own` is their rank correlation, the mean over queries; `other` that of the words one query
-    raises with those that fall without another. `low` to `high` is a 95% interval over queries of
-    the difference, `p_value` that of `paired_difference`.
+    raises with those that fall without another. `low` to `high` is a 95% interval of the difference
+    over queries, as if they were independent, `p_value` that of `paired_difference`.
     """
 
     own: float

@@ -119,15 +119,15 @@ def map_sheet(
         left = {"transform": line[0].transAxes, "ha": "right", "va": "center", "rotation": 90}
         line[0].text(-0.06, 0.5, name.replace("_", " "), color=INK, fontsize=9, **left)
     for method, group in axes_of.items():
-        height = len({ax.get_subplotspec().rowspan.start for ax in group})
-        bar = figure.colorbar(group[0].images[-1], ax=group, aspect=12 * height, pad=0.01)
-        bar.ax.tick_params(labelsize=7)
-        bar.set_label(method.replace("_", " "), fontsize=7)
+        _add_bar(figure, group, method.replace("_", " "))
     return figure
 
 
 def query_sheet(profiles: Sequence[Any], image: ImageLike | None = None) -> Figure:
-    """Maps of `interpretation.queries.QueryProfile`s on one colour scale, with words and cost."""
+    """Maps of `interpretation.queries.QueryProfile`s on one colour scale, with words and cost.
+
+    The words are those that read a query most; the cost of muting it is in nats a caption.
+    """
     vmax = max(profile.map.values.max() for profile in profiles)
     figure, axes = _tiles(-(-len(profiles) // 5), 5, below=0.75)
     for ax, profile in zip(axes.flat, profiles, strict=False):
@@ -135,7 +135,20 @@ def query_sheet(profiles: Sequence[Any], image: ImageLike | None = None) -> Figu
         cost = round(profile.cost, 2) + 0.0  # no "-0.00"
         text = f"{textwrap.fill(', '.join(profile.words), LINE)}\ncost {cost:.2f}"
         ax.text(0, -0.04, text, transform=ax.transAxes, va="top", fontsize=7, color=INK)
+    _add_bar(figure, [*axes.flat], "share of a query's attention", rows=1, anchor=(0, 1))
     return figure
+
+
+def _add_bar(
+    figure: Figure, axes: list[Axes], label: str, rows: int | None = None, **place
+) -> None:
+    """A colour bar on the right of the axes, whose scale it has, as high as `rows` (None: all)."""
+    height = len({ax.get_subplotspec().rowspan.start for ax in axes})
+    rows = rows or height
+    place |= {"shrink": rows / height, "aspect": 12 * rows, "pad": 0.01}
+    bar = figure.colorbar(axes[0].images[-1], ax=axes, **place)
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label(label, fontsize=7)
 
 
 def _open(image: ImageLike) -> Image.Image:
