@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import qvision_lab as ql
 
 SUITES = ("parameters", "latency", "peers", "loading", "folder", "maps", "training", "recovery")
-SUITES += ("baselines", "confidence")  # modules of benchmark/
+SUITES += ("baselines", "confidence", "costs")  # modules of benchmark/
 SUITES_OF_DATA = {"maps", "baselines"}  # they take other images than Scenes
 MODEL = "--model", "--revision", "--dtype", "--device"
 SHARED = {  # options of several commands

@@ -12,7 +12,8 @@ import torch
 from conftest import save_captioner, tiny_captioner
 from test_peers import small
 
-from qvision_lab.benchmark import harness, loading, maps, peers, recovery, tables
+from qvision_lab.ablation import Study
+from qvision_lab.benchmark import costs, harness, loading, maps, peers, recovery, tables
 from qvision_lab.benchmark.harness import Spread, Table, growing_table, interleave, machine
 from qvision_lab.benchmark.training import IMAGES, random_batch
 from qvision_lab.captioning import load
@@ -220,6 +221,16 @@ def test_a_recovery_is_scored_and_drawn(tmp_path):
     assert curve.get_xdata().tolist() == [1]
     for drawn, row in zip((line, star), grown.rows, strict=True):
         assert drawn.get_ydata()[0] == pytest.approx(100 * row["score"])
+
+
+def test_costs_of_steps_are_in_those_of_the_base(tmp_path):
+    threads = torch.get_num_threads()
+    (measured,) = costs.run_benchmarks(load(), quick=True)
+    assert torch.get_num_threads() == threads
+    measured.save(tmp_path)
+    table = tables.read_table("costs", tmp_path)
+    assert set(table["arm"]) == {"base", *Study.read("length").costs}
+    assert table["times the base's"][0] == "1.00 (1.00 to 1.00)"
 
 
 def test_maps_are_scored_and_drawn(tmp_path):

@@ -1,0 +1,73 @@
+"""What a training step costs in each arm of the study `length`, which fixes equal compute."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from qvision_lab.ablation.arm import Arm
+from qvision_lab.ablation.study import BASE, Study
+from qvision_lab.benchmark.harness import Spread, Table, identity_of, interleave
+from qvision_lab.captioning import Captioner
+from qvision_lab.data.coco import open_dataset
+from qvision_lab.model.loading.checkpoint import Checkpoint
+from qvision_lab.training import freezing
+from qvision_lab.training.optimizers import MuonAdamW
+from qvision_lab.training.samples import CaptionCollator, CaptionSamples
+from qvision_lab.training.train import change_model
+
+ROUNDS = 100
+
+
+def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
+    """Time training steps of one batch of Scenes in turn, with one thread, as a study's runs have.
+
+    The batch holds states of the frozen tower, as from the feature cache.
+    """
+    study = Study.read("length")
+    arms = {arm.columns["variant"]: arm for arm in reversed(study.arms)}  # of the first length
+    settings = study.runs[0].recipe.training
+    images = open_dataset("scenes:train", n=settings.batch_size)
+    samples = CaptionSamples(
+        images, captioner.processor, settings.captions_per_image, settings.max_tokens, seed=0
+    )
+    batch = CaptionCollator(captioner.model.config.pad_token_id)([*samples])
+    with torch.no_grad():
+        batch["vision_states"] = captioner.model.vision.encode(batch.pop("pixel_values"))
+    steps = {name: _step(captioner, arm, batch) for name, arm in reversed(arms.items())}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(study.threads)
+    try:
+        seconds = interleave(steps, ROUNDS, quick)
+    finally:
+        torch.set_num_threads(threads)
+    rows = tuple(
+        {
+            "variant": name,
+            "seconds": spent,
+            "step": Spread.of(spent),
+            "cost": Spread.ratio(spent, seconds[BASE]),
+        }
+        for name, spent in seconds.items()
+    )
+    about = {"quick": quick, "identity": identity_of(captioner, train=images)}
+    yield Table(name="costs", rows=rows, **about)
+
+
+def _step(captioner: Captioner, arm: Arm, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """A training step of an arm's model, from random weights."""
+    recipe, settings = arm.recipe, arm.recipe.training
+    model = change_model(Checkpoint(captioner.model, captioner.processor), recipe).model.train()
+    freezing.apply(model, settings.phases[-1].policy)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    rates = settings.learning_rate, settings.matrix_learning_rate
+    optimizer = MuonAdamW(model, *rates, weight_decay=settings.weight_decay)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        clip_grad_norm_(trained, settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
