@@ -1,23 +1,24 @@
 """What a training step costs in each arm of the study `length`, which fixes equal compute."""
 
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from qvision_lab.ablation.arm import Arm
-from qvision_lab.ablation.study import BASE, Study
 from qvision_lab.benchmark.harness import Spread, Table, identity_of, interleave
 from qvision_lab.captioning import Captioner
 from qvision_lab.data.coco import open_dataset
 from qvision_lab.model.loading.checkpoint import Checkpoint
-from qvision_lab.training import freezing
+from qvision_lab.training import freezing, load_recipe
 from qvision_lab.training.optimizers import MuonAdamW
+from qvision_lab.training.recipe import Recipe, read_yaml
 from qvision_lab.training.samples import CaptionCollator, CaptionSamples
 from qvision_lab.training.train import change_model
 
-ROUNDS = 100
+STUDY = files("qvision_lab") / "ablation/studies/length.yaml"
+BASE, ROUNDS = "base", 100
 
 
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
@@ -25,9 +26,9 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
 
     The batch holds states of the frozen tower, as from the feature cache.
     """
-    study = Study.read("length")
-    arms = {arm.columns["variant"]: arm for arm in reversed(study.arms)}  # of the first length
-    settings = study.runs[0].recipe.training
+    variants = {BASE: {}, **read_yaml(STUDY)["variants"]}
+    recipes = {name: load_recipe("ablation", changes) for name, changes in variants.items()}
+    settings = recipes[BASE].training
     images = open_dataset("scenes:train", n=settings.batch_size)
     samples = CaptionSamples(
         images, captioner.processor, settings.captions_per_image, settings.max_tokens, seed=0
@@ -35,9 +36,9 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
     batch = CaptionCollator(captioner.model.config.pad_token_id)([*samples])
     with torch.no_grad():
         batch["vision_states"] = captioner.model.vision.encode(batch.pop("pixel_values"))
-    steps = {name: _step(captioner, arm, batch) for name, arm in reversed(arms.items())}
+    steps = {name: training_step(captioner, recipe, batch) for name, recipe in recipes.items()}
     threads = torch.get_num_threads()
-    torch.set_num_threads(study.threads)
+    torch.set_num_threads(1)
     try:
         seconds = interleave(steps, ROUNDS, quick)
     finally:
@@ -55,9 +56,11 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
     yield Table(name="costs", rows=rows, **about)
 
 
-def _step(captioner: Captioner, arm: Arm, batch: dict[str, Tensor]) -> Callable[[], None]:
-    """A training step of an arm's model, from random weights."""
-    recipe, settings = arm.recipe, arm.recipe.training
+def training_step(
+    captioner: Captioner, recipe: Recipe, batch: dict[str, Tensor]
+) -> Callable[[], None]:
+    """A step of the model that a recipe trains, from random weights."""
+    settings = recipe.training
     model = change_model(Checkpoint(captioner.model, captioner.processor), recipe).model.train()
     freezing.apply(model, settings.phases[-1].policy)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
