@@ -362,7 +362,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--processes", type=int, metavar="N", help="parallel runs (default: one for every core)")
 
     add = _command(commands, "findings", findings, "--metric", "--figures")
-    add("results", nargs="?", metavar="DIR", help="of a study (default: the package's own)")
+    add("results", nargs="?", metavar="DIR", help="of a study (default: the study of lengths)")
 
     add = _command(commands, "bench", bench, *MODEL)
     add("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (default: all)")

@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qvision_lab import plots, scenes
-from qvision_lab.ablation import Study, averages, differences, part, parts, summarise
-from qvision_lab.ablation.study import STUDIES
+from qvision_lab.ablation import averages, differences, part, parts, summarise
+from qvision_lab.ablation.study import SETTINGS, STUDIES
 from qvision_lab.captioning import load
 from qvision_lab.data.atomic import atomic
 from qvision_lab.data.coco import open_dataset
@@ -30,8 +30,10 @@ from qvision_lab.model.config import QVisionConfig
 from qvision_lab.scenes.checker import RATES
 from qvision_lab.scenes.dataset import SceneJudge
 from qvision_lab.scenes.layout import COLORS
+from qvision_lab.training.recipe import read_yaml
 
-__all__ = ["draw_curves", "draw_findings", "draw_inside", "photographs", "run_demo"]
+__all__ = ["collapse_table", "draw_curves", "draw_findings", "draw_inside", "draw_parts"]
+__all__ += ["findings_table", "margin_of", "photographs", "run_demo"]
 __dir__ = __all__.copy  # for completion
 
 EXAMPLE = 2  # index of the test scene in the figures of words and queries
@@ -49,6 +51,7 @@ CREDITS = (
     "Stefan van der Walt."
 )
 STYLE = str(files("qvision_lab.plots") / "qvision.mplstyle")
+ABOVE = "{} above the base (* corrected p < 0.05)"
 RESULTS = files("qvision_lab.ablation") / "results"
 STUDY, COLLAPSE = RESULTS / "length", RESULTS / "collapse"
 COMPARED = "architecture", "length", "queries", "tower", "photographs", "random_tower", "phases"
@@ -107,7 +110,8 @@ def draw_inside(
     """Draw `architecture.png` of the published model, and `{words,queries,deletion}.png` of one.
 
     Those are word maps, query profiles and removal curves; the latter are averages over the first
-    `n` (at least 3) scenes of the split `test`, or of one picture of yours.
+    `n` (at least 3) scenes of the split `test`, or of one picture of yours. Printed is whether the
+    words that queries raise are those that fall without them, as if queries were independent.
     """
     if n <= EXAMPLE:
         raise ValueError(f"n={n} scenes are too few; choose at least {EXAMPLE + 1}.")
@@ -131,7 +135,7 @@ def draw_inside(
     pairs = zip(profile_queries(traces), query_maps(trace), strict=True)
     profiles = [replace(profile, map=query_map) for profile, query_map in pairs]
     if len(profiles) > 1:
-        print(f"words raised, and fallen when muted: {compare_raised_and_fallen(profiles)}")
+        print(f"words that queries raise, that fall without: {compare_raised_and_fallen(profiles)}")
     write_figure(plots.query_sheet(profiles, trace.image), folder / "queries.png")
 
     rng, patches = np.random.default_rng(seed), len(trace.image_tokens)
@@ -180,59 +184,69 @@ def draw_findings(
     a study of lengths, effects are drawn of every tuned part, the others of the longest.
     """
     table, curves = (pd.read_csv(Path(results) / f"{name}.csv") for name in ("table", "curves"))
-    compared, lengths, margin = parts(table), table, margin_of(results, metric)
+    compared, margin = parts(table), margin_of(results, metric)
     for title, rows in compared.items():
         print("\n".join([f"{title}:"] * bool(title) + summarise(rows, metric, margin)))
     if folder is None:
         return
+    figures = {}
+    if len(compared) > 1:
+        figures["lengths"] = plots.plot_lengths(table, metric).figure
+        figures["effects"] = draw_parts(results, metric)
     if "length" in table:  # the longest is drawn
-        table, curves = (part(rows, table["length"].max()) for rows in (table, curves))
+        longest, tuned = table["length"].max(), "tuned" not in table or table["tuned"].any()
+        table, curves = (part(rows, longest, tuned=tuned) for rows in (table, curves))
     effects = differences(table, metric)
     largest = effects["difference"].abs().nlargest(4).index
     shown = curves["variant"].isin({table["variant"].iloc[0], *largest})
-    title = f"{metric} above the base (* after Holm's correction)"
-    figures = {
-        "effects": plots.plot_differences(effects, title, margin=margin).figure,
-        "tradeoff": plots.plot_tradeoff(table, "parameters", metric).figure,
-        "curves": plots.plot_curves(curves[shown]).figure,
-    }
-    if len(compared) > 1:
-        figures["lengths"] = plots.plot_lengths(lengths, metric).figure
-        figures["effects"] = draw_parts(results, metric)
+    if len(compared) == 1:
+        ax = plots.plot_differences(effects, ABOVE.format(metric), margin=margin)
+        figures["effects"] = ax.figure
+    figures["tradeoff"] = plots.plot_tradeoff(table, "parameters", metric).figure
+    figures["curves"] = plots.plot_curves(curves[shown]).figure
     for name, figure in figures.items():
         write_figure(figure, Path(folder) / f"study_{name}.png")
 
 
+@plt.style.context(STYLE)
 def draw_parts(results: str | Path, metric: str = "CIDEr") -> Figure:
-    """Differences from the base in each part of a study of lengths, with tuned rates if it has."""
+    """Differences from the base in each part of a study of lengths, with tuned rates if it has.
+
+    ValueError if no part has an interval: each takes two seeds.
+    """
     table = pd.read_csv(Path(results) / "table.csv")
-    compared = parts(table[table["tuned"]].drop(columns="tuned") if "tuned" in table else table)
+    if table.get("tuned", pd.Series([False])).any():
+        table = table[table["tuned"]]
+    compared = parts(table.drop(columns="tuned", errors="ignore"))
     found = {title: differences(rows, metric) for title, rows in compared.items()}
-    return plots.plot_parts(found, f"{metric} above the base", margin_of(results, metric))
+    found = {title: rows for title, rows in found.items() if rows["low"].notna().any()}
+    if not found:
+        raise ValueError(f"{results}: no interval to draw; train with two seeds or more.")
+    return plots.plot_parts(found, ABOVE.format(metric), margin_of(results, metric))
 
 
 def margin_of(results: str | Path, metric: str = "CIDEr") -> float | None:
     """The margin of equivalence that a study states, written with its results or the package's."""
-    places = Path(results) / "study.yaml", STUDIES / f"{Path(results).name}.yaml"
+    places = Path(results) / SETTINGS, STUDIES / f"{Path(results).name}.yaml"
     found = next((place for place in places if place.is_file()), None)
-    return Study.read(found).margin if found and metric == "CIDEr" else None
+    return read_yaml(found).get("margin") if found and metric == "CIDEr" else None
 
 
 def findings_table(results: str | Path = STUDY, metric: str = "CIDEr") -> pd.DataFrame:
     """A study's variants with their scores, the best first, and differences from the base."""
     tables, scale = [], 1 if metric == "CIDEr" else 100
     shares = {"true": "true captions", "object recall": "objects named", "pointing": "maps point"}
-    margin = margin_of(results, metric)
-    for trained, table in parts(pd.read_csv(Path(results) / "table.csv")).items():
+    margin, runs = margin_of(results, metric), pd.read_csv(Path(results) / "table.csv")
+    for trained, table in parts(runs).items():
         rows = averages(table).join(differences(table, metric, margin), rsuffix=" of pairs")
-        failed = table["failed"].notna().groupby(table["variant"]).sum()
+        failed = table.groupby("variant")["failed"].count()
         rows = rows.sort_values(metric, ascending=False)  # the base has no difference
         pairs = scale * rows[["difference", "low", "high"]]
         columns = {
             **({"trained": trained} if trained else {}),
             "variant": rows.index,
             "runs": rows["n"].map("{:.0f}".format),
-            **({"failed": failed[rows.index]} if failed.any() else {}),
+            **({"failed": failed[rows.index].map(str)} if runs["failed"].count() else {}),
             **({"rate": rows["rate"].map("{:g}".format)} if "rate" in rows else {}),
             f"{metric} x 100": (scale * rows[metric]).map("{:.0f}".format),
             "above the base": [f"{d:+.0f} [{a:+.0f}, {b:+.0f}]" for d, a, b in pairs.values],
@@ -243,7 +257,10 @@ def findings_table(results: str | Path = STUDY, metric: str = "CIDEr") -> pd.Dat
             **{shares[name]: rows[name].map("{:.1%}".format) for name in shares if name in rows},
             "parameters trained": rows["parameters"].map("{:,.0f}".format),
         }
-        tables.append(pd.DataFrame(columns).replace({"maps point": {"nan%": "no map"}}))
+        shown = pd.DataFrame(columns)
+        if "pointing" in rows:
+            shown.loc[rows["pointing"].isna() & (rows["n"] > 0), "maps point"] = "no map"
+        tables.append(shown)
     return pd.concat(tables).replace(r".*nan.*", "", regex=True)
 
 

@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import product
 from unittest.mock import patch
 
 import numpy as np
@@ -25,7 +26,7 @@ from qvision_lab.ablation.study import STUDIES
 from qvision_lab.cli import main
 from qvision_lab.data.atomic import locked
 from qvision_lab.evaluation.bootstrap import holm
-from qvision_lab.figures import findings_table, margin_of
+from qvision_lab.figures import draw_parts, findings_table, margin_of
 
 TEXT = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_position_embeddings": 128}
 SIZES = {"model.text_config": TEXT | {"attention_types": [[["global"], 1]]}}
@@ -298,8 +299,8 @@ def test_learning_rates_are_tuned_for_each_arm_and_length_on_validation(tmp_path
         *("6 steps", "compute of 6 base steps"),
     ]
     unfinished = table[(table["variant"] != "base") | (table["length"] == 6)]
-    assert len(parts(unfinished)) == 4
-    assert all(" 6 " in f" {title}" for title in parts(unfinished))
+    longer = ["6 steps, tuned", "compute of 6 base steps, tuned"]
+    assert [*parts(unfinished)] == [*longer, *(title.removesuffix(", tuned") for title in longer)]
     tuning = pd.read_csv(tmp_path / "tuning.csv")
     assert (
         tuning.groupby(["variant", "length", "equal"])["rate"].agg(list).map(tuple) == (0.5, 1, 2)
@@ -327,6 +328,12 @@ def test_the_crossover_is_where_straight_lines_over_log_steps_meet():
     table = pd.DataFrame(rows)
     assert crossover(table, "longer") == pytest.approx([10**3.5] * 3)  # no noise between pairs
     assert crossover(table[table["length"] < 5000], "longer") == (np.inf,) * 3
+    assert crossover(table[table["length"] > 5000], "longer") == (0, 0, 0)  # ahead throughout
+    level = table[table["length"] > 500]
+    level = level.assign(CIDEr=level["CIDEr"].where(level["length"] > 1000, level["seed"]))
+    assert crossover(level, "longer") == pytest.approx([1000] * 3)  # exactly zero there
+    with pytest.raises(ValueError, match="longer: a crossover takes two seeds"):
+        crossover(table[table["seed"] == 0], "longer")
 
 
 def test_a_crossover_that_three_seeds_leave_open_has_no_upper_end():
@@ -341,23 +348,26 @@ def test_a_crossover_that_three_seeds_leave_open_has_no_upper_end():
     assert high == np.inf
 
 
-def test_intervals_over_seeds_and_scenes_cover_the_truth():
-    """Of a difference of 10 points that varies over three seeds and over scenes."""
+@pytest.mark.parametrize(("seeds", "scenes"), [(0.05, 0.1), (0.01, 0.4)])
+def test_intervals_over_seeds_and_scenes_cover_the_truth(seeds, scenes):
+    """Of a difference that varies by so much over three seeds and over a hundred scenes."""
     rng, covered = np.random.default_rng(0), []
-    for _ in range(200):
-        effects = 0.1 + np.add.outer(rng.normal(0, 0.05, 3), rng.normal(0, 0.1, 200))
-        shares = {"base": np.full((3, 200), 0.5), "x": 0.5 + effects}
+    for _ in range(400):
+        effects = np.add.outer(rng.normal(0, seeds, 3), rng.normal(0, scenes, 100))
+        shares = {"base": np.full((3, 100), 0.5), "x": 0.5 + effects}
         table = pd.DataFrame(
             {"variant": name, "seed": seed, "true_scenes": "".join("ny"[hit] for hit in row)}
             for name, rows in shares.items()
             for seed, row in enumerate((rng.random(rows.shape) < rows) * 1)
         )
         row = differences_of_scenes(table).loc["x"]
-        covered.append(row["low"] <= 0.1 <= row["high"])
-    assert 0.92 <= np.mean(covered) <= 0.99
+        covered.append(row["low"] <= 0 <= row["high"])
+    assert 0.93 <= np.mean(covered) <= 0.985
     exact = pd.DataFrame({"variant": ["base", "base", "x", "x"], "seed": [0, 1, 0, 1]})
     exact = exact.assign(true_scenes=["nn", "nn", "yy", "yy"])
     assert differences_of_scenes(exact).loc["x"].tolist() == [2, 1, 1, 1]
+    with pytest.raises(ValueError, match="its images are no scenes"):
+        differences_of_scenes(exact.drop(columns="true_scenes"))
 
 
 def test_equivalence_is_claimed_within_the_margin_alone():
@@ -365,8 +375,13 @@ def test_equivalence_is_claimed_within_the_margin_alone():
     rows = differences(table, margin=10)
     assert rows.loc["same", "equivalent"] < 0.01
     assert rows.loc["worse", "equivalent"] > 0.99
-    sentences = summarise(table, margin=10)
-    assert any(s.startswith("same: within 10 of the base, ") for s in sentences)
+    _, worse, same = summarise(table, margin=10)
+    p = rows.loc["same", "equivalent"]
+    assert same.startswith(f"same: within 10 of the base (corrected p = {p:.2g}), ")
+    assert "within" not in worse
+    _, worse, _ = summarise(table, margin=1000)
+    assert worse.startswith("worse: lowers CIDEr by ")
+    assert "; within 1e+03 of the base (corrected p = " in worse
     assert differences(table, margin=0.1).loc["same", "equivalent"] > 0.05
 
 
@@ -412,13 +427,23 @@ def test_holm_multiplies_the_smallest_by_their_number():
 def test_an_arm_that_failed_is_in_every_table(tmp_path):
     table = simulated({"good": 5.0, "wild": 0.0}, 3, np.random.default_rng(3))
     wild = table["variant"] == "wild"
-    table = table.assign(parameters=1.0).astype({"failed": object})
-    table.loc[wild, ["failed", "CIDEr"]] = "diverged", np.nan
-    table.to_csv(tmp_path / "table.csv", index=False)
-    shown = findings_table(tmp_path).set_index("variant")
-    assert shown["failed"].to_dict() == {"good": 0, "base": 0, "wild": 3}
-    assert shown.loc["wild", ["runs", "CIDEr x 100", "above the base"]].tolist() == ["0", "", ""]
+    table = table.assign(parameters=1.0, pointing=0.5, equal="steps", length=3)
+    shorter, table = table.assign(length=2), table.astype({"failed": object})
+    table.loc[wild, ["failed", "CIDEr", "pointing"]] = "diverged", np.nan, np.nan
+    pd.concat([shorter, table]).to_csv(tmp_path / "table.csv", index=False)
+    shown = findings_table(tmp_path).set_index(["trained", "variant"])
+    assert shown["failed"].to_dict() == {
+        (f"{steps} steps", name): "3" if (steps, name) == (3, "wild") else "0"
+        for steps, name in product((2, 3), ("good", "base", "wild"))
+    }
+    gaps = ["runs", "CIDEr x 100", "above the base", "maps point"]
+    assert shown.loc[("3 steps", "wild"), gaps].tolist() == ["0", "", "", ""]
     assert summarise(table)[-1] == "wild: 3 of 3 runs failed (diverged)."
+    drawn = draw_parts(tmp_path)
+    assert [ax.get_title("left") for ax in drawn.axes] == ["2 steps", "3 steps"]
+    table[table["seed"] == 0].to_csv(tmp_path / "table.csv", index=False)
+    with pytest.raises(ValueError, match="no interval to draw"):
+        draw_parts(tmp_path)
 
 
 def test_an_arm_of_which_all_learning_rates_fail_is_run_and_reported(tmp_path, monkeypatch):

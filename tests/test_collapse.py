@@ -192,6 +192,12 @@ def test_thresholds_of_the_first_seeds_hold_on_the_others():
     assert counts["wrong verdicts, no caption changed"].sum() == 4
 
 
+def test_a_picture_is_found_by_its_own_tokens_alone():
+    keys = torch.eye(3)
+    assert measures.retrieval(2 * keys, keys) == 1
+    assert measures.retrieval(keys[[1, 0, 2]], keys) == pytest.approx(1 / 3)
+
+
 def test_too_few_pictures_are_refused(byte_captioner, dataset):
     with pytest.raises(ValueError, match="1 pictures, 16 of them muted: take at least 2 and 1"):
         ql.diagnose(byte_captioner, dataset[:1])

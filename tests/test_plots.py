@@ -149,8 +149,14 @@ def test_studies_are_drawn_sorted_with_a_zero_line_and_bands():
         2,
     ]  # of 600 and 2,400 steps: with tuned rates alone
     assert [label.get_text() for label in ax.get_xticklabels()] == ["600", "2,400"]
+    assert ax.get_xscale() == "log"
+    (low, high), _ = ax.containers[0][2][0].get_segments()  # of a, with two seeds
+    assert high[1] - low[1] == pytest.approx(2 * 12.7062, rel=1e-4)  # t with 1 degree of freedom
     figure = plots.plot_parts({"short": rows, "long": rows, "longer": rows}, "above", margin=0.5)
     assert [ax.get_title() for ax in figure.axes] == ["short", "long", "longer", ""]
+    assert figure.axes[0].patches[0].get_extents().transformed(
+        figure.axes[0].transData.inverted()
+    ).intervalx.tolist() == pytest.approx([-0.5, 0.5])
 
 
 def test_the_diagram_has_every_stage_and_parameter_of_a_configuration(tiny):

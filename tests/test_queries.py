@@ -17,7 +17,7 @@ from qvision_lab.interpretation.queries import (
 )
 from qvision_lab.interpretation.trace import trace, trace_all
 
-CAPTIONS = ["a red dog", "a car", "red"]
+CAPTIONS = ["a red dog", "a car.", "red"]
 
 
 @pytest.fixture

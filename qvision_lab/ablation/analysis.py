@@ -42,7 +42,7 @@ def differences(
     variants = [name for name in table["variant"].unique() if name != base]
     paired = values[variants].sub(values[base], axis=0)
     n, mean, error = paired.count(), paired.mean(), paired.sem()
-    half = error * t.isf(LEVEL / 2 / max((n > 1).sum(), 1), n - 1)
+    half = error * t.isf(LEVEL / 2 / max(len(variants), 1), n - 1)
     statistic = (mean / error).abs().where(mean.ne(0) | error.isna(), 0)  # 0 / 0 is no difference
     p = pd.Series(2 * t.sf(statistic, n - 1), variants)
     columns = {"n": n, "difference": mean, "low": mean - half, "high": mean + half, "p": p}
@@ -96,8 +96,11 @@ def differences_of_scenes(table: pd.DataFrame) -> pd.DataFrame:
     analysis of variance). The interval adds both in squares, each times its own quantile: Student's
     t for the few seeds, the normal for the many scenes. It holds for other seeds and other scenes;
     in simulations of three arms, with 3 or 5 seeds, all hold together in 94 to 98% of studies,
-    percentiles of a bootstrap of both in 87 to 100%. Columns as those of `differences`.
+    percentiles of a bootstrap of both in 87 to 100%. Columns as those of `differences`; ValueError
+    for other images than scenes.
     """
+    if "true_scenes" not in table:
+        raise ValueError("no column true_scenes in this table: its images are no scenes.")
     true = table.pivot(index="seed", columns="variant", values="true_scenes")
     variants, rows = [name for name in table["variant"].unique() if name != BASE], {}
     tail = LEVEL / 2 / max(len(variants), 1)
@@ -121,16 +124,19 @@ def differences_of_scenes(table: pd.DataFrame) -> pd.DataFrame:
 def crossover(
     table: pd.DataFrame, variant: str, metric: str = "CIDEr", draws: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """The steps at which a variant and the base change places, and the ends of a 95% interval.
+    """The steps from which on a variant is ahead of the base, and the ends of a 95% interval.
 
-    Mean paired differences are joined by straight lines over log steps; where they change sign last
-    is the crossover, infinite where they never do. The interval is of crossovers of `draws` in
-    which each mean varies by its standard error, as Student's t with its seeds. The `table` has one
-    run of each variant, length and seed, and at least two seeds.
+    Mean paired differences are joined by straight lines over log steps: the crossover is where they
+    last rise above zero; 0 where they are above it at every length, infinite where not at the
+    longest. The interval is of crossovers of `draws` in which each mean varies by its standard
+    error, as Student's t with its seeds. The `table` has one run of each variant, length and seed;
+    ValueError for a length with less than two seeds.
     """
     values = table.pivot(index=["length", "seed"], columns="variant", values=metric).astype(float)
     change = (values[variant] - values[BASE]).dropna().groupby("length")
     means, errors, n = change.mean(), change.sem(), change.size()
+    if (n < 2).any():
+        raise ValueError(f"{variant}: a crossover takes two seeds of each length, or more.")
     lengths = np.log(means.index.to_numpy(float))
     noise = np.random.default_rng(seed).standard_t(n - 1, (draws, len(n)))
     found = [_crossing(lengths, row) for row in means.to_numpy() + errors.to_numpy() * noise]
@@ -139,18 +145,23 @@ def crossover(
 
 
 def _crossing(lengths: Float[np.ndarray, " L"], change: Float[np.ndarray, " L"]) -> float:
-    places = [i for i in range(len(change) - 1) if change[i] * change[i + 1] < 0]
-    if not places:
+    if change[-1] <= 0:
         return np.inf
-    (x, y), (a, b) = (values[places[-1] : places[-1] + 2] for values in (lengths, change))
-    return float(np.exp(x + (y - x) * a / (a - b)))
+    if (change > 0).all():
+        return 0.0
+    i = np.flatnonzero(change <= 0)[-1]
+    share = change[i] / (change[i] - change[i + 1])
+    return float(np.exp(lengths[i] + share * (lengths[i + 1] - lengths[i])))
 
 
 def summarise(table: pd.DataFrame, metric: str = "CIDEr", margin: float | None = None) -> list[str]:
     """Sentences on a metric, one per variant, and on runs that failed.
 
-    A difference is claimed where Holm's p is below 5%, equivalence where that of its tests is.
-    Where neither is, the sentence gives the largest difference that the interval allows.
+    A difference is claimed where Holm's p is below 5%, equivalence where that of its tests is; both
+    may be. Where neither is, the sentence gives the largest difference that the interval allows.
+    Intervals hold together for all variants (Bonferroni, two-sided): they are wider than Holm's p
+    asks, so a claimed difference may have one that reaches zero, or an equal arm one that leaves
+    the margin.
     """
     rows, means = differences(table, metric, margin), averages(table)
     base = means.loc[BASE]
@@ -158,13 +169,15 @@ def summarise(table: pd.DataFrame, metric: str = "CIDEr", margin: float | None =
     for name, row in rows.sort_values("difference").iterrows():
         interval = f"[{row.low:+.3g}, {row.high:+.3g}] over {row.n:.0f} seeds"
         found = f"nothing can be said with so few pairs of runs ({row.n:.0f})"
+        within = ""
+        if row.get("equivalent", 1) < LEVEL:
+            within = f"within {margin:.3g} of the base (corrected p = {row.equivalent:.2g})"
         if row.corrected < LEVEL:
             verb = "raises" if row.difference > 0 else "lowers"
             found = f"{verb} {metric} by {abs(row.difference):.3g}, {interval}"
-            found += f", corrected p = {row.corrected:.2g}"
-        elif row.get("equivalent", 1) < LEVEL:
-            found = f"within {margin:.3g} of the base, {row.difference:+.3g}, {interval}"
-            found += f", corrected p = {row.equivalent:.2g}"
+            found += f", corrected p = {row.corrected:.2g}{'; ' + within if within else ''}"
+        elif within:
+            found = f"{within}, {row.difference:+.3g}, {interval}"
         elif row.n > 1:
             bound = max(abs(row.low), abs(row.high))
             found = f"no difference shown, up to {bound:.3g} is possible, {interval}"

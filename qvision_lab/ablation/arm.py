@@ -117,7 +117,7 @@ def carry_out(run: Run, study: Path) -> None:
                 row = _measure(run, folder, study / "features")
         finally:
             torch.set_num_threads(threads)
-        row["commit"] = identify()["commit"]  # runs of a study may be of several
+        row["code"] = f"commit {identify()['commit']}"  # runs of a study may be of several
         write_atomic(folder / "row.json", json.dumps(row, indent=1))
         for checkpoint in (folder / "checkpoint", *folder.glob("phase-*/checkpoint-*")):
             shutil.rmtree(checkpoint, ignore_errors=True)

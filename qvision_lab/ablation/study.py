@@ -40,6 +40,7 @@ STUDIES = files("qvision_lab.ablation") / "studies"
 BASE = "base"
 CONTROL_SEEDS = 10_000  # between the seeds of a control and those of the next arm
 TUNING_SEED = 9_999
+SETTINGS = "settings.yaml"  # a study, next to its tables
 
 
 class Study(Settings):
@@ -60,7 +61,7 @@ class Study(Settings):
     lengths: Annotated[tuple[Count, ...], Strict(False)] = ()  # in steps; none: the recipe's
     costs: dict[str, Positive] = {}  # of a step, in those of the base, for arms of equal compute
     rates: Annotated[tuple[Positive, ...], Strict(False)] = (1.0,)  # factors of the learning rates
-    margin: Positive | None = None  # of CIDEr x 100: an arm within it is equal to the base
+    margin: Positive | None = None  # of CIDEr x 100: an arm within it counts as equal to the base
     test: DataSource = SCENES
     scored: Count = 500  # of its images, which every run captions
     pointed: Count = 50  # of those, for the maps and `collapse.diagnose`
@@ -178,7 +179,7 @@ class Study(Settings):
     ) -> pd.DataFrame:
         """Do the runs that are missing, write their tables as CSV, and return the `table`.
 
-        Written are `table.csv`, `curves.csv`, `tuning.csv` if any, and the study as `study.yaml`.
+        Written are `table.csv`, `curves.csv`, `tuning.csv` if any, and the study, `settings.yaml`.
 
         Args:
             folder: of the results, by default `runs/NAME`; a later call resumes or extends them.
@@ -195,7 +196,7 @@ class Study(Settings):
         with locked(folder):
             record_run(folder, {"base": base}, {"test images and tower": self.origin})
             described = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-            write_atomic(folder / "study.yaml", described)
+            write_atomic(folder / SETTINGS, described)
             for length in self.lengths or (None,):  # each is a result without the next
                 arms = [arm for arm in self.arms if arm.columns.get("length") == length]
                 tuning = [run for arm in arms for run in self.tuning(arm)]
@@ -247,26 +248,16 @@ class Study(Settings):
         `failed` has the reason why a run has no scores; `seconds` (of training) is missing after an
         interruption, and `pointing` where an arm has no maps. Scores are those of
         `EvaluationReport`, on the test images, CIDEr times 100; of scenes, `true_scenes` has y or n
-        for each;
-        `validation` is the CIDEr that the checkpoint was chosen by; `latency` is in seconds.
+        for each. `validation` is the CIDEr that the checkpoint was chosen by, `latency` is in
+        seconds, `code` names the commit.
         """
-        rows = [
-            {**run.columns, "seed": run.seed, **row, "run": run.key}
-            for run in self.runs + self.tuned_runs(folder)
-            if (row := run.row(folder))
-        ]
-        table = pd.DataFrame(rows)
+        table = _rows(self.runs + self.tuned_runs(folder), folder)
         return table.assign(CIDEr=100 * table["CIDEr"]) if "CIDEr" in table else table
 
     def tuning_table(self, folder: str | os.PathLike) -> pd.DataFrame:
         """What learning rates were chosen by: `validation` of each rate tried so far, by arm."""
         runs = [run for arm in self.arms for run in self.tuning(arm)]
-        rows = [
-            {**run.columns, "seed": run.seed, **row, "run": run.key}
-            for run in runs
-            if (row := run.row(folder))
-        ]
-        return pd.DataFrame(rows).drop(columns="tuned", errors="ignore")
+        return _rows(runs, folder).drop(columns="tuned", errors="ignore")
 
     def curves(self, folder: str | os.PathLike) -> pd.DataFrame:
         """The log of every run that has begun: its columns, `seed`, `step`, `loss`, measures."""
@@ -282,6 +273,14 @@ class Study(Settings):
             f"^({'|'.join(self.runs[0].columns)}|seed|step|loss|eval_(?!runtime|.*_per_second).*)$"
         )
         return pd.concat(logs).filter(regex=shown)
+
+
+def _rows(runs: list[Run], folder: str | os.PathLike) -> pd.DataFrame:
+    """A row for each finished run."""
+    rows = ((run, run.row(folder)) for run in runs)
+    return pd.DataFrame(
+        {**run.columns, "seed": run.seed, **row, "run": run.key} for run, row in rows if row
+    )
 
 
 def _fill_cache(folder: Path, recipes: list[Recipe], workers: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from qvision_lab.benchmark.harness import Spread, Table, identity_of, interleave
+from qvision_lab.benchmark.harness import Spread, Table, identity_of, interleave, machine
 from qvision_lab.captioning import Captioner
 from qvision_lab.data.coco import open_dataset
 from qvision_lab.model.loading.checkpoint import Checkpoint
@@ -24,7 +24,7 @@ BASE, ROUNDS = "base", 100
 def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]:
     """Time training steps of one batch of Scenes in turn, with one thread, as a study's runs have.
 
-    The batch holds states of the frozen tower, as from the feature cache.
+    The batch holds states of the frozen tower; arms are those of the recipe, which the study keeps.
     """
     variants = {BASE: {}, **read_yaml(STUDY)["variants"]}
     recipes = {name: load_recipe("ablation", changes) for name, changes in variants.items()}
@@ -34,13 +34,14 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
         images, captioner.processor, settings.captions_per_image, settings.max_tokens, seed=0
     )
     batch = CaptionCollator(captioner.model.config.pad_token_id)([*samples])
+    batch = {name: values.to(captioner.model.device) for name, values in batch.items()}
     with torch.no_grad():
         batch["vision_states"] = captioner.model.vision.encode(batch.pop("pixel_values"))
     steps = {name: training_step(captioner, recipe, batch) for name, recipe in recipes.items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        seconds = interleave(steps, ROUNDS, quick)
+        seconds, computer = interleave(steps, ROUNDS, quick), machine()
     finally:
         torch.set_num_threads(threads)
     rows = tuple(
@@ -52,7 +53,7 @@ def run_benchmarks(captioner: Captioner, quick: bool = False) -> Iterator[Table]
         }
         for name, spent in seconds.items()
     )
-    about = {"quick": quick, "identity": identity_of(captioner, train=images)}
+    about = {"quick": quick, "machine": computer, "identity": identity_of(captioner, train=images)}
     yield Table(name="costs", rows=rows, **about)
 
 

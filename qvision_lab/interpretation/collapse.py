@@ -127,7 +127,7 @@ def diagnose(captioner: Captioner, dataset: Sequence[CaptionedImage], muted: int
 
 @torch.no_grad()
 def measure_queries(captioner: Captioner, images: Sequence[CaptionedImage]) -> dict[str, float]:
-    """The measures of `Diagnosis` that one forward pass gives, where the model defines them.
+    """The measures of `Diagnosis` that two forward passes give, where the model defines them.
 
     Visual tokens are compared by what differs between pictures, each less its own mean over them: a
     constant part would make them look alike, or different. Words are tokens of the first reference,
@@ -172,9 +172,9 @@ def measure_queries(captioner: Captioner, images: Sequence[CaptionedImage]) -> d
     return {name: float(x) for name, x in measures.items() if np.isfinite(float(x))}
 
 
-def retrieval(queries: Float[Tensor, "I D"], keys: Float[Tensor, "I D"]) -> Float[Tensor, ""]:
-    """Share of queries of which the nearest key, by the cosine, is their own."""
-    nearest = (F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T).argmax(1)
+def retrieval(probes: Float[Tensor, "I D"], keys: Float[Tensor, "I D"]) -> Float[Tensor, ""]:
+    """Share of probes of which the nearest key, by the cosine, is their own."""
+    nearest = (F.normalize(probes, dim=-1) @ F.normalize(keys, dim=-1).T).argmax(1)
     return (nearest == torch.arange(len(keys), device=keys.device)).float().mean()
 
 

@@ -176,12 +176,13 @@ def plot_curves(curves: pd.DataFrame, measure: str = "loss", ax: Axes | None = N
 
 
 def plot_lengths(table: pd.DataFrame, measure: str = "CIDEr", ax: Axes | None = None) -> Axes:
-    """Of `ablation.Study.table`, each variant by its length, at equal steps and tuned rates.
+    """Of `ablation.Study.table`, each variant by its length, at equal steps, tuned if any is.
 
     Means of its seeds, with 95% intervals by Student's t where there are several.
     """
     ax = ax or plt.subplots(layout="constrained")[1]
-    rows = table[(table["equal"] == "steps") & table.get("tuned", True)]
+    rows = table[table["equal"] == "steps"]
+    rows = rows[rows["tuned"]] if "tuned" in rows and rows["tuned"].any() else rows
     lengths, variants = sorted(rows["length"].unique()), rows["variant"].unique()
     for i, variant in enumerate(variants):
         seeds = rows[rows["variant"] == variant].groupby("length")[measure]
@@ -196,12 +197,12 @@ def plot_lengths(table: pd.DataFrame, measure: str = "CIDEr", ax: Axes | None = 
 
 
 def plot_parts(
-    parts: Mapping[str, pd.DataFrame], label: str, margin: float | None = None, ncols: int = 2
+    parts: Mapping[str, pd.DataFrame], label: str, margin: float | None = None
 ) -> Figure:
     """`plot_differences` of several parts of a study, by their titles, each with its own scale."""
-    nrows = -(-len(parts) // ncols)
-    size = 3.9 * ncols, nrows * (0.9 + 0.32 * max(map(len, parts.values())))
-    figure, axes = plt.subplots(nrows, ncols, figsize=size, layout="constrained", squeeze=False)
+    nrows = -(-len(parts) // 2)
+    size = 7.8, nrows * (0.9 + 0.32 * max(map(len, parts.values())))
+    figure, axes = plt.subplots(nrows, 2, figsize=size, layout="constrained", squeeze=False)
     for ax, (title, rows) in zip(axes.flat, parts.items(), strict=False):
         plot_differences(rows, label, ax, margin).set_title(title, fontsize=9)
     for ax in axes.flat[len(parts) :]:
