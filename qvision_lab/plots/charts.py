@@ -204,7 +204,8 @@ def plot_parts(
     size = 7.8, nrows * (0.9 + 0.32 * max(map(len, parts.values())))
     figure, axes = plt.subplots(nrows, 2, figsize=size, layout="constrained", squeeze=False)
     for ax, (title, rows) in zip(axes.flat, parts.items(), strict=False):
-        plot_differences(rows, label, ax, margin).set_title(title, fontsize=9)
+        plot_differences(rows, "", ax, margin).set_title(title, fontsize=9)
     for ax in axes.flat[len(parts) :]:
         ax.axis("off")
+    figure.supxlabel(label, fontsize=9)
     return figure
