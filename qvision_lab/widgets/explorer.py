@@ -157,7 +157,7 @@ class Explorer(w.VBox):
         self._say("Running the model …")
         try:
             self._show(request, self.image.label, self.backend.run(request))
-            self._say("Ready. The bluer a word, the surer what it claims.")
+            self._say("Ready.")
         except Exception as error:  # it would be lost in this thread
             self._show_error(error)
 
