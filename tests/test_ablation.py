@@ -348,6 +348,26 @@ def test_a_crossover_that_three_seeds_leave_open_has_no_upper_end():
     assert high == np.inf
 
 
+def test_seeds_and_scenes_both_widen_the_interval_of_true_captions():
+    rng = np.random.default_rng(0)
+
+    def runs(variant, effects, scenes):
+        shares = 0.5 + np.add.outer(effects, scenes)
+        hits = (rng.random(shares.shape) < shares) * 1
+        true = ["".join("ny"[hit] for hit in row) for row in hits]
+        return [{"variant": variant, "seed": i, "true_scenes": each} for i, each in enumerate(true)]
+
+    still, varied = np.zeros(8), rng.normal(0, 0.15, 8)
+    widths = {}
+    for name, effects in {"still": still, "varied": varied}.items():
+        table = pd.DataFrame(runs("base", still, np.zeros(400)) + runs("x", effects, np.zeros(400)))
+        row = differences_of_scenes(table).loc["x"]
+        assert row["n"] == 8
+        assert row["low"] < row["difference"] < row["high"]
+        widths[name] = row["high"] - row["low"]
+    assert widths["varied"] > 1.5 * widths["still"]
+
+
 @pytest.mark.parametrize(("seeds", "scenes"), [(0.05, 0.1), (0.01, 0.4)])
 def test_intervals_over_seeds_and_scenes_cover_the_truth(seeds, scenes):
     """Of a difference that varies by so much over three seeds and over a hundred scenes."""

@@ -144,10 +144,7 @@ def test_studies_are_drawn_sorted_with_a_zero_line_and_bands():
     assert ax.collections[0].get_datalim(ax.transData).intervaly.tolist() == [1, 3]
     both = [table.assign(length=n, equal="steps", tuned=n == 600) for n in (150, 600)]
     ax = plots.plot_lengths(pd.concat([*both, both[1].assign(length=2400)]))
-    assert ax.containers[0][0].get_ydata().tolist() == [
-        2,
-        2,
-    ]  # of 600 and 2,400 steps: with tuned rates alone
+    assert ax.containers[0][0].get_ydata().tolist() == [2, 2]  # with tuned rates alone
     assert [label.get_text() for label in ax.get_xticklabels()] == ["600", "2,400"]
     assert ax.get_xscale() == "log"
     (low, high), _ = ax.containers[0][2][0].get_segments()  # of a, with two seeds
